@@ -1,0 +1,42 @@
+"""FourierMoE (arXiv 2604.01762): a frozen model learns through token-routed experts in frequency bands of its weight updates.
+
+report = inject(model, FourierMoEConfig(targets=["q_proj", "v_proj"], num_coefficients=3008))
+...train the parameters that require a gradient...
+save_adapter(model, "adapter")
+load_adapter(fresh_model, "adapter")
+"""
+
+from fourier_moe.adapter import Adapter
+from fourier_moe.baselines import FullFineTuning, HeadOnly
+from fourier_moe.config import AdapterConfig, FourierMoEConfig
+from fourier_moe.experts import SpectralExperts
+from fourier_moe.files import (
+    AdapterDescription,
+    adapter_state_dict,
+    describe_adapter,
+    load_adapter,
+    save_adapter,
+)
+from fourier_moe.inject import InjectionReport, adapters, inject
+from fourier_moe.linear import FourierMoELinear
+from fourier_moe.router import TopKRouter, recording
+
+__all__ = [
+    "Adapter",
+    "AdapterConfig",
+    "AdapterDescription",
+    "FourierMoEConfig",
+    "FourierMoELinear",
+    "FullFineTuning",
+    "HeadOnly",
+    "InjectionReport",
+    "SpectralExperts",
+    "TopKRouter",
+    "adapter_state_dict",
+    "adapters",
+    "describe_adapter",
+    "inject",
+    "load_adapter",
+    "recording",
+    "save_adapter",
+]

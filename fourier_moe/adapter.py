@@ -1,0 +1,47 @@
+"""Adapter: what every adapted projection offers to trainers, callbacks and files, whatever its method."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+
+class Adapter(nn.Module, ABC):
+    """A frozen projection `base` with trained additions. Found in a model by `adapters(model)`."""
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base = base
+        self.in_features, self.out_features = projection_shape(base)
+
+    @abstractmethod
+    def parameter_groups(self) -> Mapping[str, list[nn.Parameter]]:
+        """Trained parameters by kind: `experts`, `router`."""
+
+    def balance_loss(self) -> Tensor | None:
+        """Load-balancing loss of the recorded forward, already times its weight; None for a method without routing."""
+        return None
+
+    # Code around a projection (dtype look-ups, fused kernels' checks) reads its weight: hand it on.
+    @property
+    def weight(self) -> Tensor:
+        return self.base.weight  # type: ignore[return-value]
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base.bias  # type: ignore[return-value]
+
+
+def projection_shape(module: nn.Module) -> tuple[int, int]:
+    """(in_features, out_features) of a linear projection: torch's Linear and its quantised kin, or transformers' Conv1D.
+
+    Raises:
+        ValueError: if the module is no linear projection.
+    """
+    for names in (("in_features", "out_features"), ("nx", "nf")):
+        sizes = tuple(getattr(module, name, None) for name in names)
+        if all(isinstance(size, int) for size in sizes):
+            return sizes  # type: ignore[return-value]
+    raise ValueError(f"{type(module).__name__} is no linear projection; adapters replace torch.nn.Linear and its like")

@@ -1,0 +1,157 @@
+"""What is adapted and how: frozen dataclasses, validated when they are made."""
+
+from __future__ import annotations
+
+import math
+import re
+from abc import ABC
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from torch import nn
+
+if TYPE_CHECKING:
+    from fourier_moe.adapter import Adapter
+    from fourier_moe.inject import InjectionReport
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterConfig(ABC):
+    """Base of every adapter: a way to turn a pretrained model into one with few trained parameters.
+
+    A new method is a subclass that implements `build_layer`, or `inject` where it does not replace projections one by one.
+
+    Args:
+        targets: projections to adapt; each entry is the end of a module's dotted name (`q_proj`, `attention.self.query`) or a
+            regular expression for the whole name.
+        head: modules, named likewise, that are trained in full and stored with the adapter (PEFT calls them modules_to_save).
+    """
+
+    targets: Sequence[str] = ()
+    head: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        for field in ("targets", "head"):
+            value = getattr(self, field)
+            if isinstance(value, str) or not all(isinstance(entry, str) and entry for entry in value):
+                raise ValueError(f"{field} must be a list of names, got {value!r}; write {field}: [q_proj, v_proj]")
+            for entry in value:
+                try:
+                    re.compile(entry)
+                except re.error as error:
+                    raise ValueError(
+                        f"{field} holds {entry!r}, which is no valid regular expression: {error}"
+                    ) from error
+            object.__setattr__(self, field, tuple(value))
+
+    def inject(self, model: nn.Module) -> InjectionReport:
+        """Adapt `model` in place: replace the targets, freeze everything but adapters and head.
+
+        Raises:
+            ValueError: if a target or head matches nothing, or matches something that cannot be adapted.
+        """
+        from fourier_moe.inject import replace_targets
+
+        return replace_targets(model, self)
+
+    def build_layer(self, base: nn.Module, name: str) -> Adapter:
+        """The adapter that takes the place of projection `base`, known in the model as `name`."""
+        raise NotImplementedError(f"{type(self).__name__} does not replace projections")
+
+    def trains_backbone(self) -> bool:
+        """True if the pretrained weights themselves are trained and belong to what is saved."""
+        return False
+
+
+@dataclass(frozen=True, kw_only=True)
+class FourierMoEConfig(AdapterConfig):
+    """FourierMoE (arXiv 2604.01762): per projection a token router and experts in separate frequency bands of the update.
+
+    Args:
+        num_coefficients: n, trained spectral scalars of one projection, summed over its experts. Each expert gets
+            P = n / (2 num_experts) conjugate pairs, a complex coefficient (two scalars) each.
+        num_experts: E.
+        top_k: K, experts active per token.
+        bandwidth: B, width of an expert's band in units of the normalised radius (0 = DC, 1 = corner of the plane).
+        band_layout: where the bands lie. `cover`: centres (e + 1/2)/E, spread over all frequencies. `stack`: centres
+            (e + 1/2) B, side by side from DC outwards (the paper's bandwidth sweep).
+        scaling: alpha, the factor of the update. A number is the paper's. `relative` sets it from each projection's shape and
+            pair count such that coefficients of root mean square 1 give an update of Frobenius norm sqrt(out_features), the
+            norm of a typical pretrained weight: one learning rate then serves all widths, models and coefficient counts.
+        dropout: dropout on the experts' input.
+        balance_weight: lambda, weight of the load-balancing loss, which is summed over the adapted projections.
+        normalize_gates: divide the K gates of a token by their sum (always off for top_k = 1).
+        init_std: standard deviation of the initial coefficients; 0 starts exactly at the pretrained model.
+        seed: seed of positions and of the router's start; together with a projection's name it fixes both.
+        coefficients: `complex`, or an ablation: `real` or `imaginary` trains that part only (n/2 scalars, same positions).
+        frequency_bias: draw positions by band; off (ablation): uniformly over the plane.
+        conjugate_symmetry: every position implies its conjugate partner; off (ablation): free single positions drawn from the
+            full plane, of whose inverse transform the real part is taken.
+
+    Raises:
+        ValueError: for an impossible value, naming it and what would be valid.
+    """
+
+    num_coefficients: int
+    num_experts: int = 8
+    top_k: int = 2
+    bandwidth: float = 0.12
+    band_layout: Literal["cover", "stack"] = "cover"
+    scaling: float | Literal["relative"] = "relative"
+    dropout: float = 0.0
+    balance_weight: float = 1e-3
+    normalize_gates: bool = True
+    init_std: float = 0.0
+    seed: int = 0
+    coefficients: Literal["complex", "real", "imaginary"] = "complex"
+    frequency_bias: bool = True
+    conjugate_symmetry: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        problems = []
+        if not self.targets:
+            problems.append("targets is empty; name at least one projection, for example [q_proj, v_proj]")
+        if self.num_experts < 1:
+            problems.append(f"num_experts={self.num_experts} must be at least 1")
+        if not 1 <= self.top_k <= self.num_experts:
+            problems.append(f"top_k={self.top_k} must be between 1 and num_experts={self.num_experts}")
+        if self.num_coefficients < 1 or self.num_experts >= 1 and self.num_coefficients % (2 * self.num_experts):
+            problems.append(self._indivisible())
+        if not (self.bandwidth > 0 and math.isfinite(self.bandwidth)):
+            problems.append(f"bandwidth={self.bandwidth} must be a positive number, 0.12 in the paper")
+        if isinstance(self.scaling, str):
+            if self.scaling != "relative":
+                problems.append(f"scaling={self.scaling!r} must be a positive number or 'relative'")
+        elif not (self.scaling > 0 and math.isfinite(self.scaling)):
+            problems.append(f"scaling={self.scaling} must be a positive number or 'relative'")
+        if not 0 <= self.dropout < 1:
+            problems.append(f"dropout={self.dropout} must be in [0, 1)")
+        for field in ("balance_weight", "init_std"):
+            if not (getattr(self, field) >= 0 and math.isfinite(getattr(self, field))):
+                problems.append(f"{field}={getattr(self, field)} must be 0 or more")
+        for field, choices in (("band_layout", ("cover", "stack")), ("coefficients", ("complex", "real", "imaginary"))):
+            if getattr(self, field) not in choices:
+                problems.append(f"{field}={getattr(self, field)!r} must be one of {', '.join(choices)}")
+        if problems:
+            raise ValueError("FourierMoEConfig: " + "; ".join(problems))
+
+    def _indivisible(self) -> str:
+        message = f"num_coefficients={self.num_coefficients} must be a positive multiple of 2 * num_experts"
+        if self.num_experts < 1:
+            return message
+        step = 2 * self.num_experts
+        lower = max(step, self.num_coefficients // step * step)
+        nearest = f"{lower}" if lower >= self.num_coefficients else f"{lower} or {lower + step}"
+        return f"{message} = {step}; nearest valid: {nearest}"
+
+    @property
+    def pairs_per_expert(self) -> int:
+        """P, frequency positions of one expert."""
+        return self.num_coefficients // (2 * self.num_experts)
+
+    def build_layer(self, base: nn.Module, name: str) -> Adapter:
+        from fourier_moe.linear import FourierMoELinear
+
+        return FourierMoELinear(base, self, name)

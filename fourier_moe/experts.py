@@ -1,0 +1,118 @@
+"""SpectralExperts: the frequency positions and coefficients of one projection's experts.
+
+Shape legend: E experts, P positions per expert, M out_features, N in_features.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from fourier_moe.config import FourierMoEConfig
+from fourier_moe.frequencies import band_centers, draw_frequencies
+from fourier_moe.spectral import dense_delta_weight, dense_spectrum, routed_spectral_product
+
+
+class SpectralExperts(nn.Module):
+    """E experts, each a few complex coefficients in its own frequency band of an M x N weight update.
+
+    Attributes:
+        frequencies: int32 buffer (E, P, 2), signed (u, v) of every position; saved, never re-derived from a seed.
+        coefficients: float32 parameter (E, P, 2), real and imaginary part; (E, P, 1) in the real-only and imaginary-only
+            ablations.
+        scaling: alpha.
+
+    Raises:
+        ValueError: if an expert's band has too few positions in a plane of this shape.
+    """
+
+    frequencies: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        config: FourierMoEConfig,
+        *,
+        generator: torch.Generator,
+        device: torch.device | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.part = config.coefficients
+        self.hermitian = config.conjugate_symmetry
+        self.scaling = self._scaling(config)
+        E, P = config.num_experts, config.pairs_per_expert
+        frequencies = [
+            draw_frequencies(
+                P,
+                out_features,
+                in_features,
+                generator,
+                center=center if config.frequency_bias else None,
+                bandwidth=config.bandwidth,
+                half_plane=config.conjugate_symmetry,
+            )
+            for center in band_centers(E, config.bandwidth, config.band_layout)
+        ]
+        self.register_buffer("frequencies", torch.stack(frequencies).to(device))
+        coefficients = torch.zeros(E, P, 2 if self.part == "complex" else 1)
+        if config.init_std > 0:
+            coefficients.normal_(0, config.init_std, generator=generator)
+        self.coefficients = nn.Parameter(coefficients.to(device))
+
+    def _scaling(self, config: FourierMoEConfig) -> float:
+        """alpha; under relative scaling the one for which rms|c| = 1 gives ||dW_e||_F = sqrt(M), from Parseval's theorem.
+
+        ||dW_e||_F = alpha sqrt(2P/(MN)) rms|c| with conjugate symmetry. Without it the real part of a single entry is taken,
+        which is a conjugate pair of half the size.
+        """
+        if config.scaling != "relative":
+            return float(config.scaling)
+        M, N, P = self.out_features, self.in_features, config.pairs_per_expert
+        norm_per_unit = math.sqrt(2 * P / (M * N)) * (1.0 if config.conjugate_symmetry else 0.5)
+        return math.sqrt(M) / norm_per_unit
+
+    def forward(self, x: Tensor, gates: Tensor) -> Tensor:
+        """sum_e gates_e dW_e x: (..., N), (..., E) -> (..., M) in the dtype of the coefficients (never lower than float32)."""
+        pair_factor = 2.0 if self.hermitian else 1.0
+        y = routed_spectral_product(
+            x.reshape(-1, self.in_features),
+            gates.reshape(-1, gates.shape[-1]),
+            self.complex_coefficients(),
+            self.frequencies,
+            self.out_features,
+            pair_factor * self.scaling / (self.out_features * self.in_features),
+        )
+        return y.unflatten(0, x.shape[:-1])
+
+    def complex_coefficients(self) -> Tensor:
+        """Real and imaginary part of every coefficient (E, P, 2); the untrained part of an ablation is 0."""
+        if self.part == "complex":
+            return self.coefficients
+        pad = (0, 1) if self.part == "real" else (1, 0)
+        return nn.functional.pad(self.coefficients, pad)
+
+    def spectrum(self, expert: int) -> Tensor:
+        """F_e, the complex spectrum (M, N) of one expert in the order of torch.fft, without alpha."""
+        coefficients = self.complex_coefficients()[expert]
+        return dense_spectrum(
+            coefficients, self.frequencies[expert], self.out_features, self.in_features, hermitian=self.hermitian
+        )
+
+    def delta_weight(self, expert: int) -> Tensor:
+        """alpha dW_e (M, N), built densely: for analysis and tests, never used in the forward pass."""
+        return dense_delta_weight(
+            self.complex_coefficients()[expert],
+            self.frequencies[expert],
+            self.out_features,
+            self.in_features,
+            scaling=self.scaling,
+            hermitian=self.hermitian,
+        )
+
+    def extra_repr(self) -> str:
+        E, P, _ = self.frequencies.shape
+        return f"in_features={self.in_features}, out_features={self.out_features}, experts={E}, pairs={P}, scaling={self.scaling:.4g}"

@@ -1,0 +1,185 @@
+"""Which frequencies an expert owns: radius, band weights and the drawing of conjugate pairs.
+
+A position (u, v) is an integer frequency along the output axis (u) and the input axis (v) of an M x N weight update, signed,
+with 0 = DC. Positions (u, v) and (-u, -v) form a conjugate pair; one member stands for both.
+
+Source: FourierMoE (arXiv 2604.01762) Eq. 3 for the band-pass weight; drawing and centres are our choices (docs/method.md).
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+# Up to this many positions the whole plane is enumerated; above it positions are proposed and accepted one by one.
+_ENUMERATION_LIMIT = 2**18
+
+
+def named_generator(seed: int, name: str) -> torch.Generator:
+    """A CPU random generator that depends on (seed, module name) only, not on device or order of modules."""
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def band_centers(num_experts: int, bandwidth: float, layout: str) -> list[float]:
+    """Centre f_e of each expert's band, in units of the normalised radius.
+
+    `cover` spreads the centres evenly over the radius, f_e = (e + 1/2) / E. `stack` puts bands of the given width side by
+    side from DC outwards, f_e = (e + 1/2) B, so that a small B leaves the high frequencies to nobody.
+    """
+    spacing = {"cover": 1.0 / num_experts, "stack": bandwidth}[layout]
+    return [(expert + 0.5) * spacing for expert in range(num_experts)]
+
+
+def normalized_radius(frequencies: Tensor, out_features: int, in_features: int) -> Tensor:
+    """Distance from DC, rho = sqrt(((2u/M)^2 + (2v/N)^2) / 2): 0 at DC, 1 at the corner of the plane.
+
+    Args:
+        frequencies: integer tensor (..., 2) of signed (u, v).
+
+    Returns:
+        float64 tensor (...).
+    """
+    u, v = frequencies.double().unbind(-1)
+    return (((2 * u / out_features) ** 2 + (2 * v / in_features) ** 2) / 2).sqrt()
+
+
+def band_weight(radius: Tensor, center: float, bandwidth: float) -> Tensor:
+    """Band-pass weight exp(-((rho^2 - f^2) / (rho B))^2) (paper Eq. 3), in [0, 1] and finite everywhere.
+
+    At DC (rho = 0), where the formula reads 0/0 or -f^2/0, its limit is returned: 1 for a band centred on DC, else 0.
+    """
+    weight_at_dc = 1.0 if center == 0 else 0.0
+    ratio = (radius.square() - center**2) / (radius * bandwidth)
+    return torch.where(radius > 0, torch.exp(-ratio.square()), weight_at_dc)
+
+
+def signed_frequency(index: Tensor, size: int) -> Tensor:
+    """DFT index 0..size-1 as signed frequency; for even sizes the Nyquist index size/2 stays positive."""
+    return torch.where(index > size // 2, index - size, index)
+
+
+def _is_self_conjugate(u: Tensor, v: Tensor, out_features: int, in_features: int) -> Tensor:
+    """(u, v) equals its own conjugate partner when both are 0 or Nyquist; its coefficient would hold one real scalar only."""
+    return ((2 * u) % out_features == 0) & ((2 * v) % in_features == 0)
+
+
+def _admissible(u: Tensor, v: Tensor, out_features: int, in_features: int, half_plane: bool) -> Tensor:
+    """Mask of the positions that may be drawn: no self-conjugate one, and one member of each pair if `half_plane`."""
+    keep = ~_is_self_conjugate(u, v, out_features, in_features)
+    if half_plane:
+        own_row = (2 * u) % out_features == 0  # in rows 0 and M/2 a pair lies within the row: keep v in (0, N/2)
+        keep &= torch.where(own_row, (v > 0) & (2 * v < in_features), u > 0)
+    return keep
+
+
+def count_positions(out_features: int, in_features: int, *, half_plane: bool = True) -> int:
+    """Number of positions that may be drawn from an M x N plane: conjugate pairs if `half_plane`, else single positions."""
+    self_conjugate = (2 - out_features % 2) * (2 - in_features % 2)
+    return (out_features * in_features - self_conjugate) // (2 if half_plane else 1)
+
+
+def draw_frequencies(
+    count: int,
+    out_features: int,
+    in_features: int,
+    generator: torch.Generator,
+    *,
+    center: float | None,
+    bandwidth: float,
+    half_plane: bool = True,
+) -> Tensor:
+    """Draw `count` different positions, each next one with probability proportional to its band weight.
+
+    Args:
+        count: number of positions.
+        center: band centre in units of rho; None draws uniformly (the ablation without frequency bias).
+        half_plane: draw one member of each conjugate pair (Theorem 3.2); False draws single positions from the full plane.
+
+    Returns:
+        int32 tensor (count, 2) of signed (u, v), ordered by (u, v).
+
+    Raises:
+        ValueError: if the plane or the band has fewer positions than asked for.
+    """
+    total = count_positions(out_features, in_features, half_plane=half_plane)
+    where = f"a {out_features} x {in_features} projection"
+    if count > total:
+        raise ValueError(
+            f"num_coefficients asks for {count} frequencies per expert, but {where} has only {total}; "
+            "lower num_coefficients, raise num_experts or leave this projection out of targets"
+        )
+    shape = (out_features, in_features)
+    drawn = None
+    if out_features * in_features > _ENUMERATION_LIMIT:
+        drawn = _draw_by_rejection(count, shape, generator, center, bandwidth, half_plane)
+    if drawn is None:
+        drawn = _draw_by_enumeration(count, shape, generator, center, bandwidth, half_plane)
+    if len(drawn) < count:
+        raise ValueError(
+            f"num_coefficients asks for {count} frequencies per expert, but the band of centre {center:.4g} and "
+            f"bandwidth={bandwidth} holds only {len(drawn)} in {where}; widen bandwidth, lower num_coefficients, "
+            "or use band_layout='cover', whose centres stay inside the plane"
+        )
+    u, v = drawn.unbind(-1)
+    return drawn[torch.argsort(u * (2 * in_features) + v)].to(torch.int32)
+
+
+def _weights(frequencies: Tensor, shape: tuple[int, int], center: float | None, bandwidth: float) -> Tensor:
+    radius = normalized_radius(frequencies, *shape)
+    return torch.ones_like(radius) if center is None else band_weight(radius, center, bandwidth)
+
+
+def _draw_by_enumeration(
+    count: int,
+    shape: tuple[int, int],
+    generator: torch.Generator,
+    center: float | None,
+    bandwidth: float,
+    half_plane: bool,
+) -> Tensor:
+    """Exponential race over all positions: arrival Exp(1)/w; the first `count` arrivals are the draw."""
+    rows = torch.arange(shape[0] // 2 + 1 if half_plane else shape[0])
+    u, v = torch.meshgrid(
+        signed_frequency(rows, shape[0]), signed_frequency(torch.arange(shape[1]), shape[1]), indexing="ij"
+    )
+    frequencies = torch.stack([u, v], -1)[_admissible(u, v, *shape, half_plane)]
+    weights = _weights(frequencies, shape, center, bandwidth)
+    arrivals = torch.empty_like(weights).exponential_(generator=generator) / weights
+    count = min(count, int((weights > 0).sum()))
+    return frequencies[torch.topk(arrivals, count, largest=False).indices]
+
+
+def _draw_by_rejection(
+    count: int,
+    shape: tuple[int, int],
+    generator: torch.Generator,
+    center: float | None,
+    bandwidth: float,
+    half_plane: bool,
+) -> Tensor | None:
+    """Same distribution without touching every position: propose uniformly, accept with probability w, drop repeats.
+
+    None when the band is so thin or so full that enumeration is the better way.
+    """
+    out_features, in_features = shape
+    seen: dict[int, None] = {}  # insertion-ordered: the first `count` different positions are the draw
+    proposals = max(64 * count, 4096)
+    for _ in range(max(1, out_features * in_features // proposals)):
+        flat = torch.randint(out_features * in_features, (proposals,), generator=generator)
+        u = signed_frequency(flat // in_features, out_features)
+        v = signed_frequency(flat % in_features, in_features)
+        frequencies = torch.stack([u, v], -1)
+        accept = torch.rand(proposals, generator=generator, dtype=torch.float64)
+        keep = _admissible(u, v, *shape, half_plane) & (accept < _weights(frequencies, shape, center, bandwidth))
+        seen.update(dict.fromkeys(flat[keep].tolist()))
+        if len(seen) >= count:
+            flat = torch.tensor(list(seen)[:count])
+            u, v = (
+                signed_frequency(flat // in_features, out_features),
+                signed_frequency(flat % in_features, in_features),
+            )
+            return torch.stack([u, v], -1)
+    return None

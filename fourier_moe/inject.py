@@ -1,0 +1,196 @@
+"""Finding targets in a model, putting adapters in their place, freezing the rest, and finding the adapters again."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import nn
+
+from fourier_moe.adapter import Adapter, projection_shape
+from fourier_moe.attention import FUSED_PROJECTIONS, is_fused_attention, split_attention
+from fourier_moe.config import AdapterConfig
+
+_CONFIG_ATTRIBUTE = "fourier_moe_adapter_config"
+
+
+@dataclass(frozen=True)
+class AdaptedProjection:
+    """One line of the report: `parameters` counts the trained scalars by kind (experts, router)."""
+
+    name: str
+    out_features: int
+    in_features: int
+    parameters: dict[str, int]
+
+
+@dataclass(frozen=True)
+class InjectionReport:
+    """What an injection did. Counts are numbers of scalars.
+
+    Attributes:
+        projections: the adapted projections, in the model's order.
+        trained: trained parameters by kind: experts, router, head, backbone.
+        frozen: parameters that stay as they are.
+    """
+
+    projections: tuple[AdaptedProjection, ...]
+    trained: dict[str, int]
+    frozen: int
+
+    @property
+    def total(self) -> int:
+        return sum(self.trained.values())
+
+    @property
+    def percent(self) -> float:
+        """Trained parameters in percent of the pretrained model's."""
+        pretrained = self.frozen + self.trained.get("backbone", 0)
+        return 100 * self.total / pretrained if pretrained else float("inf")
+
+    def __str__(self) -> str:
+        kinds = sorted({kind for projection in self.projections for kind in projection.parameters})
+        rows: list[tuple[str, ...]] = []
+        if self.projections:
+            rows.append(("projection", "out x in", *kinds))
+        for projection in self.projections:
+            counts = (f"{projection.parameters.get(kind, 0):,}" for kind in kinds)
+            rows.append((projection.name, f"{projection.out_features} x {projection.in_features}", *counts))
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))] if rows else []
+        lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
+        split = ", ".join(f"{kind} {count:,}" for kind, count in self.trained.items() if count) or "none"
+        lines.append(f"adapted projections: {len(self.projections)}")
+        lines.append(f"trained parameters:  {self.total:,} ({split}) = {self.percent:.2f} % of the pretrained model's")
+        lines.append(f"frozen parameters:   {self.frozen:,}")
+        return "\n".join(lines)
+
+
+def inject(model: nn.Module, config: AdapterConfig) -> InjectionReport:
+    """Adapt `model` in place as `config` says: adapters at the targets, everything but adapters and head frozen.
+
+    Args:
+        model: any module; fused attention (torch.nn.MultiheadAttention, open_clip's Attention) is split into q_proj, k_proj,
+            v_proj and out_proj where a target names one of these.
+        config: for example `FourierMoEConfig(targets=["q_proj", "v_proj"], num_coefficients=3008)`.
+
+    Returns:
+        A report that prints as a table.
+
+    Raises:
+        ValueError: if the model is adapted already, or a target or head matches nothing (near names are listed).
+    """
+    if hasattr(model, _CONFIG_ATTRIBUTE):
+        raise ValueError("model is adapted already; inject into a freshly loaded model")
+    report = config.inject(model)
+    setattr(model, _CONFIG_ATTRIBUTE, config)
+    return report
+
+
+def adapter_config(model: nn.Module) -> AdapterConfig:
+    """The config that `inject` adapted this model with.
+
+    Raises:
+        ValueError: if the model is not adapted.
+    """
+    if not hasattr(model, _CONFIG_ATTRIBUTE):
+        raise ValueError(
+            f"{type(model).__name__} is not adapted; call inject(model, config) or load_adapter(model, path) first"
+        )
+    return getattr(model, _CONFIG_ATTRIBUTE)
+
+
+def adapters(model: nn.Module) -> dict[str, Adapter]:
+    """All adapted projections of a model by name, in the model's order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, Adapter)}
+
+
+def head_modules(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Module]:
+    """The modules that are trained in full beside the adapters, by name.
+
+    Raises:
+        ValueError: if an entry of config.head matches nothing.
+    """
+    modules = {name: module for name, module in model.named_modules() if name}
+    matches = _match(config.head, modules, "head")
+    return {name: modules[name] for name in modules if name in matches}
+
+
+def replace_targets(model: nn.Module, config: AdapterConfig) -> InjectionReport:
+    """Replace every target by `config.build_layer(...)`, freeze the rest, keep the head trained; see `inject`."""
+    head = head_modules(model, config)
+    names = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
+    fused = {name for name, module in model.named_modules() if name and is_fused_attention(module)}
+    inner = {f"{name}.{projection}" for name in fused for projection in FUSED_PROJECTIONS}
+    matches = _match(config.targets, [*names, *sorted(inner - set(names))], "targets")
+    matches = {name for name in matches if not any(name == h or name.startswith(f"{h}.") for h in head)}
+    for name in sorted(fused):
+        if any(f"{name}.{projection}" in matches for projection in FUSED_PROJECTIONS):
+            _replace(model, name, split_attention(model.get_submodule(name)))
+    _check_projections(model, matches)
+
+    model.requires_grad_(False)
+    layers: dict[int, Adapter] = {}  # by identity of the base: a projection shared by two parents stays shared
+    for name in (name for name, _ in list(model.named_modules(remove_duplicate=False)) if name in matches):
+        base = model.get_submodule(name)
+        if id(base) not in layers:
+            layers[id(base)] = config.build_layer(base, name)
+        _replace(model, name, layers[id(base)])
+    for module in head.values():
+        module.requires_grad_(True)
+    return count_parameters(model, config)
+
+
+def count_parameters(model: nn.Module, config: AdapterConfig) -> InjectionReport:
+    """Count what is trained and what is frozen in an adapted model."""
+    projections = []
+    trained = {"experts": 0, "router": 0, "head": 0, "backbone": 0}
+    for name, adapter in adapters(model).items():
+        counts = {kind: sum(p.numel() for p in group) for kind, group in adapter.parameter_groups().items()}
+        projections.append(AdaptedProjection(name, adapter.out_features, adapter.in_features, counts))
+        for kind, count in counts.items():
+            trained[kind] = trained.get(kind, 0) + count
+    trained["head"] = sum(
+        parameter.numel() for module in head_modules(model, config).values() for parameter in module.parameters()
+    )
+    total = sum(parameter.numel() for parameter in model.parameters())
+    rest = total - sum(trained.values())
+    if config.trains_backbone():
+        trained["backbone"], rest = rest, 0
+    return InjectionReport(tuple(projections), trained, rest)
+
+
+def _match(entries: Iterable[str], names: Iterable[str], argument: str) -> set[str]:
+    """Names that end in an entry at a dot, or match it as a regular expression; every entry must match."""
+    names = list(names)
+    found: set[str] = set()
+    for entry in entries:
+        matched = {
+            name
+            for name in names
+            if name == entry or name.endswith(f".{entry}") or re.fullmatch(entry, name) is not None
+        }
+        if not matched:
+            raise ValueError(f"{argument} entry {entry!r} matches no module of the model; {_near_names(entry, names)}")
+        found |= matched
+    return found
+
+
+def _near_names(entry: str, names: list[str]) -> str:
+    last_parts = sorted({part for name in names if not (part := name.rpartition(".")[2]).isdigit()})
+    near = difflib.get_close_matches(entry, [*last_parts, *names], n=5, cutoff=0.5)
+    return f"near names: {', '.join(near)}" if near else f"its modules are called: {', '.join(last_parts[:30])}"
+
+
+def _check_projections(model: nn.Module, names: Iterable[str]) -> None:
+    for name in sorted(names):
+        try:
+            projection_shape(model.get_submodule(name))
+        except ValueError as error:
+            raise ValueError(f"targets match {name!r}: {error}") from error
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)

@@ -1,0 +1,130 @@
+"""TopKRouter: which experts serve a token, and the load-balancing loss.
+
+Shape legend: T tokens, N in_features, E experts, K active experts per token.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class _Tally(NamedTuple):
+    """What the balance loss needs, summed over the tokens seen while recording."""
+
+    num_tokens: Tensor  # scalar
+    load_E: Tensor  # tokens whose top-K holds e
+    probability_E: Tensor  # sum of p_e, carries the gradient
+
+
+class TopKRouter(nn.Module):
+    """Softmax router without bias that keeps the K most probable experts of a token (paper Eq. 2).
+
+    p = softmax(R x) in float32; the gate of an expert in the top-K is p_e divided by the sum over the top-K, or p_e itself if
+    `normalize_gates` is off or K = 1 (a renormalised single gate is the constant 1 and would give R no gradient).
+
+    Args:
+        in_features: N.
+        num_experts: E.
+        top_k: K.
+        normalize_gates: divide the gates of a token by their sum.
+        generator: source of the Kaiming-uniform initialisation.
+        device: where the weight is made.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        num_experts: int,
+        top_k: int,
+        *,
+        normalize_gates: bool = True,
+        generator: torch.Generator | None = None,
+        device: torch.device | None = None,
+    ) -> None:
+        super().__init__()
+        self.top_k = top_k
+        self.normalize_gates = normalize_gates and top_k > 1
+        weight_EN = torch.empty(num_experts, in_features)
+        nn.init.kaiming_uniform_(weight_EN, a=math.sqrt(5), generator=generator)
+        self.weight = nn.Parameter(weight_EN.to(device))
+        self._recording = False
+        self._token_mask: Tensor | None = None
+        self._tally: _Tally | None = None
+
+    @property
+    def num_experts(self) -> int:
+        return self.weight.shape[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Gates (..., E) in float32 (or the weight's dtype), 0 for inactive experts, of an input (..., N)."""
+        with torch.autocast(x.device.type, enabled=False):
+            probabilities = torch.softmax(nn.functional.linear(x.to(self.weight.dtype), self.weight), -1)
+        top = torch.topk(probabilities, self.top_k, -1)
+        if self._recording:
+            self._record(probabilities, top.indices)
+        values = top.values / top.values.sum(-1, keepdim=True) if self.normalize_gates else top.values
+        return torch.zeros_like(probabilities).scatter(-1, top.indices, values)
+
+    def balance_loss(self) -> Tensor:
+        """E * sum_e f_e P_e over the tokens recorded so far (paper Eq. 13-14); K when the load is perfectly even.
+
+        f_e is the share of tokens whose top-K holds e (so sum f = K), P_e the mean of p_e; the gradient flows through P_e.
+        Padding counts in neither. Zero when every token is padding.
+
+        Raises:
+            RuntimeError: outside of `recording`, or when no forward has run in it.
+        """
+        if self._tally is None:
+            raise RuntimeError(
+                "this router saw no tokens: read balance_loss() inside `with recording(model): ...`, after a forward pass that "
+                "uses the adapted projection"
+            )
+        num_tokens, load_E, probability_E = self._tally
+        num_tokens = num_tokens.clamp(min=1)
+        return self.num_experts * (load_E / num_tokens * (probability_E / num_tokens)).sum()
+
+    def _record(self, probabilities: Tensor, active: Tensor) -> None:
+        probabilities_TE, active_TK = probabilities.flatten(0, -2), active.flatten(0, -2)
+        if self._token_mask is None:
+            mask_T = probabilities_TE.new_ones(len(probabilities_TE))
+        else:
+            if self._token_mask.shape != probabilities.shape[:-1]:
+                raise ValueError(
+                    f"token_mask has shape {tuple(self._token_mask.shape)}, but the adapted projection sees tokens of shape "
+                    f"{tuple(probabilities.shape[:-1])}; give one true/false per token of the projection's input"
+                )
+            mask_T = self._token_mask.flatten().to(probabilities_TE)
+        load_E = torch.zeros_like(probabilities_TE[0]).index_add(
+            0, active_TK.flatten(), mask_T.repeat_interleave(self.top_k)
+        )
+        tally = _Tally(mask_T.sum(), load_E, (probabilities_TE * mask_T.unsqueeze(-1)).sum(0))
+        self._tally = (
+            tally if self._tally is None else _Tally(*(a + b for a, b in zip(self._tally, tally, strict=True)))
+        )
+
+
+@contextmanager
+def recording(model: nn.Module, token_mask: Tensor | None = None) -> Iterator[None]:
+    """While open, every router of `model` records its tokens for `balance_loss`; on exit it forgets them.
+
+    Open it around the forward pass only: activation checkpointing runs the forward a second time during backward, which must
+    not be counted again. Read `balance_loss` before it closes.
+
+    Args:
+        token_mask: true for real tokens, false for padding, in the leading shape of every adapted projection's input, for
+            example (batch, length). None counts all.
+    """
+    routers = [module for module in model.modules() if isinstance(module, TopKRouter)]
+    for router in routers:
+        router._recording, router._token_mask, router._tally = True, token_mask, None
+    try:
+        yield
+    finally:
+        for router in routers:
+            router._recording, router._token_mask, router._tally = False, None, None
