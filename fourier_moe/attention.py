@@ -31,9 +31,7 @@ class _FusedWeightIsGone:
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        raise ValueError(
-            "in_proj_weight is gone after split_attention: use q_proj.weight, k_proj.weight, v_proj.weight"
-        )
+        raise ValueError("in_proj_weight is gone after split_attention: use q_proj.weight, k_proj.weight, v_proj.weight")
 
 
 class _SplitAttention(nn.Module):
@@ -79,7 +77,8 @@ class SplitMultiheadAttention(_SplitAttention):
     )
     refuses: ClassVar = {"add_bias_kv": lambda m: m.bias_k is not None, "add_zero_attn": lambda m: m.add_zero_attn}
 
-    # nn.TransformerEncoderLayer and nn.TransformerEncoder read these; the values switch their fused kernels off.
+    # nn.TransformerEncoderLayer and nn.TransformerEncoder read these. Each value alone switches their fused kernel off
+    # or, in an encoder that was built before the split, in_proj_weight alone does.
     in_proj_weight = _FusedWeightIsGone()
     in_proj_bias = None
     _qkv_same_embed_dim = False
@@ -264,9 +263,7 @@ def split_attention(module: nn.Module) -> nn.Module:
         )
     refused = [option for option, is_on in kind.refuses.items() if is_on(module)]
     if refused:
-        raise ValueError(
-            f"cannot split {name} with {', '.join(refused)}: switch it off, or choose other target modules"
-        )
+        raise ValueError(f"cannot split {name} with {', '.join(refused)}: switch it off, or choose other target modules")
     out_proj = module.out_proj
     if type(out_proj) not in (nn.Linear, NonDynamicallyQuantizableLinear):
         raise ValueError(f"cannot split {name}: out_proj is a {type(out_proj).__qualname__}, expected an nn.Linear")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
-from abc import ABC
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import nn
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdapterConfig(ABC):
+class AdapterConfig:
     """Base of every adapter: a way to turn a pretrained model into one with few trained parameters.
 
     A new method is a subclass that implements `build_layer`, or `inject` where it does not replace projections one by one.
@@ -31,6 +31,8 @@ class AdapterConfig(ABC):
     targets: Sequence[str] = ()
     head: Sequence[str] = ()
 
+    _training_only: ClassVar[frozenset[str]] = frozenset()  # fields without effect on a trained adapter's output
+
     def __post_init__(self) -> None:
         for field in ("targets", "head"):
             value = getattr(self, field)
@@ -40,9 +42,7 @@ class AdapterConfig(ABC):
                 try:
                     re.compile(entry)
                 except re.error as error:
-                    raise ValueError(
-                        f"{field} holds {entry!r}, which is no valid regular expression: {error}"
-                    ) from error
+                    raise ValueError(f"{field} holds {entry!r}, which is no valid regular expression: {error}") from error
             object.__setattr__(self, field, tuple(value))
 
     def inject(self, model: nn.Module) -> InjectionReport:
@@ -58,6 +58,33 @@ class AdapterConfig(ABC):
     def build_layer(self, base: nn.Module, name: str) -> Adapter:
         """The adapter that takes the place of projection `base`, known in the model as `name`."""
         raise NotImplementedError(f"{type(self).__name__} does not replace projections")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON and checkpoints; `class` holds the class's name."""
+        return {"class": type(self).__name__, **dataclasses.asdict(self)}
+
+    @staticmethod
+    def from_dict(values: Mapping[str, Any]) -> AdapterConfig:
+        """Inverse of `to_dict`; the class is looked up among those imported, so that a file never makes us import code.
+
+        Raises:
+            ValueError: for an unknown class, or values that it refuses.
+        """
+        known = {config_class.__name__: config_class for config_class in _subclasses(AdapterConfig)}
+        if values.get("class") not in known:
+            name = values.get("class")
+            raise ValueError(f"config class {name!r} is unknown; known: {', '.join(known)}; import the package that defines it")
+        return known[values["class"]](**{key: value for key, value in values.items() if key != "class"})
+
+    def difference(self, other: AdapterConfig) -> str | None:
+        """The first setting that makes the two adapters incompatible, as text, or None."""
+        if type(self) is not type(other):
+            return f"method: {type(other).__name__} against {type(self).__name__}"
+        for field in dataclasses.fields(self):
+            mine, theirs = getattr(self, field.name), getattr(other, field.name)
+            if field.name not in self._training_only and mine != theirs:
+                return f"{field.name}: {theirs!r} against {mine!r}"
+        return None
 
     def trains_backbone(self) -> bool:
         """True if the pretrained weights themselves are trained and belong to what is saved."""
@@ -108,6 +135,8 @@ class FourierMoEConfig(AdapterConfig):
     frequency_bias: bool = True
     conjugate_symmetry: bool = True
 
+    _training_only = frozenset({"dropout", "balance_weight", "init_std", "seed"})
+
     def __post_init__(self) -> None:
         super().__post_init__()
         problems = []
@@ -117,7 +146,7 @@ class FourierMoEConfig(AdapterConfig):
             problems.append(f"num_experts={self.num_experts} must be at least 1")
         if not 1 <= self.top_k <= self.num_experts:
             problems.append(f"top_k={self.top_k} must be between 1 and num_experts={self.num_experts}")
-        if self.num_coefficients < 1 or self.num_experts >= 1 and self.num_coefficients % (2 * self.num_experts):
+        if self.num_coefficients < 1 or (self.num_experts >= 1 and self.num_coefficients % (2 * self.num_experts)):
             problems.append(self._indivisible())
         if not (self.bandwidth > 0 and math.isfinite(self.bandwidth)):
             problems.append(f"bandwidth={self.bandwidth} must be a positive number, 0.12 in the paper")
@@ -155,3 +184,9 @@ class FourierMoEConfig(AdapterConfig):
         from fourier_moe.linear import FourierMoELinear
 
         return FourierMoELinear(base, self, name)
+
+
+def _subclasses(root: type[AdapterConfig]) -> Iterator[type[AdapterConfig]]:
+    for child in root.__subclasses__():
+        yield child
+        yield from _subclasses(child)

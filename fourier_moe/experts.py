@@ -58,7 +58,7 @@ class SpectralExperts(nn.Module):
             for center in band_centers(E, config.bandwidth, config.band_layout)
         ]
         self.register_buffer("frequencies", torch.stack(frequencies).to(device))
-        coefficients = torch.zeros(E, P, 2 if self.part == "complex" else 1)
+        coefficients = torch.zeros(E, P, 2 if self.part == "complex" else 1, device="cpu", dtype=torch.float32)
         if config.init_std > 0:
             coefficients.normal_(0, config.init_std, generator=generator)
         self.coefficients = nn.Parameter(coefficients.to(device))
@@ -78,15 +78,16 @@ class SpectralExperts(nn.Module):
     def forward(self, x: Tensor, gates: Tensor) -> Tensor:
         """sum_e gates_e dW_e x: (..., N), (..., E) -> (..., M) in the dtype of the coefficients (never lower than float32)."""
         pair_factor = 2.0 if self.hermitian else 1.0
+        coefficients = self.complex_coefficients()
         y = routed_spectral_product(
             x.reshape(-1, self.in_features),
             gates.reshape(-1, gates.shape[-1]),
-            self.complex_coefficients(),
+            coefficients.to(torch.promote_types(coefficients.dtype, torch.float32)),
             self.frequencies,
             self.out_features,
             pair_factor * self.scaling / (self.out_features * self.in_features),
         )
-        return y.unflatten(0, x.shape[:-1])
+        return y.reshape(*x.shape[:-1], self.out_features)
 
     def complex_coefficients(self) -> Tensor:
         """Real and imaginary part of every coefficient (E, P, 2); the untrained part of an ablation is 0."""
@@ -115,4 +116,5 @@ class SpectralExperts(nn.Module):
 
     def extra_repr(self) -> str:
         E, P, _ = self.frequencies.shape
-        return f"in_features={self.in_features}, out_features={self.out_features}, experts={E}, pairs={P}, scaling={self.scaling:.4g}"
+        sizes = f"in_features={self.in_features}, out_features={self.out_features}, experts={E}, pairs={P}"
+        return f"{sizes}, scaling={self.scaling:.4g}"

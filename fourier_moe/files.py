@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load as parse_safetensors
@@ -17,11 +15,10 @@ from safetensors.torch import save as serialize_safetensors
 from torch import Tensor, nn
 
 from fourier_moe.config import AdapterConfig
-from fourier_moe.inject import adapter_config, adapters, count_parameters, head_modules, inject
+from fourier_moe.inject import adapter_config, adapters, count_parameters, head_modules, inject, is_adapted
 
 FORMAT_VERSION = 1
 _TENSORS, _DESCRIPTION = "adapter.safetensors", "adapter.json"
-_TRAINING_ONLY = {"dropout", "balance_weight", "init_std", "seed"}  # no effect on a trained adapter's output
 
 
 @dataclass(frozen=True)
@@ -81,7 +78,14 @@ def save_adapter(
         ValueError: if the model is not adapted, or the adapter holds values that are not finite.
     """
     config = adapter_config(model)
-    state = {key: value.detach().cpu().contiguous() for key, value in adapter_state_dict(model).items()}
+    state: dict[str, Tensor] = {}
+    stored: set[int] = set()
+    for key, value in adapter_state_dict(model).items():
+        tensor = value.detach().cpu().contiguous()
+        if tensor.untyped_storage().data_ptr() in stored:
+            tensor = tensor.clone()  # tied weights: safetensors stores no two views of one memory
+        stored.add(tensor.untyped_storage().data_ptr())
+        state[key] = tensor
     broken = [key for key, value in state.items() if value.is_floating_point() and not value.isfinite().all()]
     if broken:
         raise ValueError(f"the adapter holds NaN or infinity in {', '.join(broken[:3])}; it is not saved")
@@ -90,16 +94,17 @@ def save_adapter(
         "format": "fourier_moe adapter",
         "format_version": FORMAT_VERSION,
         "backbone": backbone_name(model),
-        "config": {"class": type(config).__name__, **dataclasses.asdict(config)},
+        "config": config.to_dict(),
         "class_names": None if class_names is None else list(class_names),
         "metrics": dict(metrics or {}),
         "trained_parameters": count_parameters(model, config).trained,
         "sha256": hashlib.sha256(tensors).hexdigest(),
     }
+    text = json.dumps(description, indent=2, ensure_ascii=False) + "\n"  # before the first write: it may fail
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     _write(directory / _TENSORS, tensors)
-    _write(directory / _DESCRIPTION, (json.dumps(description, indent=2, ensure_ascii=False) + "\n").encode())
+    _write(directory / _DESCRIPTION, text.encode())
     return directory
 
 
@@ -115,17 +120,13 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> Adapter
     description, state = _read(Path(directory))
     name = backbone_name(model)
     if description.backbone is not None and name is not None and description.backbone != name:
-        raise ValueError(
-            f"adapter {directory} was trained on backbone {description.backbone!r}, this model is {name!r}"
-        )
-    try:
-        present: AdapterConfig | None = adapter_config(model)
-    except ValueError:
-        present = None
-    if present is None:
+        raise ValueError(f"adapter {directory} was trained on backbone {description.backbone!r}, this model is {name!r}")
+    if not is_adapted(model):
         inject(model, description.config)
     else:
-        _check_same(present, description.config, directory)
+        difference = adapter_config(model).difference(description.config)
+        if difference:
+            raise ValueError(f"adapter {directory} does not fit this model: file and model differ in {difference}")
     expected = adapter_state_dict(model)
     problems = [f"missing {key}" for key in expected if key not in state]
     problems += [f"unexpected {key}" for key in state if key not in expected]
@@ -156,19 +157,6 @@ def backbone_name(model: nn.Module) -> str | None:
     return str(name) if name else None
 
 
-def _check_same(present: AdapterConfig, stored: AdapterConfig, directory: str | os.PathLike[str]) -> None:
-    if type(present) is not type(stored):
-        raise ValueError(
-            f"adapter {directory} is a {type(stored).__name__}, the model was adapted with {type(present).__name__}"
-        )
-    for f in dataclasses.fields(stored):
-        mine, theirs = getattr(present, f.name), getattr(stored, f.name)
-        if f.name not in _TRAINING_ONLY and mine != theirs:
-            raise ValueError(
-                f"adapter {directory} has {f.name}={theirs!r}, the model was adapted with {f.name}={mine!r}"
-            )
-
-
 def _read(directory: Path) -> tuple[AdapterDescription, dict[str, Tensor]]:
     description, checksum = _parse_description(directory)
     try:
@@ -186,9 +174,7 @@ def _read(directory: Path) -> tuple[AdapterDescription, dict[str, Tensor]]:
 def _parse_description(directory: Path) -> tuple[AdapterDescription, str]:
     path = directory / _DESCRIPTION
     if not path.is_file():
-        raise ValueError(
-            f"no adapter in {directory}: {_DESCRIPTION} not found; give the directory that save_adapter wrote"
-        )
+        raise ValueError(f"no adapter in {directory}: {_DESCRIPTION} not found; give the directory that save_adapter wrote")
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
         version, checksum = raw["format_version"], raw["sha256"]
@@ -196,26 +182,10 @@ def _parse_description(directory: Path) -> tuple[AdapterDescription, str]:
             raise ValueError(
                 f"format_version {version} is newer than this package reads ({FORMAT_VERSION}); upgrade fourier_moe"
             )
-        config = _parse_config(raw["config"])
+        config = AdapterConfig.from_dict(raw["config"])
         return AdapterDescription(config, raw["backbone"], raw["class_names"], raw["metrics"]), checksum
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} cannot be read as an adapter description: {error}") from error
-
-
-def _parse_config(raw: dict[str, Any]) -> AdapterConfig:
-    known = {config_class.__name__: config_class for config_class in _subclasses(AdapterConfig)}
-    name = raw.pop("class")
-    if name not in known:  # looked up among the imported classes: a file never makes us import code
-        raise ValueError(
-            f"config class {name!r} is unknown; known: {', '.join(known)}; import the package that defines it"
-        )
-    return known[name](**raw)
-
-
-def _subclasses(root: type) -> Iterator[type]:
-    for child in root.__subclasses__():
-        yield child
-        yield from _subclasses(child)
 
 
 def _write(path: Path, data: bytes) -> None:

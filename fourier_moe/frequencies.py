@@ -20,7 +20,7 @@ _ENUMERATION_LIMIT = 2**18
 def named_generator(seed: int, name: str) -> torch.Generator:
     """A CPU random generator that depends on (seed, module name) only, not on device or order of modules."""
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 def band_centers(num_experts: int, bandwidth: float, layout: str) -> list[float]:
@@ -141,10 +141,9 @@ def _draw_by_enumeration(
     half_plane: bool,
 ) -> Tensor:
     """Exponential race over all positions: arrival Exp(1)/w; the first `count` arrivals are the draw."""
-    rows = torch.arange(shape[0] // 2 + 1 if half_plane else shape[0])
-    u, v = torch.meshgrid(
-        signed_frequency(rows, shape[0]), signed_frequency(torch.arange(shape[1]), shape[1]), indexing="ij"
-    )
+    rows = torch.arange(shape[0] // 2 + 1 if half_plane else shape[0], device="cpu")
+    columns = torch.arange(shape[1], device="cpu")
+    u, v = torch.meshgrid(signed_frequency(rows, shape[0]), signed_frequency(columns, shape[1]), indexing="ij")
     frequencies = torch.stack([u, v], -1)[_admissible(u, v, *shape, half_plane)]
     weights = _weights(frequencies, shape, center, bandwidth)
     arrivals = torch.empty_like(weights).exponential_(generator=generator) / weights
@@ -168,15 +167,15 @@ def _draw_by_rejection(
     seen: dict[int, None] = {}  # insertion-ordered: the first `count` different positions are the draw
     proposals = max(64 * count, 4096)
     for _ in range(max(1, out_features * in_features // proposals)):
-        flat = torch.randint(out_features * in_features, (proposals,), generator=generator)
+        flat = torch.randint(out_features * in_features, (proposals,), generator=generator, device="cpu")
         u = signed_frequency(flat // in_features, out_features)
         v = signed_frequency(flat % in_features, in_features)
         frequencies = torch.stack([u, v], -1)
-        accept = torch.rand(proposals, generator=generator, dtype=torch.float64)
+        accept = torch.rand(proposals, generator=generator, dtype=torch.float64, device="cpu")
         keep = _admissible(u, v, *shape, half_plane) & (accept < _weights(frequencies, shape, center, bandwidth))
         seen.update(dict.fromkeys(flat[keep].tolist()))
         if len(seen) >= count:
-            flat = torch.tensor(list(seen)[:count])
+            flat = torch.tensor(list(seen)[:count], device="cpu")
             u, v = (
                 signed_frequency(flat // in_features, out_features),
                 signed_frequency(flat % in_features, in_features),

@@ -81,11 +81,16 @@ def inject(model: nn.Module, config: AdapterConfig) -> InjectionReport:
     Raises:
         ValueError: if the model is adapted already, or a target or head matches nothing (near names are listed).
     """
-    if hasattr(model, _CONFIG_ATTRIBUTE):
+    if is_adapted(model):
         raise ValueError("model is adapted already; inject into a freshly loaded model")
     report = config.inject(model)
     setattr(model, _CONFIG_ATTRIBUTE, config)
     return report
+
+
+def is_adapted(model: nn.Module) -> bool:
+    """Whether `inject` has adapted this model."""
+    return hasattr(model, _CONFIG_ATTRIBUTE)
 
 
 def adapter_config(model: nn.Module) -> AdapterConfig:
@@ -94,7 +99,7 @@ def adapter_config(model: nn.Module) -> AdapterConfig:
     Raises:
         ValueError: if the model is not adapted.
     """
-    if not hasattr(model, _CONFIG_ATTRIBUTE):
+    if not is_adapted(model):
         raise ValueError(
             f"{type(model).__name__} is not adapted; call inject(model, config) or load_adapter(model, path) first"
         )
@@ -124,7 +129,13 @@ def replace_targets(model: nn.Module, config: AdapterConfig) -> InjectionReport:
     fused = {name for name, module in model.named_modules() if name and is_fused_attention(module)}
     inner = {f"{name}.{projection}" for name in fused for projection in FUSED_PROJECTIONS}
     matches = _match(config.targets, [*names, *sorted(inner - set(names))], "targets")
-    matches = {name for name in matches if not any(name == h or name.startswith(f"{h}.") for h in head)}
+    in_head = {name for name in matches if any(name == h or name.startswith(f"{h}.") for h in head)}
+    matches -= in_head
+    if in_head and not matches:
+        raise ValueError(
+            f"targets match only {', '.join(sorted(in_head)[:5])}, which head={list(config.head)} trains in full; "
+            "name projections outside of the head"
+        )
     for name in sorted(fused):
         if any(f"{name}.{projection}" in matches for projection in FUSED_PROJECTIONS):
             _replace(model, name, split_attention(model.get_submodule(name)))
@@ -134,6 +145,8 @@ def replace_targets(model: nn.Module, config: AdapterConfig) -> InjectionReport:
     layers: dict[int, Adapter] = {}  # by identity of the base: a projection shared by two parents stays shared
     for name in (name for name, _ in list(model.named_modules(remove_duplicate=False)) if name in matches):
         base = model.get_submodule(name)
+        if isinstance(base, Adapter):  # reached before by another name of a shared parent
+            continue
         if id(base) not in layers:
             layers[id(base)] = config.build_layer(base, name)
         _replace(model, name, layers[id(base)])
@@ -151,9 +164,8 @@ def count_parameters(model: nn.Module, config: AdapterConfig) -> InjectionReport
         projections.append(AdaptedProjection(name, adapter.out_features, adapter.in_features, counts))
         for kind, count in counts.items():
             trained[kind] = trained.get(kind, 0) + count
-    trained["head"] = sum(
-        parameter.numel() for module in head_modules(model, config).values() for parameter in module.parameters()
-    )
+    head = {id(p): p for module in head_modules(model, config).values() for p in module.parameters()}
+    trained["head"] = sum(parameter.numel() for parameter in head.values())
     total = sum(parameter.numel() for parameter in model.parameters())
     rest = total - sum(trained.values())
     if config.trains_backbone():
@@ -167,9 +179,7 @@ def _match(entries: Iterable[str], names: Iterable[str], argument: str) -> set[s
     found: set[str] = set()
     for entry in entries:
         matched = {
-            name
-            for name in names
-            if name == entry or name.endswith(f".{entry}") or re.fullmatch(entry, name) is not None
+            name for name in names if name == entry or name.endswith(f".{entry}") or re.fullmatch(entry, name) is not None
         }
         if not matched:
             raise ValueError(f"{argument} entry {entry!r} matches no module of the model; {_near_names(entry, names)}")
@@ -193,4 +203,7 @@ def _check_projections(model: nn.Module, names: Iterable[str]) -> None:
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
     parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
+    owner = model.get_submodule(parent)
+    setattr(owner, child, module)
+    if isinstance(owner, nn.TransformerEncoderLayer):
+        owner.activation_relu_or_gelu = 0  # off: its fused kernel for evaluation reads linear1.weight past the adapter

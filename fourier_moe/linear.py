@@ -41,9 +41,7 @@ class FourierMoELinear(Adapter):
         )
         self.dropout = nn.Dropout(config.dropout)
         try:
-            self.experts = SpectralExperts(
-                self.in_features, self.out_features, config, generator=generator, device=device
-            )
+            self.experts = SpectralExperts(self.in_features, self.out_features, config, generator=generator, device=device)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
 

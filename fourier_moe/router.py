@@ -14,12 +14,13 @@ import torch
 from torch import Tensor, nn
 
 
-class _Tally(NamedTuple):
-    """What the balance loss needs, summed over the tokens seen while recording."""
+class _Recorded(NamedTuple):
+    """What the balance loss needs of one forward. Sums are left to `balance_loss`: under activation checkpointing an operation
+    here would belong to the recomputed region, which must be the same with and without recording."""
 
-    num_tokens: Tensor  # scalar
-    load_E: Tensor  # tokens whose top-K holds e
-    probability_E: Tensor  # sum of p_e, carries the gradient
+    probabilities_TE: Tensor  # p_e, carries the gradient
+    active_TK: Tensor  # experts in the top-K
+    mask_T: Tensor  # 1 for real tokens, 0 for padding
 
 
 class TopKRouter(nn.Module):
@@ -50,21 +51,23 @@ class TopKRouter(nn.Module):
         super().__init__()
         self.top_k = top_k
         self.normalize_gates = normalize_gates and top_k > 1
-        weight_EN = torch.empty(num_experts, in_features)
+        # Device and dtype are named: Trainer.configure_model sets other defaults, which must not change what is drawn.
+        weight_EN = torch.empty(num_experts, in_features, device="cpu", dtype=torch.float32)
         nn.init.kaiming_uniform_(weight_EN, a=math.sqrt(5), generator=generator)
         self.weight = nn.Parameter(weight_EN.to(device))
         self._recording = False
         self._token_mask: Tensor | None = None
-        self._tally: _Tally | None = None
+        self._recorded: list[_Recorded] = []
 
     @property
     def num_experts(self) -> int:
         return self.weight.shape[0]
 
     def forward(self, x: Tensor) -> Tensor:
-        """Gates (..., E) in float32 (or the weight's dtype), 0 for inactive experts, of an input (..., N)."""
+        """Gates (..., E) in float32 (float64 for a float64 weight), 0 for inactive experts, of an input (..., N)."""
         with torch.autocast(x.device.type, enabled=False):
-            probabilities = torch.softmax(nn.functional.linear(x.to(self.weight.dtype), self.weight), -1)
+            dtype = torch.promote_types(self.weight.dtype, torch.float32)
+            probabilities = torch.softmax(nn.functional.linear(x.to(dtype), self.weight.to(dtype)), -1)
         top = torch.topk(probabilities, self.top_k, -1)
         if self._recording:
             self._record(probabilities, top.indices)
@@ -80,17 +83,19 @@ class TopKRouter(nn.Module):
         Raises:
             RuntimeError: outside of `recording`, or when no forward has run in it.
         """
-        if self._tally is None:
+        if not self._recorded:
             raise RuntimeError(
                 "this router saw no tokens: read balance_loss() inside `with recording(model): ...`, after a forward pass that "
                 "uses the adapted projection"
             )
-        num_tokens, load_E, probability_E = self._tally
-        num_tokens = num_tokens.clamp(min=1)
+        probabilities_TE, active_TK, mask_T = (torch.cat(parts) for parts in zip(*self._recorded, strict=True))
+        num_tokens = mask_T.sum().clamp(min=1)
+        load_E = mask_T.new_zeros(self.num_experts).index_add(0, active_TK.flatten(), mask_T.repeat_interleave(self.top_k))
+        probability_E = (probabilities_TE * mask_T.unsqueeze(-1)).sum(0)
         return self.num_experts * (load_E / num_tokens * (probability_E / num_tokens)).sum()
 
     def _record(self, probabilities: Tensor, active: Tensor) -> None:
-        probabilities_TE, active_TK = probabilities.flatten(0, -2), active.flatten(0, -2)
+        probabilities_TE, active_TK = probabilities.reshape(-1, self.num_experts), active.reshape(-1, self.top_k)
         if self._token_mask is None:
             mask_T = probabilities_TE.new_ones(len(probabilities_TE))
         else:
@@ -100,13 +105,7 @@ class TopKRouter(nn.Module):
                     f"{tuple(probabilities.shape[:-1])}; give one true/false per token of the projection's input"
                 )
             mask_T = self._token_mask.flatten().to(probabilities_TE)
-        load_E = torch.zeros_like(probabilities_TE[0]).index_add(
-            0, active_TK.flatten(), mask_T.repeat_interleave(self.top_k)
-        )
-        tally = _Tally(mask_T.sum(), load_E, (probabilities_TE * mask_T.unsqueeze(-1)).sum(0))
-        self._tally = (
-            tally if self._tally is None else _Tally(*(a + b for a, b in zip(self._tally, tally, strict=True)))
-        )
+        self._recorded.append(_Recorded(probabilities_TE, active_TK, mask_T))
 
 
 @contextmanager
@@ -122,9 +121,9 @@ def recording(model: nn.Module, token_mask: Tensor | None = None) -> Iterator[No
     """
     routers = [module for module in model.modules() if isinstance(module, TopKRouter)]
     for router in routers:
-        router._recording, router._token_mask, router._tally = True, token_mask, None
+        router._recording, router._token_mask, router._recorded = True, token_mask, []
     try:
         yield
     finally:
         for router in routers:
-            router._recording, router._token_mask, router._tally = False, None, None
+            router._recording, router._token_mask, router._recorded = False, None, []

@@ -14,6 +14,4 @@ class HeadOnly(AdapterConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.targets:
-            raise ValueError(
-                f"targets={list(self.targets)} has no effect on HeadOnly, which adapts no projection; remove it"
-            )
+            raise ValueError(f"targets={list(self.targets)} has no effect on HeadOnly, which adapts no projection; remove it")

@@ -1,0 +1,179 @@
+"""AdaptationModule: the single LightningModule. Task + adapter + optimisation."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from torchmetrics import MetricCollection
+
+from fourier_moe import (
+    AdapterConfig,
+    AdapterDescription,
+    InjectionReport,
+    adapter_state_dict,
+    adapters,
+    describe_adapter,
+    inject,
+    load_adapter,
+    recording,
+)
+from fourier_moe.files import backbone_name
+from fourier_moe.inject import adapter_config
+from lightning_modules.optimization import Optimization
+from lightning_modules.tasks import Task
+
+
+class AdaptationModule(L.LightningModule):
+    """Adapt a task's pretrained model and train what the adapter says.
+
+    Checkpoints hold what is trained and nothing of the frozen model.
+
+    Args:
+        task: what is adapted and how it is scored.
+        adapter: how it is adapted.
+        optimization: learning rates by kind of parameters, and their schedule. Not needed to validate, test or predict.
+        num_classes: outputs of the head; the command line takes it from the data.
+        adapter_path: directory of a saved adapter to start from (fit) or to use (validate, test, predict).
+
+    Raises:
+        ValueError: if adapter_path holds no adapter.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        adapter: AdapterConfig,
+        optimization: Optimization | None = None,
+        num_classes: int | None = None,
+        adapter_path: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.strict_loading = False  # checkpoints leave the frozen model out
+        self.task = task
+        self.adapter = adapter
+        self.optimization = optimization
+        self.num_classes = num_classes
+        self.adapter_path = adapter_path
+        self.class_names: list[str] | None = None
+        self.report: InjectionReport | None = None
+        self._stored: AdapterDescription | None = describe_adapter(adapter_path) if adapter_path else None
+
+    @property
+    def model(self) -> nn.Module:
+        """The adapted model, from configure_model on."""
+        assert self.task.model is not None, "configure_model() comes first"
+        return self.task.model
+
+    def configure_model(self) -> None:
+        """Load the pretrained model and inject the adapter, once."""
+        if self.task.model is not None:
+            return
+        self.class_names = self._agree_on_class_names()
+        model = self.task.build(self.num_classes, self.class_names)
+        self.report = inject(model, dataclasses.replace(self.adapter, head=self.task.head_names))
+        if self.adapter_path:
+            load_adapter(model, self.adapter_path)
+        self.val_metrics = self.task.new_metrics()
+        self.test_metrics = self.task.new_metrics()
+        rank_zero_info(f"\n{self.report}\n")
+
+    def _agree_on_class_names(self) -> list[str] | None:
+        """Class names of the data, else those kept with the adapter; they must not contradict each other."""
+        datamodule = getattr(self._trainer, "datamodule", None)
+        of_data = getattr(datamodule, "class_names", None)
+        of_adapter = self._stored.class_names if self._stored else None
+        if of_data and of_adapter and list(of_data) != list(of_adapter):
+            raise ValueError(
+                f"adapter_path={self.adapter_path!r} was trained on {len(of_adapter)} classes ({_some(of_adapter)}), the data "
+                f"has {len(of_data)} ({_some(of_data)}); names and order must be the same"
+            )
+        names = of_data or of_adapter
+        return list(names) if names else None
+
+    def on_train_epoch_start(self) -> None:
+        # Frozen means frozen: batch statistics of a frozen backbone stay as they were pretrained.
+        for module in self.model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and not any(p.requires_grad for p in module.parameters()):
+                module.eval()
+
+    def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
+        with recording(self.model, self.task.token_mask(batch)):
+            task_loss = self.task.loss(batch)
+            terms = [term for adapter in adapters(self.model).values() if (term := adapter.balance_loss()) is not None]
+        loss = task_loss
+        logs = {"train/loss": task_loss.detach()}
+        if terms:
+            balance_loss = torch.stack(terms).sum()
+            loss = task_loss + balance_loss
+            logs |= {"train/balance_loss": balance_loss.detach(), "train/total_loss": loss.detach()}
+        self.log_dict(logs, batch_size=_batch_size(batch))
+        self.log("loss", task_loss.detach(), prog_bar=True, logger=False, batch_size=_batch_size(batch))
+        return loss
+
+    def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
+        self._evaluate(batch, self.val_metrics, "val")
+
+    def test_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
+        self._evaluate(batch, self.test_metrics, "test")
+
+    def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> list[dict[str, Any]]:
+        return self.task.predict(batch)
+
+    def _evaluate(self, batch: Mapping[str, Any], metrics: MetricCollection, split: str) -> None:
+        loss = self.task.evaluate(batch, metrics)
+        self.log(f"{split}/loss", loss, sync_dist=True, batch_size=_batch_size(batch))
+        for name, metric in metrics.items():
+            self.log(f"{split}/{name}", metric, prog_bar=True, batch_size=_batch_size(batch))
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        if self.optimization is None:
+            raise ValueError("optimization is missing; fit needs the learning rates of what it trains")
+        optimizer = self.optimization.build_optimizer(self.model, adapter_config(self.model))
+        num_steps = self.trainer.estimated_stepping_batches
+        if num_steps in (-1, float("inf")):
+            raise ValueError("the number of optimiser steps is unknown, and the schedule needs it; set trainer.max_steps")
+        scheduler = self.optimization.build_scheduler(optimizer, int(num_steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep what is trained, drop the frozen model, remember what it belongs to."""
+        trained = {f"task.model.{key}" for key in adapter_state_dict(self.model)}
+        checkpoint["state_dict"] = {key: value for key, value in checkpoint["state_dict"].items() if key in trained}
+        checkpoint["adaptation"] = {"backbone": backbone_name(self.model), "adapter": adapter_config(self.model).to_dict()}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another model or adapter; let configured learning rates win over remembered ones.
+
+        Raises:
+            ValueError: naming what differs.
+        """
+        if "adaptation" not in checkpoint:
+            raise ValueError("the checkpoint was not written by AdaptationModule")
+        stored = checkpoint["adaptation"]
+        if stored["backbone"] != backbone_name(self.model):
+            raise ValueError(f"the checkpoint is of backbone {stored['backbone']}, this run has {backbone_name(self.model)}")
+        difference = adapter_config(self.model).difference(AdapterConfig.from_dict(stored["adapter"]))
+        if difference:
+            raise ValueError(f"checkpoint and this run's adapter differ in {difference}")
+        trained = {f"task.model.{key}": tensor for key, tensor in adapter_state_dict(self.model).items()}
+        loaded = checkpoint["state_dict"]
+        wrong = [key for key, tensor in trained.items() if key not in loaded or loaded[key].shape != tensor.shape]
+        if wrong:
+            raise ValueError(f"the checkpoint lacks or has another shape of {', '.join(wrong[:3])}; it belongs to another run")
+        if self.optimization is not None:
+            self.optimization.override(checkpoint)
+
+
+def _batch_size(batch: Mapping[str, Any]) -> int:
+    return len(batch["id"])
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

@@ -1,0 +1,60 @@
+"""AdapterCheckpoint: writes the adapter files that people use and share."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import lightning as L
+from lightning.pytorch.utilities import rank_zero_info
+
+from fourier_moe import save_adapter
+from lightning_modules.adaptation import AdaptationModule
+from lightning_modules.callbacks.run_directory import run_directory
+
+
+class AdapterCheckpoint(L.Callback):
+    """Write the adapter to `<run directory>/adapter` whenever validation improves, and to `adapter_last` beside it at the end.
+
+    Without validation only `adapter_last` is written.
+
+    Args:
+        monitor: the logged value that decides which adapter is best.
+        mode: whether the best is the `max` or the `min`.
+    """
+
+    def __init__(self, monitor: str = "val/accuracy", mode: Literal["max", "min"] = "max") -> None:
+        if mode not in ("max", "min"):
+            raise ValueError(f"mode={mode!r} must be 'max' or 'min'")
+        self.monitor, self.mode = monitor, mode
+        self.best: float | None = None
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.sanity_checking or (not trainer.training and trainer.state.fn != "fit"):
+            return
+        if self.monitor not in trainer.callback_metrics:
+            known = ", ".join(sorted(trainer.callback_metrics))
+            raise ValueError(f"AdapterCheckpoint: monitor={self.monitor!r} is not logged; logged: {known}")
+        value = float(trainer.callback_metrics[self.monitor])
+        better = self.best is None or (value > self.best if self.mode == "max" else value < self.best)
+        if better:
+            self.best = value
+            self._save(trainer, pl_module, "adapter")
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._save(trainer, pl_module, "adapter_last")
+        directory = run_directory(trainer)
+        best = f"best {self.monitor} {self.best:.4f}: {directory / 'adapter'}; " if self.best is not None else ""
+        rank_zero_info(f"Adapter written: {best}last: {directory / 'adapter_last'}")
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.best = state_dict["best"]
+
+    def _save(self, trainer: L.Trainer, pl_module: L.LightningModule, name: str) -> None:
+        assert isinstance(pl_module, AdaptationModule)
+        directory = run_directory(trainer) / name
+        if trainer.is_global_zero:
+            metrics = {key: float(value) for key, value in trainer.callback_metrics.items() if "/" in key}
+            save_adapter(pl_module.model, directory, class_names=pl_module.class_names, metrics=metrics)

@@ -1,0 +1,52 @@
+"""PredictionsWriter: what `predict` leaves behind."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import BasePredictionWriter
+from lightning.pytorch.utilities import rank_zero_info
+
+from lightning_modules.adaptation import AdaptationModule
+from lightning_modules.callbacks.run_directory import run_directory
+
+
+class PredictionsWriter(BasePredictionWriter):
+    """Write one CSV row per example: id, label (where known), prediction, its probability, and the probability of every class.
+
+    Args:
+        path: the file; null for `predictions.csv` in the run directory.
+    """
+
+    def __init__(self, path: str | None = None) -> None:
+        super().__init__(write_interval="epoch")
+        self.path = path
+
+    def write_on_epoch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        predictions: Sequence[Any],
+        batch_indices: Sequence[Any],
+    ) -> None:
+        assert isinstance(pl_module, AdaptationModule)
+        rows = [row for batch in predictions for row in batch]
+        path = Path(self.path) if self.path else run_directory(trainer) / "predictions.csv"
+        if trainer.world_size > 1:
+            path = path.with_stem(f"{path.stem}-rank{trainer.global_rank}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        names = pl_module.class_names or [str(index) for index in range(len(rows[0]["probabilities"]))]
+        with open(path, "w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(["id", "label", "prediction", "probability", *(f"p({name})" for name in names)])
+            for row in rows:
+                probabilities = row["probabilities"]
+                best = max(range(len(names)), key=probabilities.__getitem__)
+                label = "" if row["label"] is None else names[row["label"]]
+                values = (f"{p:.6g}" for p in (probabilities[best], *probabilities))
+                writer.writerow([row["id"], label, names[best], *values])
+        rank_zero_info(f"Predictions written: {path} ({len(rows)} rows)")

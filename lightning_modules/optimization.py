@@ -1,0 +1,122 @@
+"""AdamW with named parameter groups, each with its own learning rate, and warm-up schedules counted in steps."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+from torch import nn
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LRScheduler
+from transformers.optimization import get_scheduler
+
+from fourier_moe import AdapterConfig, adapters
+from fourier_moe.inject import head_modules
+
+_SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
+
+
+@dataclass(frozen=True)
+class ParameterGroup:
+    """How one kind of parameters is trained.
+
+    Args:
+        lr: peak learning rate; 0 keeps the parameters as they are.
+        weight_decay: AdamW's decoupled weight decay (per step, lr * weight_decay).
+    """
+
+    lr: float
+    weight_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if not (value >= 0 and math.isfinite(value)):
+                raise ValueError(f"{field.name}={value} must be 0 or more")
+
+
+@dataclass(frozen=True)
+class Optimization:
+    """AdamW and its schedule. Every kind of trained parameters needs its group, and every group needs parameters.
+
+    Args:
+        experts: adapters' experts.
+        router: adapters' routers; null takes the experts' learning rate and weight decay.
+        head: the head.
+        backbone: the pretrained weights (full fine-tuning only).
+        schedule: learning rate after warm-up: `linear` or `cosine` to 0 at the last step, or `constant`.
+        warmup_ratio: share of all optimiser steps over which the rate rises from 0.
+        betas: AdamW's moment decay rates.
+    """
+
+    experts: ParameterGroup | None = None
+    router: ParameterGroup | None = None
+    head: ParameterGroup | None = None
+    backbone: ParameterGroup | None = None
+    schedule: Literal["linear", "cosine", "constant"] = "cosine"
+    warmup_ratio: float = 0.03
+    betas: tuple[float, float] = (0.9, 0.999)
+
+    def __post_init__(self) -> None:
+        if self.schedule not in _SCHEDULES:
+            raise ValueError(f"schedule={self.schedule!r} must be one of {', '.join(_SCHEDULES)}")
+        if not 0 <= self.warmup_ratio < 1:
+            raise ValueError(f"warmup_ratio={self.warmup_ratio} must be in [0, 1)")
+
+    def build_optimizer(self, model: nn.Module, config: AdapterConfig) -> AdamW:
+        """AdamW over the trained parameters of an adapted model, in groups named experts, router, head, backbone.
+
+        Raises:
+            ValueError: if trained parameters have no group, or a group no parameters.
+        """
+        groups, method = [], type(config).__name__
+        for kind, parameters in _trained_parameters(model, config).items():
+            group = self._group(kind)
+            if parameters and group is None:
+                raise ValueError(f"optimization.{kind} is missing, but {method} trains {kind} parameters; give its lr")
+            if parameters and group is not None:
+                groups.append({"params": parameters, "name": kind, "lr": group.lr, "weight_decay": group.weight_decay})
+            elif getattr(self, kind) is not None:
+                raise ValueError(f"optimization.{kind} is given, but {method} trains no {kind} parameters; set it to null")
+        return AdamW(groups, betas=self.betas)
+
+    def build_scheduler(self, optimizer: AdamW, num_steps: int) -> LRScheduler:
+        """The schedule over `num_steps` optimiser steps."""
+        warmup = math.ceil(self.warmup_ratio * num_steps)
+        return get_scheduler(_SCHEDULES[self.schedule], optimizer, num_warmup_steps=warmup, num_training_steps=num_steps)
+
+    def override(self, checkpoint: dict[str, Any]) -> None:
+        """Put these learning rates, weight decays and betas into a Lightning checkpoint's optimiser and scheduler states.
+
+        Otherwise a resumed run silently goes on with the remembered values. The schedule's position is kept.
+        """
+        states = zip(checkpoint["optimizer_states"], checkpoint["lr_schedulers"], strict=True)
+        for optimizer, scheduler in states:
+            for index, group in enumerate(optimizer["param_groups"]):
+                configured = self._group(group["name"])
+                if configured is None:
+                    continue
+                progress = group["lr"] / group["initial_lr"] if group["initial_lr"] else 0.0
+                group.update(
+                    lr=configured.lr * progress,
+                    initial_lr=configured.lr,
+                    weight_decay=configured.weight_decay,
+                    betas=self.betas,
+                )
+                scheduler["base_lrs"][index] = configured.lr
+
+    def _group(self, kind: str) -> ParameterGroup | None:
+        return getattr(self, kind) or (self.experts if kind == "router" else None)
+
+
+def _trained_parameters(model: nn.Module, config: AdapterConfig) -> dict[str, list[nn.Parameter]]:
+    kinds: dict[str, list[nn.Parameter]] = {"experts": [], "router": [], "head": [], "backbone": []}
+    for adapter in adapters(model).values():
+        for kind, parameters in adapter.parameter_groups().items():
+            kinds[kind] += parameters
+    for module in head_modules(model, config).values():
+        kinds["head"] += module.parameters()
+    known = {id(parameter) for parameters in kinds.values() for parameter in parameters}
+    kinds["backbone"] = [p for p in model.parameters() if p.requires_grad and id(p) not in known]
+    return kinds

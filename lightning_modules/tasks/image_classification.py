@@ -1,0 +1,169 @@
+"""ImageClassification: an open_clip vision tower and a classifier on its pooled output."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import open_clip
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchmetrics import MetricCollection
+from torchmetrics.classification import MulticlassAccuracy
+
+from lightning_modules.tasks.base import Batch, Task
+from lightning_modules.tasks.open_clip_models import check_model, load_open_clip
+
+
+class ImageClassifier(nn.Module):
+    """backbone: images (B, 3, H, W) -> features (B, D); head: features -> logits (B, classes)."""
+
+    def __init__(self, backbone: nn.Module, head: nn.Module, backbone_name: str) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = head
+        self.backbone_name = backbone_name
+
+    def forward(self, images: Tensor) -> Tensor:
+        size = getattr(self.backbone, "image_size", None)
+        if size is not None and tuple(images.shape[-2:]) != tuple(size):
+            raise ValueError(
+                f"images are {images.shape[-2]} x {images.shape[-1]}, {self.backbone_name} takes {size[0]} x {size[1]}; set "
+                f"data.init_args.image_size={size[0]}, or model.task.init_args.image_size={images.shape[-1]}"
+            )
+        return self.head(self.backbone(images))
+
+
+class CosineHead(nn.Module):
+    """CLIP's zero-shot classifier: scaled cosine between image features (B, D) and one text embedding per class."""
+
+    def __init__(self, text_features: Tensor, logit_scale: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(text_features)
+        self.logit_scale = logit_scale
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.logit_scale * F.linear(F.normalize(features, dim=-1), F.normalize(self.weight, dim=-1))
+
+
+class ImageClassification(Task):
+    """Classify images with a frozen open_clip vision tower.
+
+    Args:
+        model: open_clip model name (`ViT-B-32-quickgelu`) or path of an open_clip model config (.json).
+        pretrained: open_clip tag of its weights (`openai`), path of a weights file (whole CLIP or vision tower), or null for an
+            untrained tower (fixed by a seed of its own, so that its adapters can be used again).
+        head: `linear`: a linear layer on the pooled output before CLIP's projection (768 numbers for ViT-B/32), as in the
+            paper. `zero_shot`: CLIP's text embeddings of the class names, as cosine classifier and start of training; its
+            learning rate 0 keeps them.
+        templates: prompts of the zero-shot head; `{}` is the class name.
+        image_size: side of the input in pixels, null for the model's own (position embeddings are interpolated).
+        tiny: replace the tower by an untrained one of 2 layers and width 64 (configs/smoke.yaml).
+
+    Raises:
+        ValueError: for an unknown model, tag or path, or a template without `{}`.
+    """
+
+    head_names = ("head",)
+
+    def __init__(
+        self,
+        model: str = "ViT-B-32-quickgelu",
+        pretrained: str | None = "openai",
+        head: Literal["linear", "zero_shot"] = "linear",
+        templates: Sequence[str] = ("a photo of a {}.",),
+        image_size: int | None = None,
+        tiny: bool = False,
+    ) -> None:
+        super().__init__()
+        check_model(model, pretrained)
+        if head not in ("linear", "zero_shot"):
+            raise ValueError(f"head={head!r} must be 'linear' or 'zero_shot'")
+        if not templates or any("{}" not in template for template in templates):
+            raise ValueError(f"templates={list(templates)!r} must be prompts with {{}} in the class name's place")
+        self.model_name, self.pretrained = model, pretrained
+        self.head_kind, self.templates = head, tuple(templates)
+        self.image_size, self.tiny = image_size, tiny
+
+    def build(self, num_classes: int | None, class_names: Sequence[str] | None = None) -> ImageClassifier:
+        """Load tower and head; see Task.
+
+        Raises:
+            ValueError: if the number of classes is unknown, or class names are missing for the zero-shot head.
+        """
+        num_classes = num_classes or len(class_names or ())
+        if not num_classes:
+            raise ValueError("num_classes is unknown; give data with classes, or the adapter file that keeps them")
+        clip = load_open_clip(self.model_name, self.pretrained, image_size=self.image_size, tiny=self.tiny)
+        backbone: Any = clip.visual
+        head: nn.Module
+        if self.head_kind == "zero_shot":
+            if class_names is None:
+                raise ValueError("head='zero_shot' needs class names, and neither data nor adapter file has them")
+            head = self._zero_shot_head(clip, class_names)
+        elif isinstance(getattr(backbone, "proj", None), nn.Parameter):
+            head = nn.Linear(backbone.proj.shape[0], num_classes)
+            backbone.proj = None
+        else:  # a tower without that projection: its output is what it pools
+            head = nn.Linear(_feature_size(backbone), num_classes)
+        weights = "tiny" if self.tiny else Path(self.pretrained).name if self.pretrained else "untrained"
+        self.model = ImageClassifier(backbone, head, f"{Path(self.model_name).stem}/{weights}")
+        return self.model
+
+    @torch.no_grad()
+    def _zero_shot_head(self, clip: Any, class_names: Sequence[str]) -> CosineHead:
+        tokenizer = open_clip.get_tokenizer(Path(self.model_name).stem)
+        clip.eval()
+        features = []
+        for name in class_names:
+            prompts = tokenizer([template.format(name.replace("_", " ")) for template in self.templates])
+            features.append(F.normalize(clip.encode_text(prompts, normalize=True).mean(0), dim=-1))
+        return CosineHead(torch.stack(features), float(clip.logit_scale.exp()))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (B, classes) of preprocessed images (B, 3, H, W)."""
+        assert self.model is not None, "build() comes first"
+        return self.model(images)
+
+    def loss(self, batch: Batch) -> Tensor:
+        return F.cross_entropy(self(batch["image"]), batch["label"])
+
+    def new_metrics(self) -> MetricCollection:
+        assert isinstance(self.model, ImageClassifier)
+        num_classes = self.num_classes
+        return MetricCollection(
+            {
+                "accuracy": MulticlassAccuracy(num_classes, average="micro"),
+                "accuracy_per_class": MulticlassAccuracy(num_classes, average="macro"),
+            }
+        )
+
+    @property
+    def num_classes(self) -> int:
+        """Outputs of the head."""
+        assert isinstance(self.model, ImageClassifier)
+        weight = self.model.head.weight
+        assert isinstance(weight, Tensor)
+        return weight.shape[0]
+
+    def evaluate(self, batch: Batch, metrics: MetricCollection) -> Tensor:
+        logits = self(batch["image"])
+        metrics.update(logits, batch["label"])
+        return F.cross_entropy(logits, batch["label"])
+
+    def predict(self, batch: Batch) -> list[dict[str, Any]]:
+        probabilities = self(batch["image"]).float().softmax(-1)
+        labels = batch["label"].tolist() if "label" in batch else [None] * len(probabilities)
+        return [
+            {"id": id_, "label": label, "probabilities": row}
+            for id_, label, row in zip(batch["id"], labels, probabilities.tolist(), strict=True)
+        ]
+
+
+def _feature_size(backbone: nn.Module) -> int:
+    size = getattr(backbone, "output_dim", None)
+    if not isinstance(size, int):
+        raise ValueError(f"the size of {type(backbone).__name__}'s output is unknown; use a CLIP with a vision transformer")
+    return size

@@ -1,0 +1,127 @@
+"""Loading open_clip models by name, config file or tag, with errors that say what would be valid."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import json
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from open_clip.factory import load_checkpoint, load_state_dict
+from torch import nn
+
+_UNTRAINED_SEED = 0  # an untrained tower is the same one everywhere, so that an adapter of it can be used again
+
+
+def check_model(model: str, pretrained: str | None) -> None:
+    """Check name and weights without loading anything.
+
+    Args:
+        model: an open_clip model name, or the path of an open_clip model config (.json).
+        pretrained: an open_clip tag of that model, the path of a weights file, or None for an untrained model.
+
+    Raises:
+        ValueError: for an unknown name, tag or path, or weights made for another activation function.
+    """
+    if model.endswith(".json"):
+        if not Path(model).is_file():
+            raise ValueError(f"model={model!r} looks like the path of an open_clip model config, but there is no such file")
+    elif model not in open_clip.list_models():
+        near = difflib.get_close_matches(model, open_clip.list_models(), n=5, cutoff=0.4)
+        raise ValueError(
+            f"model={model!r} is no open_clip model; near names: {', '.join(near) or 'none'}; open_clip.list_models() has all "
+            "(or give the path of an open_clip model config, ending in .json)"
+        )
+    if pretrained is None or Path(pretrained).is_file():
+        return
+    tags = [] if model.endswith(".json") else open_clip.list_pretrained_tags_by_model(model)
+    if pretrained not in tags:
+        near = difflib.get_close_matches(pretrained, tags, n=5, cutoff=0.3)
+        raise ValueError(
+            f"pretrained={pretrained!r} is neither a file nor a tag of open_clip model {model!r}; "
+            f"tags: {', '.join(near + [tag for tag in tags if tag not in near]) or 'none'}"
+        )
+    _check_activation(model, pretrained)
+
+
+def _check_activation(model: str, tag: str) -> None:
+    """open_clip only warns when weights trained with QuickGELU are put into a GELU model, which costs accuracy silently."""
+    weights_quick = bool(open_clip.get_pretrained_cfg(model, tag).get("quick_gelu", False))
+    model_quick = bool((open_clip.get_model_config(model) or {}).get("quick_gelu", False))
+    if weights_quick == model_quick:
+        return
+    other = f"{model}-quickgelu" if weights_quick else model.removesuffix("-quickgelu")
+    if other in open_clip.list_models():
+        raise ValueError(
+            f"pretrained={tag!r} of model={model!r} was trained with {'QuickGELU' if weights_quick else 'GELU'}, this model "
+            f"computes {'QuickGELU' if model_quick else 'GELU'}; use model={other!r}"
+        )
+
+
+def load_open_clip(model: str, pretrained: str | None, *, image_size: int | None = None, tiny: bool = False) -> nn.Module:
+    """The open_clip model (both towers); arguments as in `check_model`.
+
+    Args:
+        image_size: side of the input image in pixels; None keeps the model's own.
+        tiny: untrained, of the same architecture but 2 layers of width 64, to try a machine or a config.
+
+    Raises:
+        ValueError: as `check_model`; or if the weights cannot be fetched (naming the ways without a network).
+    """
+    check_model(model, pretrained)
+    name, config = _register(model)
+    overrides = _tiny(config, model) if tiny else {}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(_UNTRAINED_SEED)
+        if tiny or pretrained is None:
+            return open_clip.create_model(
+                name, force_image_size=None if tiny else image_size, pretrained_text=False, **overrides
+            )
+        if Path(pretrained).is_file():
+            clip = open_clip.create_model(name, force_image_size=image_size, pretrained_text=False)
+            return _load_file(clip, pretrained)
+        try:
+            return open_clip.create_model(name, pretrained=pretrained, force_image_size=image_size)
+        except Exception as error:  # open_clip wraps whatever the download raised
+            raise ValueError(
+                f"the weights pretrained={pretrained!r} of model={model!r} could not be fetched ({_first_line(error)}). "
+                "Without a network: give the path of a weights file as model.task.init_args.pretrained, or fill the Hugging "
+                "Face cache (HF_HOME) on a machine that has one and copy it"
+            ) from error
+
+
+def _register(model: str) -> tuple[str, dict[str, Any]]:
+    """open_clip's name of the model and its config."""
+    if model.endswith(".json"):
+        open_clip.add_model_config(Path(model))
+        return Path(model).stem, json.loads(Path(model).read_text(encoding="utf-8"))
+    return model, open_clip.get_model_config(model)
+
+
+def _tiny(config: dict[str, Any], model: str) -> dict[str, Any]:
+    vision, text = copy.deepcopy(config["vision_cfg"]), copy.deepcopy(config["text_cfg"])
+    if not isinstance(vision.get("layers"), int) or "hf_model_name" in text:
+        raise ValueError(f"tiny=True needs a CLIP with a plain vision transformer, model={model!r} is none")
+    vision.update(layers=2, width=64, head_width=32)
+    text.update(layers=1, width=64, heads=2)
+    return {"embed_dim": 32, "vision_cfg": vision, "text_cfg": text}
+
+
+def _load_file(clip: nn.Module, path: str) -> nn.Module:
+    """Load a checkpoint of the whole CLIP, or of its vision tower alone."""
+    state = load_state_dict(path)
+    try:
+        if any(key.startswith("visual.") for key in state):
+            load_checkpoint(clip, path)
+        else:
+            clip.visual.load_state_dict(state)  # type: ignore[union-attr]
+    except RuntimeError as error:
+        raise ValueError(f"pretrained={path!r} does not fit the model: {_first_line(error, lines=3)}") from error
+    return clip
+
+
+def _first_line(error: BaseException, lines: int = 1) -> str:
+    return " ".join(line.strip() for line in str(error).splitlines()[:lines])

@@ -1,0 +1,51 @@
+"""Train, evaluate and use adapters: python train.py {fit,validate,test,predict,compare} --config configs/NAME.yaml"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import lightning as L
+from jsonargparse import set_parsing_settings
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from fourier_moe import AdapterConfig
+from lightning_modules import AdaptationModule
+
+set_parsing_settings(subclasses_enabled=[AdapterConfig])  # a dataclass, which jsonargparse otherwise takes as final
+
+
+class AdaptationCLI(LightningCLI):
+    """LightningCLI with one model class (AdaptationModule), any DataModule, and the links between them."""
+
+    def __init__(self, args: list[str] | None = None, run: bool = True) -> None:
+        super().__init__(
+            AdaptationModule,
+            L.LightningDataModule,
+            subclass_mode_data=True,
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            save_config_kwargs={"overwrite": True},  # resuming in the same directory writes the config again
+            args=args,
+            run=run,
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.link_arguments("data.num_classes", "model.num_classes", apply_on="instantiate")
+
+    def _parse_ckpt_path(self) -> None:
+        """Nothing: Lightning would let hyper-parameters found in the checkpoint win over the command line, silently."""
+
+
+def main(args: list[str] | None = None) -> Any:
+    """Run one subcommand; returns the AdaptationCLI, so that tests and scripts can look at what was built."""
+    words = sys.argv[1:] if args is None else args
+    if words[:1] == ["compare"]:
+        from lightning_modules.compare import compare_command
+
+        return compare_command(words[1:])
+    return AdaptationCLI(args)
+
+
+if __name__ == "__main__":
+    main()
