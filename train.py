@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import traceback
 from typing import Any
 
 import lightning as L
@@ -32,6 +33,7 @@ class AdaptationCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.link_arguments("data.num_classes", "model.num_classes", apply_on="instantiate")
+        parser.link_arguments("seed_everything", "model.adapter.init_args.seed")
 
     def _parse_ckpt_path(self) -> None:
         """Nothing: Lightning would let hyper-parameters found in the checkpoint win over the command line, silently."""
@@ -47,5 +49,16 @@ def main(args: list[str] | None = None) -> Any:
     return AdaptationCLI(args)
 
 
+def _is_user_mistake(error: ValueError) -> bool:
+    """Our own checks raise ValueError with a message that says what to change; a ValueError from elsewhere may be a bug."""
+    innermost = list(traceback.walk_tb(error.__traceback__))[-1][0]
+    return innermost.f_globals.get("__name__", "").partition(".")[0] in ("fourier_moe", "lightning_modules", "datamodules")
+
+
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except ValueError as error:
+        if not _is_user_mistake(error):
+            raise
+        sys.exit(f"\nerror: {error}")

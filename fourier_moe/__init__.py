@@ -8,7 +8,7 @@ load_adapter(fresh_model, "adapter")
 
 from fourier_moe.adapter import Adapter
 from fourier_moe.baselines import FullFineTuning, HeadOnly
-from fourier_moe.config import AdapterConfig, FourierMoEConfig
+from fourier_moe.config import AdapterConfig, FourierMoEConfig, ProjectionAdapterConfig
 from fourier_moe.experts import SpectralExperts
 from fourier_moe.files import (
     AdapterDescription,
@@ -30,6 +30,7 @@ __all__ = [
     "FullFineTuning",
     "HeadOnly",
     "InjectionReport",
+    "ProjectionAdapterConfig",
     "SpectralExperts",
     "TopKRouter",
     "adapter_state_dict",

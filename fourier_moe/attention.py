@@ -77,8 +77,8 @@ class SplitMultiheadAttention(_SplitAttention):
     )
     refuses: ClassVar = {"add_bias_kv": lambda m: m.bias_k is not None, "add_zero_attn": lambda m: m.add_zero_attn}
 
-    # nn.TransformerEncoderLayer and nn.TransformerEncoder read these. Each value alone switches their fused kernel off
-    # or, in an encoder that was built before the split, in_proj_weight alone does.
+    # nn.TransformerEncoderLayer and nn.TransformerEncoder read these before they choose a fused kernel. Any one of the
+    # values keeps the layer to calling this module; an encoder that was built before the split goes by the first only.
     in_proj_weight = _FusedWeightIsGone()
     in_proj_bias = None
     _qkv_same_embed_dim = False

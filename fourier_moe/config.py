@@ -18,46 +18,31 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterConfig:
-    """Base of every adapter: a way to turn a pretrained model into one with few trained parameters.
-
-    A new method is a subclass that implements `build_layer`, or `inject` where it does not replace projections one by one.
+    """Base of every way to fine-tune: a way to turn a pretrained model into one with few trained parameters.
 
     Args:
-        targets: projections to adapt; each entry is the end of a module's dotted name (`q_proj`, `attention.self.query`) or a
-            regular expression for the whole name.
-        head: modules, named likewise, that are trained in full and stored with the adapter (PEFT calls them modules_to_save).
+        head: modules that are trained in full and stored with the adapter (PEFT calls them modules_to_save); each entry is the
+            end of a module's dotted name or a regular expression for the whole name. Tasks fill it in.
     """
 
-    targets: Sequence[str] = ()
     head: Sequence[str] = ()
 
     _training_only: ClassVar[frozenset[str]] = frozenset()  # fields without effect on a trained adapter's output
 
     def __post_init__(self) -> None:
-        for field in ("targets", "head"):
-            value = getattr(self, field)
-            if isinstance(value, str) or not all(isinstance(entry, str) and entry for entry in value):
-                raise ValueError(f"{field} must be a list of names, got {value!r}; write {field}: [q_proj, v_proj]")
-            for entry in value:
-                try:
-                    re.compile(entry)
-                except re.error as error:
-                    raise ValueError(f"{field} holds {entry!r}, which is no valid regular expression: {error}") from error
-            object.__setattr__(self, field, tuple(value))
+        _set_names(self, "head")
 
     def inject(self, model: nn.Module) -> InjectionReport:
-        """Adapt `model` in place: replace the targets, freeze everything but adapters and head.
+        """Adapt `model` in place and freeze everything else.
 
         Raises:
-            ValueError: if a target or head matches nothing, or matches something that cannot be adapted.
+            ValueError: if a head matches nothing, or the model cannot be adapted this way.
         """
-        from fourier_moe.inject import replace_targets
+        raise NotImplementedError
 
-        return replace_targets(model, self)
-
-    def build_layer(self, base: nn.Module, name: str) -> Adapter:
-        """The adapter that takes the place of projection `base`, known in the model as `name`."""
-        raise NotImplementedError(f"{type(self).__name__} does not replace projections")
+    def trains_backbone(self) -> bool:
+        """True if the pretrained weights themselves are trained and belong to what is saved."""
+        return False
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON and checkpoints; `class` holds the class's name."""
@@ -86,13 +71,36 @@ class AdapterConfig:
                 return f"{field.name}: {theirs!r} against {mine!r}"
         return None
 
-    def trains_backbone(self) -> bool:
-        """True if the pretrained weights themselves are trained and belong to what is saved."""
-        return False
+
+@dataclass(frozen=True, kw_only=True)
+class ProjectionAdapterConfig(AdapterConfig):
+    """Base of every method that puts an adapter in the place of each of some projections: a subclass implements `build_layer`.
+
+    Args:
+        targets: projections to adapt; each entry is the end of a module's dotted name (`q_proj`, `attention.self.query`) or a
+            regular expression for the whole name.
+    """
+
+    targets: Sequence[str]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _set_names(self, "targets")
+        if not self.targets:
+            raise ValueError("targets is empty; name at least one projection, for example [q_proj, v_proj]")
+
+    def inject(self, model: nn.Module) -> InjectionReport:
+        from fourier_moe.inject import replace_targets
+
+        return replace_targets(model, self)
+
+    def build_layer(self, base: nn.Module, name: str) -> Adapter:
+        """The adapter that takes the place of projection `base`, known in the model as `name`."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True, kw_only=True)
-class FourierMoEConfig(AdapterConfig):
+class FourierMoEConfig(ProjectionAdapterConfig):
     """FourierMoE (arXiv 2604.01762): per projection a token router and experts in separate frequency bands of the update.
 
     Args:
@@ -140,8 +148,6 @@ class FourierMoEConfig(AdapterConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         problems = []
-        if not self.targets:
-            problems.append("targets is empty; name at least one projection, for example [q_proj, v_proj]")
         if self.num_experts < 1:
             problems.append(f"num_experts={self.num_experts} must be at least 1")
         if not 1 <= self.top_k <= self.num_experts:
@@ -184,6 +190,19 @@ class FourierMoEConfig(AdapterConfig):
         from fourier_moe.linear import FourierMoELinear
 
         return FourierMoELinear(base, self, name)
+
+
+def _set_names(config: AdapterConfig, field: str) -> None:
+    """Check a list of module names or regular expressions and make it a tuple."""
+    value = getattr(config, field)
+    if isinstance(value, str) or not all(isinstance(entry, str) and entry for entry in value):
+        raise ValueError(f"{field} must be a list of names, got {value!r}; write {field}: [q_proj, v_proj]")
+    for entry in value:
+        try:
+            re.compile(entry)
+        except re.error as error:
+            raise ValueError(f"{field} holds {entry!r}, which is no valid regular expression: {error}") from error
+    object.__setattr__(config, field, tuple(value))
 
 
 def _subclasses(root: type[AdapterConfig]) -> Iterator[type[AdapterConfig]]:

@@ -11,7 +11,7 @@ from torch import nn
 
 from fourier_moe.adapter import Adapter, projection_shape
 from fourier_moe.attention import FUSED_PROJECTIONS, is_fused_attention, split_attention
-from fourier_moe.config import AdapterConfig
+from fourier_moe.config import AdapterConfig, ProjectionAdapterConfig
 
 _CONFIG_ATTRIBUTE = "fourier_moe_adapter_config"
 
@@ -52,18 +52,19 @@ class InjectionReport:
 
     def __str__(self) -> str:
         kinds = sorted({kind for projection in self.projections for kind in projection.parameters})
-        rows: list[tuple[str, ...]] = []
-        if self.projections:
-            rows.append(("projection", "out x in", *kinds))
+        groups: dict[tuple[str, str], list[AdaptedProjection]] = {}  # one line per kind of projection, not per layer
         for projection in self.projections:
-            counts = (f"{projection.parameters.get(kind, 0):,}" for kind in kinds)
-            rows.append((projection.name, f"{projection.out_features} x {projection.in_features}", *counts))
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))] if rows else []
-        lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
+            shape = f"{projection.out_features} x {projection.in_features}"
+            groups.setdefault((projection.name.rpartition(".")[2], shape), []).append(projection)
+        rows = [("adapted", "count", "out x in", *kinds)]
+        for (name, shape), members in groups.items():
+            counts = (f"{sum(member.parameters.get(kind, 0) for member in members):,}" for kind in kinds)
+            rows.append((name, str(len(members)), shape, *counts))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows] if groups else []
         split = ", ".join(f"{kind} {count:,}" for kind, count in self.trained.items() if count) or "none"
-        lines.append(f"adapted projections: {len(self.projections)}")
-        lines.append(f"trained parameters:  {self.total:,} ({split}) = {self.percent:.2f} % of the pretrained model's")
-        lines.append(f"frozen parameters:   {self.frozen:,}")
+        lines.append(f"trained parameters: {self.total:,} ({split}), {self.percent:.2f} % of the pretrained model's")
+        lines.append(f"frozen parameters:  {self.frozen:,}")
         return "\n".join(lines)
 
 
@@ -122,11 +123,11 @@ def head_modules(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Module
     return {name: modules[name] for name in modules if name in matches}
 
 
-def replace_targets(model: nn.Module, config: AdapterConfig) -> InjectionReport:
+def replace_targets(model: nn.Module, config: ProjectionAdapterConfig) -> InjectionReport:
     """Replace every target by `config.build_layer(...)`, freeze the rest, keep the head trained; see `inject`."""
     head = head_modules(model, config)
     names = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
-    fused = {name for name, module in model.named_modules() if name and is_fused_attention(module)}
+    fused = {name for name, module in model.named_modules(remove_duplicate=False) if name and is_fused_attention(module)}
     inner = {f"{name}.{projection}" for name in fused for projection in FUSED_PROJECTIONS}
     matches = _match(config.targets, [*names, *sorted(inner - set(names))], "targets")
     in_head = {name for name in matches if any(name == h or name.startswith(f"{h}.") for h in head)}
@@ -136,9 +137,7 @@ def replace_targets(model: nn.Module, config: AdapterConfig) -> InjectionReport:
             f"targets match only {', '.join(sorted(in_head)[:5])}, which head={list(config.head)} trains in full; "
             "name projections outside of the head"
         )
-    for name in sorted(fused):
-        if any(f"{name}.{projection}" in matches for projection in FUSED_PROJECTIONS):
-            _replace(model, name, split_attention(model.get_submodule(name)))
+    _split_fused(model, fused, matches)
     _check_projections(model, matches)
 
     model.requires_grad_(False)
@@ -153,6 +152,24 @@ def replace_targets(model: nn.Module, config: AdapterConfig) -> InjectionReport:
     for module in head.values():
         module.requires_grad_(True)
     return count_parameters(model, config)
+
+
+def _split_fused(model: nn.Module, fused: set[str], matches: set[str]) -> None:
+    """Split every fused attention of which a projection is a target, at all places where the module stands.
+
+    Also the one inside a torch.nn.TransformerEncoderLayer whose other projections are targets: with it whole, torch's fused
+    evaluation kernel would read their weights and pass the adapters by without a word.
+    """
+    wanted = {name for name in fused if any(f"{name}.{projection}" in matches for projection in FUSED_PROJECTIONS)}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.TransformerEncoderLayer) and any(match.startswith(f"{name}.") for match in matches):
+            wanted.add(f"{name}.self_attn")
+    split: dict[int, nn.Module] = {}
+    for name in (name for name, _ in list(model.named_modules(remove_duplicate=False)) if name in wanted):
+        module = model.get_submodule(name)
+        if id(module) not in split:
+            split[id(module)] = split_attention(module)
+        _replace(model, name, split[id(module)])
 
 
 def count_parameters(model: nn.Module, config: AdapterConfig) -> InjectionReport:

@@ -14,13 +14,6 @@ from fourier_moe.inject import InjectionReport, count_parameters
 class FullFineTuning(AdapterConfig):
     """Train the backbone and the head; saved in full, so its files have the size of the model."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.targets:
-            raise ValueError(
-                f"targets={list(self.targets)} has no effect on FullFineTuning, which trains all weights; remove it"
-            )
-
     def inject(self, model: nn.Module) -> InjectionReport:
         model.requires_grad_(True)
         return count_parameters(model, self)

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import nn
+
 from fourier_moe.config import AdapterConfig
+from fourier_moe.inject import InjectionReport, count_parameters, head_modules
 
 
 @dataclass(frozen=True, kw_only=True)
 class HeadOnly(AdapterConfig):
     """Train the head on frozen features; the floor that any adapter has to beat."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.targets:
-            raise ValueError(f"targets={list(self.targets)} has no effect on HeadOnly, which adapts no projection; remove it")
+    def inject(self, model: nn.Module) -> InjectionReport:
+        model.requires_grad_(False)
+        for module in head_modules(model, self).values():
+            module.requires_grad_(True)
+        return count_parameters(model, self)

@@ -1,0 +1,32 @@
+"""A local directory of labelled images, in whichever of the two layouts it has."""
+
+from pathlib import Path
+
+from datamodules.image_collections import TEST, TRAIN, ImageCollection
+from datamodules.image_folder import ClassFolders, find_split_folders
+from datamodules.image_tables import ParquetFiles, find_parquet_files
+
+LAYOUTS = (
+    "class folders {train,test[,val]}/<class name>/*.jpg, or parquet files train*.parquet, test*.parquet"
+    "[, validation*.parquet] in the directory or in its data folder"
+)
+
+
+def open_directory(directory: Path, cache_dir: Path | None = None) -> ImageCollection:
+    """Opens class folders or, where there are none, parquet files.
+
+    Args:
+        directory: The parent of the split folders, or the folder of the parquet files or of their ``data`` folder.
+        cache_dir: Where ``datasets`` keeps its copy of parquet files; None for its default.
+
+    Raises:
+        ValueError: The directory or one of its splits is missing, or what it holds is not usable.
+    """
+    if not directory.is_dir():
+        raise ValueError(f"directory '{directory}' does not exist; expected a directory with {LAYOUTS}")
+    folders = find_split_folders(directory)
+    files = {} if folders else find_parquet_files(directory)
+    missing = [split for split in (TRAIN, TEST) if split not in (folders or files)]
+    if missing:
+        raise ValueError(f"directory '{directory}' has no {' and no '.join(missing)} split; expected {LAYOUTS}")
+    return ClassFolders(directory, folders) if folders else ParquetFiles(files, directory, cache_dir)

@@ -1,0 +1,235 @@
+"""The image classification benchmarks as one LightningDataModule."""
+
+import math
+import shutil
+import tempfile
+import weakref
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from torch.utils.data import DataLoader
+
+from datamodules.image_collections import TEST, TRAIN, VALIDATION, ImageCollection
+from datamodules.image_dataset import FileSplit, ImageDataset, ImageSplit, hold_out
+from datamodules.image_directory import open_directory
+from datamodules.image_files import IMAGE_EXTENSIONS, find_images
+from datamodules.image_sources import find_source
+from datamodules.image_transforms import CLIP_MEAN, CLIP_STD, eval_transform, train_transform
+
+_PREDICT = "predict"
+_SPLITS_OF_STAGE = {
+    "fit": (TRAIN, VALIDATION),
+    "validate": (VALIDATION,),
+    "test": (TEST,),
+    "predict": (_PREDICT,),
+}
+
+
+class ImageDataModule(L.LightningDataModule):
+    """Images and class labels from the Hugging Face hub, from a local directory, or generated.
+
+    A batch is a dict: ``image`` float32 (B, 3, image_size, image_size), normalised; ``label`` int64 (B,), absent for
+    images of ``predict_directory``; ``id`` list of B strings, the path relative to the directory or ``test/123`` for
+    row 123 of a table.
+
+    A local directory holds class folders ``{train,test[,val]}/<class name>/*.jpg`` or the hub's parquet files
+    (``train*.parquet``, ``test*.parquet``, perhaps ``validation*.parquet``, there or in ``data/``).
+
+    Args:
+        dataset: Which data set: cars, dtd, eurosat, gtsrb, resisc45, svhn, sun397 (the paper's partition), sun397_19850
+            (50 train images a class), digits (comes with scikit-learn), or folder (your own images in ``directory``).
+        directory: Local directory to read instead of the hub. The classes are those found there.
+        predict_directory: Directory of images without labels, in any layout, for predict. Without it, predict goes
+            through the test split.
+        batch_size: Images a batch and process.
+        num_workers: Loading processes of each loader; 0 loads in the main process.
+        image_size: Height and width of the images that the model gets, in pixels.
+        mean: Mean of each colour channel, of values from 0 to 1. The default is CLIP's.
+        std: Standard deviation of each colour channel. The default is CLIP's.
+        validation_fraction: Share of train held out for validation, where there is no validation split.
+        seed: Decides which images are held out for validation. Their order in training follows the run's own seed
+            (seed_everything), so that runs with several seeds share their splits.
+        synthetic: Generate a tiny data set of 4 classes and read that, for trying things out without data.
+
+    Raises:
+        ValueError: An argument is invalid, or the directory is missing, incomplete or inconsistent.
+    """
+
+    def __init__(
+        self,
+        dataset: str,
+        directory: str | None = None,
+        predict_directory: str | None = None,
+        batch_size: int = 128,
+        num_workers: int = 4,
+        image_size: int = 224,
+        mean: tuple[float, float, float] = CLIP_MEAN,
+        std: tuple[float, float, float] = CLIP_STD,
+        validation_fraction: float = 0.1,
+        seed: int = 0,
+        synthetic: bool = False,
+    ) -> None:
+        super().__init__()
+        self._source = find_source(dataset)
+        _require("batch_size", batch_size, batch_size >= 1, "1 or more")
+        _require("num_workers", num_workers, num_workers >= 0, "0 or more")
+        _require("image_size", image_size, image_size >= 1, "1 or more")
+        _require("mean", mean, len(mean) == 3 and all(map(math.isfinite, mean)), "three numbers")
+        _require("std", std, len(std) == 3 and all(0 < value < math.inf for value in std), "three positive numbers")
+        _require("validation_fraction", validation_fraction, 0 < validation_fraction < 1, "between 0 and 1, exclusive")
+        _require("seed", seed, seed >= 0, "0 or more")
+        if directory is not None and synthetic:
+            raise ValueError(f"directory '{directory}' and synthetic cannot be used together; give one of them")
+        if self._source.needs_directory and directory is None and predict_directory is None and not synthetic:
+            self._source.open(dataset)  # says what is needed
+
+        self.dataset = dataset
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self.validation_fraction = validation_fraction
+        self.seed = seed
+        self.synthetic = synthetic
+        self._directory = None if directory is None else Path(directory).expanduser()
+        self._predict_directory = None if predict_directory is None else Path(predict_directory).expanduser()
+        if self._predict_directory is not None and not self._predict_directory.is_dir():
+            raise ValueError(f"predict_directory '{predict_directory}' does not exist; expected a directory of images")
+
+        self._train_transform = train_transform(image_size, mean, std)
+        self._eval_transform = eval_transform(image_size, mean, std)
+        self._class_names: list[str] = []
+        self._remove_synthetic: Callable[[], object] | None = None
+        self._collection: ImageCollection | None = None
+        self._datasets: dict[str, ImageDataset] = {}
+        if self._is_local:
+            self._open()
+
+    @property
+    def num_classes(self) -> int | None:
+        """Number of classes; None for ``folder`` with nothing but a ``predict_directory``."""
+        return len(self._class_names) or self._source.num_classes
+
+    @property
+    def class_names(self) -> list[str]:
+        """The name of each class, by label. Empty for a hub data set that ``setup`` has not loaded yet."""
+        return self._class_names
+
+    def prepare_data(self) -> None:
+        """Downloads the data set, if it comes from the hub and this run needs it."""
+        predicts_files = self.trainer is not None and self.trainer.predicting and self._predict_directory is not None
+        if not self._is_local and not predicts_files:
+            self._source.download(self.dataset)
+
+    def setup(self, stage: str) -> None:
+        """Loads what the stage needs, once; the train and validation splits for "fit", one split for the others.
+
+        Raises:
+            ValueError: Image files are broken, a class to be evaluated has no train images, or there are no images.
+            RuntimeError: The hub cannot be reached.
+        """
+        missing = [split for split in _SPLITS_OF_STAGE[stage] if split not in self._datasets]
+        for split in missing:
+            images, indices = self._select(split)
+            images.check(indices)
+            transform = self._train_transform if split == TRAIN else self._eval_transform
+            self._datasets[split] = ImageDataset(images, indices, transform)
+        if missing:
+            rank_zero_info(self._summary(missing))
+
+    def teardown(self, stage: str) -> None:
+        """Removes the generated files; a later ``setup`` writes the same ones again."""
+        if self._remove_synthetic is not None:
+            self._remove_synthetic()
+            self._remove_synthetic = self._collection = None
+            self._datasets.clear()
+
+    def train_dataloader(self) -> DataLoader[dict[str, Any]]:
+        # A generator of its own: order and augmentation depend on the run's seed, not on what a model has drawn before.
+        return self._loader(TRAIN, shuffle=True, generator=torch.Generator().manual_seed(torch.initial_seed()))
+
+    def val_dataloader(self) -> DataLoader[dict[str, Any]]:
+        return self._loader(VALIDATION)
+
+    def test_dataloader(self) -> DataLoader[dict[str, Any]]:
+        return self._loader(TEST)
+
+    def predict_dataloader(self) -> DataLoader[dict[str, Any]]:
+        return self._loader(_PREDICT)
+
+    def _loader(self, split: str, **options: Any) -> DataLoader[dict[str, Any]]:
+        return DataLoader(
+            self._datasets[split],
+            batch_size=self.batch_size,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+            **options,
+        )
+
+    @property
+    def _is_local(self) -> bool:
+        return self.synthetic or self._directory is not None
+
+    def _open(self) -> ImageCollection:
+        """Opens the data set wherever it is, unless that has been done."""
+        if self._collection is None:
+            if self.synthetic:
+                self._collection = self._generate()
+            elif self._directory is not None:
+                self._collection = open_directory(self._directory)
+            else:
+                self._collection = self._source.open(self.dataset)
+            self._class_names = self._collection.class_names
+        return self._collection
+
+    def _generate(self) -> ImageCollection:
+        """Writes a data set into a directory of its own, which goes at teardown, with the module or with the process."""
+        root = Path(tempfile.mkdtemp(prefix="synthetic_images_"))
+        # Called or not, this removes once. A copy of the module in another process has a dead finalizer: not its files.
+        self._remove_synthetic = weakref.finalize(self, shutil.rmtree, root, ignore_errors=True)
+        (root / "data_set").mkdir()
+        self._source.write_synthetic(root / "data_set", self._source.image_size, self._source.file_format, self._source.splits)
+        return open_directory(root / "data_set", cache_dir=root / "cache")
+
+    def _select(self, split: str) -> tuple[ImageSplit, Sequence[int]]:
+        """The images that a split is taken from, and which of them it consists of."""
+        if split == _PREDICT and self._predict_directory is not None:
+            files = _list_predict_files(self._predict_directory)
+            return files, range(len(files))
+        collection = self._open()
+        if split in (TRAIN, VALIDATION) and VALIDATION not in collection.splits:
+            images = collection.load(TRAIN)
+            assert images.labels is not None
+            train, validation = hold_out(images.labels, self.validation_fraction, self.seed)
+            return images, train if split == TRAIN else validation
+        images = collection.load(TEST if split == _PREDICT else split)
+        return images, range(len(images))
+
+    def _summary(self, splits: list[str]) -> str:
+        parts = [f"{split} {len(self._datasets[split])}" for split in splits]
+        if self._collection is None or (splits == [_PREDICT] and self._predict_directory is not None):
+            return f"{self.dataset}: {parts[0]} images without labels, from '{self._predict_directory}'"
+        classes = f"{self.num_classes} classes"
+        if self._source.num_classes not in (None, self.num_classes):
+            classes += f" (the complete set has {self._source.num_classes})"
+        if VALIDATION in splits and VALIDATION not in self._collection.splits:
+            parts[splits.index(VALIDATION)] += f" ({self.validation_fraction:.0%} held out of train)"
+        kind = "generated " if self.synthetic else ""
+        return f"{self.dataset}: {classes}; {', '.join(parts)}; from {kind}{self._collection.origin}"
+
+
+def _require(name: str, value: object, valid: bool, expected: str) -> None:
+    if not valid:
+        raise ValueError(f"{name} must be {expected}, got {value}")
+
+
+def _list_predict_files(directory: Path) -> FileSplit:
+    paths = find_images(directory)
+    if not paths:
+        raise ValueError(
+            f"predict_directory '{directory}' has no images; looked at any depth for {', '.join(sorted(IMAGE_EXTENSIONS))}"
+        )
+    return FileSplit(directory, paths, labels=None)

@@ -1,0 +1,85 @@
+from collections import Counter
+
+import pytest
+import torch
+from PIL import Image
+
+from datamodules.image_dataset import FileSplit, ImageDataset, hold_out
+from datamodules.image_transforms import CLIP_MEAN, CLIP_STD, eval_transform, train_transform
+
+
+def test_held_out_examples_are_reproducible_and_depend_on_the_seed():
+    labels = [index % 5 for index in range(100)]
+    assert hold_out(labels, 0.2, seed=3) == hold_out(labels, 0.2, seed=3)
+    assert hold_out(labels, 0.2, seed=3) != hold_out(labels, 0.2, seed=4)
+
+
+def test_each_class_gives_its_share():
+    labels = [0] * 100 + [1] * 50 + [2] * 10
+    train, validation = hold_out(labels, 0.1, seed=0)
+    assert sorted(train + validation) == list(range(160))
+    assert Counter(labels[index] for index in validation) == {0: 10, 1: 5, 2: 1}
+
+
+def test_total_is_right_when_classes_are_too_small_to_give_a_share_each():
+    labels = [index // 5 for index in range(980)]
+    train, validation = hold_out(labels, 0.1, seed=0)
+    assert len(validation) == 98
+    assert max(Counter(labels[index] for index in validation).values()) == 1
+    assert len({labels[index] for index in train}) == 196
+    drawn = {labels[index] for index in validation}
+    assert drawn != set(range(98)), "the classes that give an image are drawn, not the first ones"
+
+
+def test_at_least_one_example_is_held_out():
+    assert len(hold_out([0, 0, 1, 1], 0.01, seed=0)[1]) == 1
+
+
+@pytest.mark.parametrize("fraction", [0.5, 0.99])
+def test_no_class_of_train_is_emptied(fraction):
+    labels = [0, 1, 1, 2, 2, 2]
+    train, _ = hold_out(labels, fraction, seed=0)
+    assert {labels[index] for index in train} == {0, 1, 2}
+
+
+def test_nothing_to_hold_out_is_an_error():
+    with pytest.raises(ValueError, match="every class of train has a single image"):
+        hold_out([0, 1, 2], 0.5, seed=0)
+
+
+def test_image_that_breaks_after_the_check_is_named(tmp_path, encode):
+    path = tmp_path / "a" / "x.jpg"
+    path.parent.mkdir()
+    path.write_bytes(encode()[:150])
+    dataset = ImageDataset(FileSplit(tmp_path, [path], [0]), [0], eval_transform(8, CLIP_MEAN, CLIP_STD))
+    with pytest.raises(ValueError, match=r"a/x\.jpg' cannot be decoded"):
+        dataset[0]
+
+
+def test_eval_transform_resizes_the_shorter_side_and_crops_the_centre():
+    image = Image.new("RGB", (40, 20), (255, 0, 0))
+    image.paste((0, 0, 255), (10, 0, 30, 20))
+    tensor = eval_transform(10, (0, 0, 0), (1, 1, 1))(image)
+    assert tensor.shape == (3, 10, 10)
+    assert tensor.dtype == torch.float32
+    assert tensor[2, 5, 5] == 1
+    assert tensor[:, :, 5].mean(dim=1).argmax() == 2
+
+
+def test_transforms_normalise_with_mean_and_std():
+    image = Image.new("RGB", (9, 7), (255, 255, 255))
+    expected = (1 - torch.tensor(CLIP_MEAN)) / torch.tensor(CLIP_STD)
+    for transform in (train_transform, eval_transform):
+        tensor = transform(6, CLIP_MEAN, CLIP_STD)(image)
+        torch.testing.assert_close(tensor, expected[:, None, None].expand(3, 6, 6))
+
+
+def test_train_transform_crops_at_least_ninety_percent_and_never_mirrors():
+    ramp = Image.linear_gradient("L").rotate(90).convert("RGB")
+    transform = train_transform(32, (0, 0, 0), (1, 1, 1))
+    directions = set()
+    for _ in range(20):
+        row = transform(ramp)[0, 16]
+        directions.add(bool(row[-1] > row[0]))
+        assert (row[-1] - row[0]).abs() > 0.8
+    assert len(directions) == 1

@@ -1,0 +1,50 @@
+"""Tiny models to adapt."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fourier_moe import FourierMoEConfig
+
+
+def config(**changes: Any) -> FourierMoEConfig:
+    """4 experts with 4 pairs each on q_proj and v_proj of `Transformer`."""
+    arguments: dict[str, Any] = {"targets": ["q_proj", "v_proj"], "num_coefficients": 32, "num_experts": 4, **changes}
+    return FourierMoEConfig(**arguments)
+
+
+class Attention(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(width, width) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        return self.out_proj(torch.softmax(q @ k.transpose(-2, -1) / x.shape[-1] ** 0.5, -1) @ v)
+
+
+class Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm, self.attention = nn.LayerNorm(width), Attention(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.attention(self.norm(x))
+
+
+class Transformer(nn.Module):
+    """(batch, length, width) -> (batch, classes)."""
+
+    def __init__(self, width: int = 16, layers: int = 2, classes: int = 3, seed: int = 0) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.layers = nn.Sequential(*(Block(width) for _ in range(layers)))
+            self.norm = nn.BatchNorm1d(width)  # has buffers
+            self.classifier = nn.Linear(width, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(self.norm(self.layers(x).mean(1)))
