@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import traceback
+import warnings
 from typing import Any
 
 import lightning as L
@@ -12,6 +13,9 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from fourier_moe import AdapterConfig
 from lightning_modules import AdaptationModule
+
+_OUR_PACKAGES = ("fourier_moe", "lightning_modules", "datamodules")
+warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")  # Lightning 2.6 on torch 2.15
 
 set_parsing_settings(subclasses_enabled=[AdapterConfig])  # a dataclass, which jsonargparse otherwise takes as final
 
@@ -49,16 +53,21 @@ def main(args: list[str] | None = None) -> Any:
     return AdaptationCLI(args)
 
 
-def _is_user_mistake(error: ValueError) -> bool:
-    """Our own checks raise ValueError with a message that says what to change; a ValueError from elsewhere may be a bug."""
-    innermost = list(traceback.walk_tb(error.__traceback__))[-1][0]
-    return innermost.f_globals.get("__name__", "").partition(".")[0] in ("fourier_moe", "lightning_modules", "datamodules")
+def _user_mistake(error: BaseException | None) -> BaseException | None:
+    """The error in a chain that our own checks raised to say what to change; others may be bugs and keep their traceback."""
+    while error is not None:
+        innermost = list(traceback.walk_tb(error.__traceback__))[-1][0]
+        if innermost.f_globals.get("__name__", "").partition(".")[0] in _OUR_PACKAGES:
+            return error
+        error = error.__cause__
+    return None
 
 
 if __name__ == "__main__":
     try:
         main()
-    except ValueError as error:
-        if not _is_user_mistake(error):
+    except (ValueError, RuntimeError) as error:
+        mistake = _user_mistake(error)
+        if mistake is None:
             raise
-        sys.exit(f"\nerror: {error}")
+        sys.exit(f"\nerror: {mistake}")

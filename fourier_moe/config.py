@@ -56,10 +56,10 @@ class AdapterConfig:
             ValueError: for an unknown class, or values that it refuses.
         """
         known = {config_class.__name__: config_class for config_class in _subclasses(AdapterConfig)}
-        if values.get("class") not in known:
-            name = values.get("class")
+        name = values.get("class") if isinstance(values, Mapping) else None
+        if not isinstance(name, str) or name not in known:
             raise ValueError(f"config class {name!r} is unknown; known: {', '.join(known)}; import the package that defines it")
-        return known[values["class"]](**{key: value for key, value in values.items() if key != "class"})
+        return known[name](**{key: value for key, value in values.items() if key != "class"})
 
     def difference(self, other: AdapterConfig) -> str | None:
         """The first setting that makes the two adapters incompatible, as text, or None."""

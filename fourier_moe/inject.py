@@ -147,7 +147,7 @@ def replace_targets(model: nn.Module, config: ProjectionAdapterConfig) -> Inject
         if isinstance(base, Adapter):  # reached before by another name of a shared parent
             continue
         if id(base) not in layers:
-            layers[id(base)] = config.build_layer(base, name)
+            layers[id(base)] = config.build_layer(base, name).train(base.training)
         _replace(model, name, layers[id(base)])
     for module in head.values():
         module.requires_grad_(True)

@@ -82,7 +82,7 @@ class AdaptationModule(L.LightningModule):
             load_adapter(model, self.adapter_path)
         self.val_metrics = self.task.new_metrics()
         self.test_metrics = self.task.new_metrics()
-        rank_zero_info(f"\n{self.report}\n")
+        rank_zero_info(f"\n{backbone_name(model)}, {type(self.adapter).__name__}\n{self.report}\n")
 
     def _agree_on_class_names(self) -> list[str] | None:
         """Class names of the data, else those kept with the adapter; they must not contradict each other."""

@@ -5,6 +5,9 @@ from __future__ import annotations
 import copy
 import difflib
 import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -74,15 +77,12 @@ def load_open_clip(model: str, pretrained: str | None, *, image_size: int | None
     check_model(model, pretrained)
     name, config = _register(model)
     overrides = _tiny(config, model) if tiny else {}
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), _quiet():
         torch.manual_seed(_UNTRAINED_SEED)
         if tiny or pretrained is None:
-            return open_clip.create_model(
-                name, force_image_size=None if tiny else image_size, pretrained_text=False, **overrides
-            )
+            return open_clip.create_model(name, force_image_size=image_size, pretrained_text=False, **overrides)
         if Path(pretrained).is_file():
-            clip = open_clip.create_model(name, force_image_size=image_size, pretrained_text=False)
-            return _load_file(clip, pretrained)
+            return _load_file(open_clip.create_model(name, force_image_size=image_size, pretrained_text=False), pretrained)
         try:
             return open_clip.create_model(name, pretrained=pretrained, force_image_size=image_size)
         except Exception as error:  # open_clip wraps whatever the download raised
@@ -91,6 +91,16 @@ def load_open_clip(model: str, pretrained: str | None, *, image_size: int | None
                 "Without a network: give the path of a weights file as model.task.init_args.pretrained, or fill the Hugging "
                 "Face cache (HF_HOME) on a machine that has one and copy it"
             ) from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """open_clip warns that a model is initialised randomly even when weights follow; our report names the weights."""
+    logging.disable(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def _register(model: str) -> tuple[str, dict[str, Any]]:

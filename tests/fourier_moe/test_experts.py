@@ -5,10 +5,10 @@ import math
 import fourier_moe_reference as naive
 import pytest
 import torch
+from fourier_moe_models import config
 
 from fourier_moe import SpectralExperts
 from fourier_moe.frequencies import named_generator
-from fourier_moe_models import config
 
 ABLATIONS = [
     {},

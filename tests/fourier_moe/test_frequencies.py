@@ -1,9 +1,11 @@
 """Positions: one per conjugate pair, distributed by the band weight, and fixed by (seed, name) alone."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
+from fourier_moe_models import Transformer, config
 
 from fourier_moe import frequencies as module
 from fourier_moe.experts import SpectralExperts
@@ -16,7 +18,6 @@ from fourier_moe.frequencies import (
     normalized_radius,
     signed_frequency,
 )
-from fourier_moe_models import Transformer, config
 
 PATHS = {"enumeration": 2**60, "rejection": 0}
 SIZES = range(1, 10)
@@ -71,9 +72,7 @@ def test_drawing_all_positions_gives_each_pair_exactly_once(path, M):
 @pytest.mark.parametrize("half_plane", [True, False])
 def test_no_duplicates_no_self_conjugate_and_one_member_of_each_pair(M, N, half_plane):
     for center in (0.1, 0.5, 0.9):
-        drawn = draw_frequencies(
-            20, M, N, named_generator(1, "x"), center=center, bandwidth=0.12, half_plane=half_plane
-        )
+        drawn = draw_frequencies(20, M, N, named_generator(1, "x"), center=center, bandwidth=0.12, half_plane=half_plane)
         indices = [(u % M, v % N) for u, v in drawn.tolist()]
         assert len(set(indices)) == 20
         assert all(conjugate(p, M, N) != p for p in indices)
@@ -129,7 +128,7 @@ def mean_radii(layout, bandwidth, experts=8, size=128):
 
 def test_cover_spreads_the_experts_over_all_radii(path):
     means = [radii.mean().item() for radii in mean_radii("cover", 0.12)]
-    assert all(low + 0.05 < high for low, high in zip(means, means[1:], strict=False))
+    assert all(low + 0.05 < high for low, high in pairwise(means))
     # Positions get denser outwards, which pulls the mean of the innermost band up.
     assert means[1:] == pytest.approx([(e + 0.5) / 8 for e in range(1, 8)], abs=0.04)
     assert 0.0625 < means[0] < 0.15
@@ -138,7 +137,7 @@ def test_cover_spreads_the_experts_over_all_radii(path):
 def test_stack_stays_low_for_a_small_bandwidth(path):
     radii = mean_radii("stack", 0.06)
     means = [r.mean().item() for r in radii]
-    assert all(low < high for low, high in zip(means, means[1:], strict=False))
+    assert all(low < high for low, high in pairwise(means))
     assert means[1:] == pytest.approx([(e + 0.5) * 0.06 for e in range(1, 8)], abs=0.02)
     assert 0.03 < means[0] < 0.08
     assert torch.cat(radii).quantile(0.99) < 0.55

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from fourier_moe_models import Transformer, config
 from torch import nn
 
 from fourier_moe import FourierMoELinear, inject, recording
-from fourier_moe_models import Transformer, config
 
 
 def tokens(*shape, seed=0):
@@ -142,8 +142,10 @@ def test_balance_loss_is_weighted():
 
 
 def test_errors_name_the_projection():
-    with pytest.raises(ValueError, match="layer: num_coefficients asks for"):
-        layer(nn.Linear(3, 3))
+    with pytest.raises(
+        ValueError, match="layer: num_coefficients asks for 4 frequencies per expert, but a 3 x 2 projection has only 2"
+    ):
+        layer(nn.Linear(2, 3))
 
 
 def test_follows_the_device_of_the_base():

@@ -1,0 +1,27 @@
+# make demo: watch a frozen vision tower learn (no network beyond the installation). make test: every check that CI runs.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test install clean
+
+demo: install
+	$(BIN)/python train.py compare --config configs/demo.yaml --adapters head_only,full_fine_tuning_small,config --seeds 3
+
+test: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+install: .venv/installed
+
+.venv/installed: pyproject.toml
+	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10) and 'Python 3.10 or newer is needed; this is ' + sys.version)"
+	@echo "Installing into .venv (PyTorch and its CUDA libraries: a few GB, some minutes) ..."
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	touch $@
+
+clean:
+	rm -rf .venv runs build *.egg-info

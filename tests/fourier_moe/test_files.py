@@ -1,0 +1,360 @@
+"""Adapter files: exact round trips, positions read rather than drawn again, and refusal of everything that does not fit."""
+
+import json
+
+import pytest
+import torch
+from fourier_moe_models import Transformer, config
+from safetensors.torch import load_file
+from torch import nn
+
+from fourier_moe import (
+    FourierMoEConfig,
+    FullFineTuning,
+    HeadOnly,
+    adapter_state_dict,
+    adapters,
+    describe_adapter,
+    inject,
+    load_adapter,
+    save_adapter,
+)
+from fourier_moe import experts as experts_module
+
+TENSORS, DESCRIPTION = "adapter.safetensors", "adapter.json"
+
+
+def tokens(*shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+
+
+def trained(settings=None, **changes):
+    """An adapted model whose trained parameters and head are random."""
+    model = Transformer()
+    inject(model, settings or config(head=["classifier"], **changes))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(0, 0.3, generator=generator)
+    return model.eval()
+
+
+@pytest.fixture
+def saved(tmp_path):
+    return save_adapter(trained(), tmp_path / "adapter", class_names=["a", "b", "c"], metrics={"accuracy": 0.5})
+
+
+def edit(directory, **changes):
+    path = directory / DESCRIPTION
+    raw = json.loads(path.read_text())
+    for key, value in changes.items():
+        raw[key] = {**raw[key], **value} if isinstance(value, dict) else value
+    path.write_text(json.dumps(raw))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        config(head=["classifier"]),
+        config(head=["classifier", "norm"], coefficients="imaginary", top_k=1, scaling=3.7, band_layout="stack", bandwidth=0.3),
+        config(conjugate_symmetry=False, frequency_bias=False),
+        FullFineTuning(head=["classifier"]),
+        HeadOnly(head=["classifier"]),
+    ],
+    ids=["default", "imaginary", "free", "full", "head"],
+)
+@pytest.mark.parametrize("prepared", [False, True], ids=["fresh", "adapted"])
+def test_round_trip_gives_bit_identical_output(tmp_path, settings, prepared):
+    model, x = trained(settings), tokens(4, 5, 16)
+    expected = model(x)
+    directory = save_adapter(model, tmp_path / "some" / "where")
+    fresh = Transformer().eval()
+    assert not torch.equal(fresh(x), expected)
+    if prepared:
+        inject(fresh, settings)
+    description = load_adapter(fresh, directory)
+    assert torch.equal(fresh(x), expected)
+    assert description.config == settings
+    state, again = adapter_state_dict(model), adapter_state_dict(fresh)
+    assert state.keys() == again.keys()
+    assert all(torch.equal(state[key], again[key]) for key in state)
+    assert [p.requires_grad for p in model.parameters()] == [p.requires_grad for p in fresh.parameters()]
+
+
+def test_holds_what_was_trained_and_the_positions_and_nothing_else(saved):
+    parts = {"experts.coefficients", "experts.frequencies", "router.weight"}
+    names = {f"layers.{i}.attention.{p}_proj.{part}" for i in range(2) for p in "qv" for part in parts}
+    stored = load_file(saved / TENSORS)
+    assert set(stored) == names | {"classifier.weight", "classifier.bias"}
+    assert {str(t.dtype) for key, t in stored.items() if "frequencies" in key} == {"torch.int32"}
+
+
+def test_positions_come_from_the_file(saved, monkeypatch):
+    x, expected = tokens(4, 5, 16), trained()(tokens(4, 5, 16))
+    original = experts_module.draw_frequencies
+
+    def other_positions(*args, **kwargs):
+        return original(*args, **kwargs).flip(0) * torch.tensor([1, -1], dtype=torch.int32)
+
+    monkeypatch.setattr(experts_module, "draw_frequencies", other_positions)
+    assert not torch.allclose(trained()(x), expected)  # drawn again they would differ
+    fresh = Transformer().eval()
+    load_adapter(fresh, saved)
+    assert torch.equal(fresh(x), expected)
+
+
+def test_loads_into_a_model_adapted_with_another_seed(saved):
+    fresh, x = Transformer().eval(), tokens(4, 5, 16)
+    inject(fresh, config(head=["classifier"], seed=99, dropout=0.5, balance_weight=0.7, init_std=2.0))
+    load_adapter(fresh, saved)
+    assert torch.equal(fresh(x), trained()(x))
+
+
+def test_loading_into_an_evaluating_model_leaves_no_dropout_on(tmp_path):
+    model, x = trained(dropout=0.5), tokens(4, 5, 16)
+    save_adapter(model, tmp_path)
+    fresh = Transformer().eval()
+    load_adapter(fresh, tmp_path)
+    assert torch.equal(fresh(x), model(x))
+
+
+def test_fused_attention_round_trip(tmp_path):
+    def model():
+        torch.manual_seed(0)
+        return nn.TransformerEncoderLayer(16, 2, 32, batch_first=True).eval()
+
+    first, x = model(), tokens(2, 5, 16)
+    inject(first, config(init_std=1.0))
+    second = model()
+    load_adapter(second, save_adapter(first, tmp_path))
+    assert torch.equal(first(x), second(x))
+
+
+def test_description_is_readable_json_and_needs_no_model(saved):
+    raw = json.loads((saved / DESCRIPTION).read_text(encoding="utf-8"))
+    assert raw["config"]["class"] == "FourierMoEConfig"
+    assert raw["config"]["num_coefficients"] == 32
+    assert raw["class_names"] == ["a", "b", "c"]
+    assert raw["metrics"] == {"accuracy": 0.5}
+    assert raw["trained_parameters"] == {"experts": 128, "router": 256, "head": 51, "backbone": 0}
+    assert len((saved / DESCRIPTION).read_text().splitlines()) > 20
+    (saved / TENSORS).unlink()
+    description = describe_adapter(saved)
+    assert description.config == config(head=["classifier"])
+    assert (description.class_names, description.metrics, description.backbone) == (["a", "b", "c"], {"accuracy": 0.5}, None)
+
+
+def test_names_in_any_script_survive(tmp_path):
+    save_adapter(trained(), tmp_path, class_names=["mañana", "中文", "x"])
+    assert describe_adapter(tmp_path).class_names == ["mañana", "中文", "x"]
+    assert "中文" in (tmp_path / DESCRIPTION).read_text(encoding="utf-8")
+
+
+def test_saving_again_replaces_and_leaves_no_temporary_files(saved):
+    model = trained()
+    with torch.no_grad():
+        model.classifier.weight.zero_()
+    save_adapter(model, saved)
+    fresh = Transformer()
+    load_adapter(fresh, saved)
+    assert fresh.classifier.weight.abs().max() == 0
+    assert sorted(path.name for path in saved.iterdir()) == [DESCRIPTION, TENSORS]
+
+
+def test_metrics_that_json_cannot_hold_leave_the_old_adapter_intact(saved):
+    model = trained()
+    with torch.no_grad():
+        model.classifier.weight.zero_()
+    with pytest.raises(TypeError):
+        save_adapter(model, saved, metrics={"accuracy": torch.tensor(0.5)})
+    fresh = Transformer().eval()
+    load_adapter(fresh, saved)
+    assert torch.equal(fresh(tokens(4, 5, 16)), trained()(tokens(4, 5, 16)))
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.q_proj, self.output = nn.Embedding(5, 16), nn.Linear(16, 16), nn.Linear(16, 5, bias=False)
+        self.output.weight = self.embedding.weight
+
+    def forward(self, ids):
+        return self.output(self.q_proj(self.embedding(ids)))
+
+
+@pytest.mark.parametrize(
+    "settings", [FullFineTuning(), HeadOnly(head=["output"]), config(targets=["q_proj"], head=["embedding", "output"])]
+)
+def test_tied_weights_round_trip(tmp_path, settings):
+    first, second, ids = Tied(), Tied(), torch.arange(5)
+    second.q_proj.load_state_dict(first.q_proj.state_dict())
+    inject(first, settings)
+    load_adapter(second, save_adapter(first, tmp_path))
+    assert torch.equal(first(ids), second(ids))
+    assert second.output.weight is second.embedding.weight
+
+
+def test_other_shape_is_an_error_that_names_both(saved):
+    with pytest.raises(ValueError, match=r"classifier.weight is \(3, 16\) in the file, \(5, 16\) in the model"):
+        load_adapter(Transformer(classes=5), saved)
+    with pytest.raises(ValueError, match=r"does not fit this model: .*router.weight is \(4, 16\) in the file, \(4, 32\)"):
+        load_adapter(Transformer(width=32), saved)
+
+
+def test_fewer_or_more_layers_is_an_error(saved):
+    with pytest.raises(ValueError, match=r"unexpected layers.1.attention.q_proj"):
+        load_adapter(Transformer(layers=1), saved)
+    with pytest.raises(ValueError, match=r"missing layers.2.attention.q_proj.experts.coefficients.* and 1 more"):
+        load_adapter(Transformer(layers=3), saved)
+
+
+def test_other_backbone_is_an_error_that_names_both(tmp_path):
+    model = trained()
+    model.backbone_name = "clip/a"
+    save_adapter(model, tmp_path)
+    assert describe_adapter(tmp_path).backbone == "clip/a"
+    other = Transformer()
+    other.backbone_name = "clip/b"
+    with pytest.raises(ValueError, match=r"trained on backbone 'clip/a', this model is 'clip/b'"):
+        load_adapter(other, tmp_path)
+    assert not adapters(other)
+    other.backbone_name = "clip/a"
+    load_adapter(other, tmp_path)
+    load_adapter(Transformer(), tmp_path)  # a model without a name is not refused
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"top_k": 1},
+        {"num_coefficients": 64},
+        {"scaling": 2.0},
+        {"normalize_gates": False},
+        {"targets": ["q_proj"]},
+        {"head": ["classifier", "norm"]},
+        {"coefficients": "real"},
+        {"conjugate_symmetry": False},
+    ],
+    ids=str,
+)
+def test_model_adapted_with_another_config_is_an_error_that_names_the_field(saved, change):
+    model = Transformer()
+    inject(model, config(**{"head": ["classifier"], **change}))
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=f"file and model differ in {next(iter(change))}: "):
+        load_adapter(model, saved)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_model_adapted_with_another_method_is_an_error(saved):
+    model = Transformer()
+    inject(model, HeadOnly(head=["classifier"]))
+    with pytest.raises(ValueError, match="differ in method: FourierMoEConfig against HeadOnly"):
+        load_adapter(model, saved)
+
+
+def test_every_damaged_byte_of_the_tensors_is_noticed(saved):
+    path = saved / TENSORS
+    data = path.read_bytes()
+    for position in [*range(0, len(data), 97), 0, 7, 8, len(data) - 1]:
+        path.write_bytes(data[:position] + bytes([data[position] ^ 1 << position % 8]) + data[position + 1 :])
+        with pytest.raises(ValueError, match="damaged"):
+            load_adapter(Transformer(), saved)
+    for shortened in (b"", data[:-1], data[: len(data) // 2], data + b"\0"):
+        path.write_bytes(shortened)
+        with pytest.raises(ValueError, match="damaged"):
+            load_adapter(Transformer(), saved)
+
+
+def test_damaged_description_is_a_value_error_or_harmless(saved):
+    path = saved / DESCRIPTION
+    data = path.read_bytes()
+    refused = 0
+    for position in range(len(data)):
+        path.write_bytes(data[:position] + bytes([data[position] ^ 1 << position % 7]) + data[position + 1 :])
+        try:
+            describe_adapter(saved)
+        except ValueError:  # and nothing else
+            refused += 1
+    assert refused > len(data) / 3
+
+
+@pytest.mark.parametrize("text", ["", "[]", "3", "null", "{}", '{"format_version": 1}', "\xff", '{"format_version": "x"}'])
+def test_description_that_is_none_is_an_error(saved, text):
+    (saved / DESCRIPTION).write_text(text, encoding="latin-1")
+    with pytest.raises(ValueError, match="cannot be read as an adapter description"):
+        load_adapter(Transformer(), saved)
+
+
+@pytest.mark.parametrize("value", ["FourierMoEConfig", [], 3, None])
+def test_description_with_a_config_that_is_no_object_is_an_error(saved, value):
+    raw = json.loads((saved / DESCRIPTION).read_text())
+    (saved / DESCRIPTION).write_text(json.dumps({**raw, "config": value}))
+    with pytest.raises(ValueError, match="cannot be read as an adapter description"):
+        load_adapter(Transformer(), saved)
+
+
+def test_valid_checksum_of_something_else_is_an_error(saved):
+    import hashlib
+
+    (saved / TENSORS).write_bytes(b"not safetensors")
+    edit(saved, sha256=hashlib.sha256(b"not safetensors").hexdigest())
+    with pytest.raises(ValueError, match="no valid safetensors file"):
+        load_adapter(Transformer(), saved)
+
+
+def test_missing_files_are_errors(saved, tmp_path):
+    with pytest.raises(ValueError, match=r"no adapter in .*nowhere"):
+        load_adapter(Transformer(), tmp_path / "nowhere")
+    (saved / TENSORS).unlink()
+    with pytest.raises(ValueError, match=r"has no adapter.safetensors; the adapter is incomplete"):
+        load_adapter(Transformer(), saved)
+    (saved / DESCRIPTION).unlink()
+    with pytest.raises(ValueError, match=r"no adapter in .*adapter.json not found"):
+        describe_adapter(saved)
+
+
+def test_newer_format_is_an_error(saved):
+    edit(saved, format_version=2)
+    with pytest.raises(ValueError, match="format_version 2 is newer than this package reads"):
+        load_adapter(Transformer(), saved)
+
+
+def test_unknown_config_class_is_an_error_that_lists_the_known(saved):
+    edit(saved, config={"class": "os.system"})
+    with pytest.raises(ValueError, match=r"config class 'os.system' is unknown; known: .*FourierMoEConfig"):
+        load_adapter(Transformer(), saved)
+
+
+@pytest.mark.parametrize("change", [{"top_k": 77}, {"unheard_of": 1}, {"top_k": "two"}], ids=str)
+def test_impossible_config_in_the_file_is_an_error(saved, change):
+    edit(saved, config=change)
+    with pytest.raises(ValueError, match="cannot be read as an adapter description"):
+        describe_adapter(saved)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_that_are_not_finite_are_refused_and_nothing_is_written(tmp_path, value):
+    model = trained()
+    with torch.no_grad():
+        adapters(model)["layers.1.attention.v_proj"].experts.coefficients[0, 0, 0] = value
+    with pytest.raises(ValueError, match=r"NaN or infinity in layers.1.attention.v_proj.experts.coefficients"):
+        save_adapter(model, tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_model_that_is_not_adapted_is_an_error(tmp_path):
+    for action in (adapter_state_dict, lambda model: save_adapter(model, tmp_path)):
+        with pytest.raises(ValueError, match="Transformer is not adapted"):
+            action(Transformer())
+
+
+def test_file_of_a_clip_sized_adapter_is_below_two_megabytes(tmp_path):
+    names = [f"layers_{i}_{p}_proj" for i in range(12) for p in "qv"]
+    model = nn.ModuleDict({name: nn.utils.skip_init(nn.Linear, 768, 768, bias=False) for name in names})
+    model["head"] = nn.Linear(768, 196)
+    settings = FourierMoEConfig(targets=[r"layers_.*"], head=["head"], num_coefficients=3008)
+    assert inject(model, settings).total == 370_372
+    save_adapter(model, tmp_path)
+    assert sum(path.stat().st_size for path in tmp_path.iterdir()) < 2_000_000
