@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import traceback
 import warnings
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -14,7 +15,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from fourier_moe import AdapterConfig
 from lightning_modules import AdaptationModule
 
-_OUR_PACKAGES = ("fourier_moe", "lightning_modules", "datamodules")
+_OUR_PACKAGES = ("fourier_moe", "lightning_modules", "datamodules", "train", "__main__")
 warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")  # Lightning 2.6 on torch 2.15
 
 set_parsing_settings(subclasses_enabled=[AdapterConfig])  # a dataclass, which jsonargparse otherwise takes as final
@@ -38,6 +39,14 @@ class AdaptationCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.link_arguments("data.num_classes", "model.num_classes", apply_on="instantiate")
         parser.link_arguments("seed_everything", "model.adapter.init_args.seed")
+
+    def before_instantiate_classes(self) -> None:
+        """Refuse a missing checkpoint before anything is loaded."""
+        config = self.config[self.subcommand] if self.subcommand else self.config
+        path = config.get("ckpt_path")
+        if path and path not in ("best", "last", "hpc") and "://" not in path and not Path(path).exists():
+            near = ", ".join(sorted(str(file) for file in Path(path).parent.glob("*.ckpt"))) or "none"
+            raise ValueError(f"ckpt_path={path!r} does not exist; checkpoints beside it: {near}")
 
     def _parse_ckpt_path(self) -> None:
         """Nothing: Lightning would let hyper-parameters found in the checkpoint win over the command line, silently."""

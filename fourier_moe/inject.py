@@ -118,7 +118,8 @@ def head_modules(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Module
     Raises:
         ValueError: if an entry of config.head matches nothing.
     """
-    modules = {name: module for name, module in model.named_modules() if name}
+    inside = tuple(f"{name}." for name in adapters(model))  # an adapter's own parts (router, base, ...) are no head
+    modules = {name: module for name, module in model.named_modules() if name and not name.startswith(inside)}
     matches = _match(config.head, modules, "head")
     return {name: modules[name] for name in modules if name in matches}
 

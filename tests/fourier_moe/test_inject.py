@@ -5,7 +5,7 @@ import torch
 from fourier_moe_models import Transformer, config
 from torch import nn
 
-from fourier_moe import FourierMoELinear, FullFineTuning, HeadOnly, adapters, inject, recording
+from fourier_moe import FourierMoELinear, FullFineTuning, HeadOnly, adapter_state_dict, adapters, inject, recording
 
 Q_AND_V = [f"layers.{i}.attention.{p}" for i in range(2) for p in ("q_proj", "v_proj")]
 
@@ -98,6 +98,15 @@ def test_overlapping_head_entries_count_each_parameter_once(head):
     report = inject(model, config(targets=["q_proj"], head=head))
     assert report.trained["head"] == 16 * 17 + 2 * 17
     assert report.frozen == 16 * 17
+
+
+@pytest.mark.parametrize("name", ["router", "experts", "base", "dropout"])
+def test_head_may_be_called_like_a_part_of_an_adapter(name):
+    model = nn.ModuleDict({"q_proj": nn.Linear(16, 16), name: nn.Linear(16, 2)})
+    report = inject(model, config(targets=["q_proj"], head=[name]))
+    assert report.trained == {"experts": 32, "router": 64, "head": 34, "backbone": 0}
+    assert report.frozen == 16 * 17
+    assert len(adapter_state_dict(model)) == 3 + 2
 
 
 class Shared(nn.Module):
