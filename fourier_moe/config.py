@@ -112,8 +112,9 @@ class FourierMoEConfig(ProjectionAdapterConfig):
         band_layout: where the bands lie. `cover`: centres (e + 1/2)/E, spread over all frequencies. `stack`: centres
             (e + 1/2) B, side by side from DC outwards (the paper's bandwidth sweep).
         scaling: alpha, the factor of the update. A number is the paper's. `relative` sets it from each projection's shape and
-            pair count such that coefficients of root mean square 1 give an update of Frobenius norm sqrt(out_features), the
-            norm of a typical pretrained weight: one learning rate then serves all widths, models and coefficient counts.
+            pair count such that coefficients of root mean square modulus 1 give an update of Frobenius norm
+            sqrt(out_features), the norm of a typical pretrained weight: one learning rate then serves all widths, models and
+            coefficient counts.
         dropout: dropout on the experts' input.
         balance_weight: lambda, weight of the load-balancing loss, which is summed over the adapted projections.
         normalize_gates: divide the K gates of a token by their sum (always off for top_k = 1).

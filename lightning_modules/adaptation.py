@@ -75,8 +75,16 @@ class AdaptationModule(L.LightningModule):
         """Load the pretrained model and inject the adapter, once."""
         if self.task.model is not None:
             return
+        precision = getattr(self._trainer, "precision", "32-true")
+        if precision in ("16-true", "bf16-true", "64-true"):
+            raise ValueError(
+                f"trainer.precision={precision!r} would cast the adapters, which stay in float32; use bf16-mixed or 32-true"
+            )
         self.class_names = self._agree_on_class_names()
-        model = self.task.build(self.num_classes, self.class_names)
+        num_classes = (
+            len(self.class_names) if self.class_names else self.num_classes
+        )  # a local subset has fewer than its source
+        model = self.task.build(num_classes, self.class_names)
         self.report = inject(model, dataclasses.replace(self.adapter, head=self.task.head_names))
         if self.adapter_path:
             load_adapter(model, self.adapter_path)

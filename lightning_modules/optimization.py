@@ -91,13 +91,16 @@ class Optimization:
 
         Otherwise a resumed run silently goes on with the remembered values. The schedule's position is kept.
         """
-        states = zip(checkpoint["optimizer_states"], checkpoint["lr_schedulers"], strict=True)
+        # A checkpoint of weights only has neither; testing one needs neither.
+        states = zip(checkpoint.get("optimizer_states", ()), checkpoint.get("lr_schedulers", ()), strict=True)
         for optimizer, scheduler in states:
+            # Where the schedule is, read off any group with a rate: one that had rate 0 until now does not show it.
+            factors = [group["lr"] / group["initial_lr"] for group in optimizer["param_groups"] if group["initial_lr"]]
+            progress = factors[0] if factors else 0.0
             for index, group in enumerate(optimizer["param_groups"]):
                 configured = self._group(group["name"])
                 if configured is None:
                     continue
-                progress = group["lr"] / group["initial_lr"] if group["initial_lr"] else 0.0
                 group.update(
                     lr=configured.lr * progress,
                     initial_lr=configured.lr,

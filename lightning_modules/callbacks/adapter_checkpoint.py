@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 import lightning as L
@@ -15,7 +16,8 @@ from lightning_modules.callbacks.run_directory import run_directory
 class AdapterCheckpoint(L.Callback):
     """Write the adapter to `<run directory>/adapter` whenever validation improves, and to `adapter_last` beside it at the end.
 
-    Without validation only `adapter_last` is written.
+    Without validation only `adapter_last` is written, with fast_dev_run nothing. A run that resumes in another directory starts
+    its own record, as ModelCheckpoint does.
 
     Args:
         monitor: the logged value that decides which adapter is best.
@@ -28,6 +30,10 @@ class AdapterCheckpoint(L.Callback):
         self.monitor, self.mode = monitor, mode
         self.best: float | None = None
 
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not trainer.strategy.broadcast((run_directory(trainer) / "adapter").is_dir()):
+            self.best = None
+
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.sanity_checking or (not trainer.training and trainer.state.fn != "fit"):
             return
@@ -35,13 +41,15 @@ class AdapterCheckpoint(L.Callback):
             known = ", ".join(sorted(trainer.callback_metrics))
             raise ValueError(f"AdapterCheckpoint: monitor={self.monitor!r} is not logged; logged: {known}")
         value = float(trainer.callback_metrics[self.monitor])
-        better = self.best is None or (value > self.best if self.mode == "max" else value < self.best)
+        better = self.best is None or math.isnan(self.best) or (value > self.best if self.mode == "max" else value < self.best)
         if better:
             self.best = value
             self._save(trainer, pl_module, "adapter")
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._save(trainer, pl_module, "adapter_last")
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
         directory = run_directory(trainer)
         best = f"best {self.monitor} {self.best:.4f}: {directory / 'adapter'}; " if self.best is not None else ""
         rank_zero_info(f"Adapter written: {best}last: {directory / 'adapter_last'}")
@@ -55,6 +63,7 @@ class AdapterCheckpoint(L.Callback):
     def _save(self, trainer: L.Trainer, pl_module: L.LightningModule, name: str) -> None:
         assert isinstance(pl_module, AdaptationModule)
         directory = run_directory(trainer) / name
-        if trainer.is_global_zero:
-            metrics = {key: float(value) for key, value in trainer.callback_metrics.items() if "/" in key}
+        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            logged = trainer.callback_metrics.items()
+            metrics = {key: float(value) for key, value in logged if key.startswith(("train/", "val/"))}
             save_adapter(pl_module.model, directory, class_names=pl_module.class_names, metrics=metrics)

@@ -122,7 +122,10 @@ def _tiny(config: dict[str, Any], model: str) -> dict[str, Any]:
 
 def _load_file(clip: nn.Module, path: str) -> nn.Module:
     """Load a checkpoint of the whole CLIP, or of its vision tower alone."""
-    state = load_state_dict(path)
+    try:
+        state = load_state_dict(path)
+    except Exception as error:  # each file format has its own
+        raise ValueError(f"pretrained={path!r} cannot be read as a weights file: {_first_line(error)}") from error
     try:
         if any(key.startswith("visual.") for key in state):
             load_checkpoint(clip, path)
