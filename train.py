@@ -17,6 +17,7 @@ from lightning_modules import AdaptationModule
 
 _OUR_PACKAGES = ("fourier_moe", "lightning_modules", "datamodules", "train", "__main__")
 warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")  # Lightning 2.6 on torch 2.15
+warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended to run from within Python")  # compare does
 
 set_parsing_settings(subclasses_enabled=[AdapterConfig])  # a dataclass, which jsonargparse otherwise takes as final
 

@@ -81,9 +81,8 @@ class AdaptationModule(L.LightningModule):
                 f"trainer.precision={precision!r} would cast the adapters, which stay in float32; use bf16-mixed or 32-true"
             )
         self.class_names = self._agree_on_class_names()
-        num_classes = (
-            len(self.class_names) if self.class_names else self.num_classes
-        )  # a local subset has fewer than its source
+        # A local directory may hold fewer classes than its source is known for, and so may its adapter.
+        num_classes = len(self.class_names) if self.class_names else self.num_classes
         model = self.task.build(num_classes, self.class_names)
         self.report = inject(model, dataclasses.replace(self.adapter, head=self.task.head_names))
         if self.adapter_path:
@@ -138,7 +137,7 @@ class AdaptationModule(L.LightningModule):
         loss = self.task.evaluate(batch, metrics)
         self.log(f"{split}/loss", loss, sync_dist=True, batch_size=_batch_size(batch))
         for name, metric in metrics.items():
-            self.log(f"{split}/{name}", metric, prog_bar=True, batch_size=_batch_size(batch))
+            self.log(f"{split}/{name}", metric, prog_bar=name == self.task.main_metric, batch_size=_batch_size(batch))
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         if self.optimization is None:

@@ -19,6 +19,7 @@ class Result:
 
     adapter: str
     seed: int
+    main_metric: str
     metrics: dict[str, float]
     parameters: dict[str, int]
     seconds: float
@@ -83,12 +84,12 @@ def _run(name: str, seed: int, args: list[str], output: Path) -> Result:
     cli: Any = main(["fit", *args, "--seed_everything", str(seed), *logger])
     seconds = time.perf_counter() - started
     metrics = cli.trainer.test(cli.model, cli.datamodule, verbose=False)[0]
-    return Result(name, seed, metrics, cli.model.report.trained, seconds)
+    return Result(name, seed, f"test/{cli.model.task.main_metric}", metrics, cli.model.report.trained, seconds)
 
 
 def format_table(results: list[Result]) -> str:
-    """Markdown table, a row per adapter: mean and spread of the first test metric, parameters by kind, seconds."""
-    metric = next(key for key in results[0].metrics if not key.endswith("loss"))
+    """Markdown table, a row per adapter: mean and spread of the main test metric, parameters by kind, seconds."""
+    metric = results[0].main_metric
     kinds = [kind for kind in results[0].parameters if any(result.parameters[kind] for result in results)]
     header = ["adapter", f"{metric} (mean of {len({r.seed for r in results})})", "each seed", "trained", *kinds, "seconds"]
     rows = []

@@ -20,10 +20,12 @@ class Task(nn.Module, ABC):
 
     Attributes:
         head_names: modules in `model` that are trained in full, beside the adapters.
+        main_metric: the metric that progress bars and tables show.
         model: None until `build`.
     """
 
     head_names: ClassVar[tuple[str, ...]] = ()
+    main_metric: ClassVar[str]
 
     def __init__(self) -> None:
         super().__init__()

@@ -67,6 +67,7 @@ class ImageClassification(Task):
     """
 
     head_names = ("head",)
+    main_metric = "accuracy"
 
     def __init__(
         self,
