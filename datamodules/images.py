@@ -19,6 +19,7 @@ from datamodules.image_directory import open_directory
 from datamodules.image_files import IMAGE_EXTENSIONS, find_images
 from datamodules.image_sources import find_source
 from datamodules.image_transforms import CLIP_MEAN, CLIP_STD, eval_transform, train_transform
+from datamodules.sampling import ShuffledSampler, evaluation_sampler
 
 _PREDICT = "predict"
 _SPLITS_OF_STAGE = {
@@ -131,6 +132,9 @@ class ImageDataModule(L.LightningDataModule):
             RuntimeError: The hub cannot be reached.
         """
         missing = [split for split in _SPLITS_OF_STAGE[stage] if split not in self._datasets]
+        if stage == "fit":  # a broken test image should not come to light after the training
+            images, indices = self._select(TEST)
+            images.check(indices)
         for split in missing:
             images, indices = self._select(split)
             images.check(indices)
@@ -147,17 +151,21 @@ class ImageDataModule(L.LightningDataModule):
             self._datasets.clear()
 
     def train_dataloader(self) -> DataLoader[dict[str, Any]]:
-        # A generator of its own: order and augmentation depend on the run's seed, not on what a model has drawn before.
-        return self._loader(TRAIN, shuffle=True, generator=torch.Generator().manual_seed(torch.initial_seed()))
+        # Seeded by the run, not by what a model has drawn before: all methods see the same order under the same seed.
+        sampler = ShuffledSampler(self._datasets[TRAIN], torch.initial_seed())
+        return self._loader(TRAIN, sampler=sampler, generator=sampler.generator)
 
     def val_dataloader(self) -> DataLoader[dict[str, Any]]:
-        return self._loader(VALIDATION)
+        return self._evaluation_loader(VALIDATION)
 
     def test_dataloader(self) -> DataLoader[dict[str, Any]]:
-        return self._loader(TEST)
+        return self._evaluation_loader(TEST)
 
     def predict_dataloader(self) -> DataLoader[dict[str, Any]]:
-        return self._loader(_PREDICT)
+        return self._evaluation_loader(_PREDICT)
+
+    def _evaluation_loader(self, split: str) -> DataLoader[dict[str, Any]]:
+        return self._loader(split, sampler=evaluation_sampler(self._datasets[split], self.trainer))
 
     def _loader(self, split: str, **options: Any) -> DataLoader[dict[str, Any]]:
         return DataLoader(

@@ -21,8 +21,8 @@ class AdapterConfig:
     """Base of every way to fine-tune: a way to turn a pretrained model into one with few trained parameters.
 
     Args:
-        head: modules that are trained in full and stored with the adapter (PEFT calls them modules_to_save); each entry is the
-            end of a module's dotted name or a regular expression for the whole name. Tasks fill it in.
+        head: modules that are trained in full and stored with the adapter (PEFT calls them modules_to_save); each entry is a
+            module's whole dotted name (`classifier`) or a regular expression for it. Tasks fill it in.
     """
 
     head: Sequence[str] = ()
@@ -119,7 +119,8 @@ class FourierMoEConfig(ProjectionAdapterConfig):
         balance_weight: lambda, weight of the load-balancing loss, which is summed over the adapted projections.
         normalize_gates: divide the K gates of a token by their sum (always off for top_k = 1).
         init_std: standard deviation of the initial coefficients; 0 starts exactly at the pretrained model.
-        seed: seed of positions and of the router's start; together with a projection's name it fixes both.
+        seed: seed of positions and of the router's start; together with a projection's name it fixes both. None is the run's
+            seed_everything on the command line, and 0 in Python.
         coefficients: `complex`, or an ablation: `real` or `imaginary` trains that part only (n/2 scalars, same positions).
         frequency_bias: draw positions by band; off (ablation): uniformly over the plane.
         conjugate_symmetry: every position implies its conjugate partner; off (ablation): free single positions drawn from the
@@ -139,7 +140,7 @@ class FourierMoEConfig(ProjectionAdapterConfig):
     balance_weight: float = 1e-3
     normalize_gates: bool = True
     init_std: float = 0.0
-    seed: int = 0
+    seed: int | None = None
     coefficients: Literal["complex", "real", "imaginary"] = "complex"
     frequency_bias: bool = True
     conjugate_symmetry: bool = True

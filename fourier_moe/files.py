@@ -14,8 +14,10 @@ from safetensors.torch import load as parse_safetensors
 from safetensors.torch import save as serialize_safetensors
 from torch import Tensor, nn
 
+from fourier_moe.backbone import backbone_fingerprint, backbone_name, check_backbone
 from fourier_moe.config import AdapterConfig
 from fourier_moe.inject import adapter_config, adapters, count_parameters, head_modules, inject, is_adapted
+from fourier_moe.undo import unchanged_on_error
 
 FORMAT_VERSION = 1
 _TENSORS, _DESCRIPTION = "adapter.safetensors", "adapter.json"
@@ -28,12 +30,14 @@ class AdapterDescription:
     Attributes:
         config: how the model was adapted.
         backbone: name of the pretrained model, None where it had none.
+        fingerprint: see `backbone_fingerprint`.
         class_names: label names in the order of the head's outputs, or None.
         metrics: results at the time of saving.
     """
 
     config: AdapterConfig
     backbone: str | None = None
+    fingerprint: dict[str, float] = field(default_factory=dict)
     class_names: list[str] | None = None
     metrics: dict[str, float] = field(default_factory=dict)
 
@@ -94,6 +98,7 @@ def save_adapter(
         "format": "fourier_moe adapter",
         "format_version": FORMAT_VERSION,
         "backbone": backbone_name(model),
+        "backbone_fingerprint": backbone_fingerprint(model),
         "config": config.to_dict(),
         "class_names": None if class_names is None else list(class_names),
         "metrics": dict(metrics or {}),
@@ -118,26 +123,15 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> Adapter
         ValueError: if the directory holds no adapter, a damaged one, or one for another backbone, shape or config.
     """
     description, state = _read(Path(directory))
-    name = backbone_name(model)
-    if description.backbone is not None and name is not None and description.backbone != name:
-        raise ValueError(f"adapter {directory} was trained on backbone {description.backbone!r}, this model is {name!r}")
-    if not is_adapted(model):
-        inject(model, description.config)
-    else:
+    source = f"adapter {directory}"
+    with unchanged_on_error(model):
+        if not is_adapted(model):
+            inject(model, description.config)
         difference = adapter_config(model).difference(description.config)
         if difference:
-            raise ValueError(f"adapter {directory} does not fit this model: file and model differ in {difference}")
-    expected = adapter_state_dict(model)
-    problems = [f"missing {key}" for key in expected if key not in state]
-    problems += [f"unexpected {key}" for key in state if key not in expected]
-    problems += [
-        f"{key} is {tuple(state[key].shape)} in the file, {tuple(expected[key].shape)} in the model"
-        for key in expected
-        if key in state and state[key].shape != expected[key].shape
-    ]
-    if problems:
-        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise ValueError(f"adapter {directory} does not fit this model: {'; '.join(problems[:5])}{more}")
+            raise ValueError(f"{source} does not fit this model: file and model differ in {difference}")
+        _check_fit(state, adapter_state_dict(model), source)
+        check_backbone(model, description.backbone, description.fingerprint, source)
     model.load_state_dict(state, strict=False)
     return description
 
@@ -151,10 +145,17 @@ def describe_adapter(directory: str | os.PathLike[str]) -> AdapterDescription:
     return _parse_description(Path(directory))[0]
 
 
-def backbone_name(model: nn.Module) -> str | None:
-    """The model's own `backbone_name`, or the name a Hugging Face model was loaded by; None if it has neither."""
-    name = getattr(model, "backbone_name", None) or getattr(getattr(model, "config", None), "_name_or_path", None)
-    return str(name) if name else None
+def _check_fit(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], source: str) -> None:
+    problems = [f"missing {key}" for key in expected if key not in state]
+    problems += [f"unexpected {key}" for key in state if key not in expected]
+    problems += [
+        f"{key} is {tuple(state[key].shape)} in the file, {tuple(expected[key].shape)} in the model"
+        for key in expected
+        if key in state and state[key].shape != expected[key].shape
+    ]
+    if problems:
+        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise ValueError(f"{source} does not fit this model: {'; '.join(problems[:5])}{more}")
 
 
 def _read(directory: Path) -> tuple[AdapterDescription, dict[str, Tensor]]:
@@ -183,7 +184,9 @@ def _parse_description(directory: Path) -> tuple[AdapterDescription, str]:
                 f"format_version {version} is newer than this package reads ({FORMAT_VERSION}); upgrade fourier_moe"
             )
         config = AdapterConfig.from_dict(raw["config"])
-        return AdapterDescription(config, raw["backbone"], raw["class_names"], raw["metrics"]), checksum
+        return AdapterDescription(
+            config, raw["backbone"], raw["backbone_fingerprint"], raw["class_names"], raw["metrics"]
+        ), checksum
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} cannot be read as an adapter description: {error}") from error
 

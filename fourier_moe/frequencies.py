@@ -9,6 +9,7 @@ Source: FourierMoE (arXiv 2604.01762) Eq. 3 for the band-pass weight; drawing an
 from __future__ import annotations
 
 import hashlib
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -81,6 +82,21 @@ def count_positions(out_features: int, in_features: int, *, half_plane: bool = T
     return (out_features * in_features - self_conjugate) // (2 if half_plane else 1)
 
 
+@lru_cache(maxsize=1024)
+def band_capacity(out_features: int, in_features: int, center: float, bandwidth: float, half_plane: bool = True) -> float:
+    """How many positions a band holds: the sum of their weights. A larger draw would take the positions of other bands."""
+    total = 0.0
+    u, v = torch.arange(out_features // 2 + 1, device="cpu"), torch.arange(in_features // 2 + 1, device="cpu")
+    counts_v = 1 + ((v > 0) & (2 * v != in_features)).double()  # signed frequencies that share this |v|
+    for rows in u.split(256):
+        counts_u = 1 + ((rows > 0) & (2 * rows != out_features)).double()
+        frequencies = torch.stack(torch.meshgrid(rows, v, indexing="ij"), -1)
+        weights = band_weight(normalized_radius(frequencies, out_features, in_features), center, bandwidth)
+        weights[_is_self_conjugate(frequencies[..., 0], frequencies[..., 1], out_features, in_features)] = 0
+        total += float(counts_u @ weights @ counts_v)
+    return total / 2 if half_plane else total
+
+
 def draw_frequencies(
     count: int,
     out_features: int,
@@ -111,18 +127,18 @@ def draw_frequencies(
             f"num_coefficients asks for {count} frequencies per expert, but {where} has only {total}; "
             "lower num_coefficients, raise num_experts or leave this projection out of targets"
         )
+    if center is not None and count > (capacity := band_capacity(out_features, in_features, center, bandwidth, half_plane)):
+        raise ValueError(
+            f"num_coefficients asks for {count} frequencies per expert, but the band of centre {center:.4g} and "
+            f"bandwidth={bandwidth} holds only {int(capacity)} in {where}; lower num_coefficients, widen bandwidth, leave this "
+            "projection out of targets, or use band_layout='cover', whose centres stay inside the plane"
+        )
     shape = (out_features, in_features)
     drawn = None
     if out_features * in_features > _ENUMERATION_LIMIT:
         drawn = _draw_by_rejection(count, shape, generator, center, bandwidth, half_plane)
     if drawn is None:
         drawn = _draw_by_enumeration(count, shape, generator, center, bandwidth, half_plane)
-    if len(drawn) < count:
-        raise ValueError(
-            f"num_coefficients asks for {count} frequencies per expert, but the band of centre {center:.4g} and "
-            f"bandwidth={bandwidth} holds only {len(drawn)} in {where}; widen bandwidth, lower num_coefficients, "
-            "or use band_layout='cover', whose centres stay inside the plane"
-        )
     u, v = drawn.unbind(-1)
     return drawn[torch.argsort(u * (2 * in_features) + v)].to(torch.int32)
 

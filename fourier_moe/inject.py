@@ -12,6 +12,7 @@ from torch import nn
 from fourier_moe.adapter import Adapter, projection_shape
 from fourier_moe.attention import FUSED_PROJECTIONS, is_fused_attention, split_attention
 from fourier_moe.config import AdapterConfig, ProjectionAdapterConfig
+from fourier_moe.undo import unchanged_on_error
 
 _CONFIG_ATTRIBUTE = "fourier_moe_adapter_config"
 
@@ -80,11 +81,15 @@ def inject(model: nn.Module, config: AdapterConfig) -> InjectionReport:
         A report that prints as a table.
 
     Raises:
-        ValueError: if the model is adapted already, or a target or head matches nothing (near names are listed).
+        ValueError: if the model is adapted already, a target or head matches nothing (near names are listed), or nothing would
+            be trained. The model is then left as it was.
     """
-    if is_adapted(model):
-        raise ValueError("model is adapted already; inject into a freshly loaded model")
-    report = config.inject(model)
+    if is_adapted(model) or adapters(model):
+        raise ValueError("model is adapted already, or a part of it is; inject into a freshly loaded model")
+    with unchanged_on_error(model):
+        report = config.inject(model)
+        if report.total == 0:
+            raise ValueError(f"{type(config).__name__} would train nothing of this model; name a head, or another method")
     setattr(model, _CONFIG_ATTRIBUTE, config)
     return report
 
@@ -120,7 +125,7 @@ def head_modules(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Module
     """
     inside = tuple(f"{name}." for name in adapters(model))  # an adapter's own parts (router, base, ...) are no head
     modules = {name: module for name, module in model.named_modules() if name and not name.startswith(inside)}
-    matches = _match(config.head, modules, "head")
+    matches = _match(config.head, modules, "head", by_suffix=False)
     return {name: modules[name] for name in modules if name in matches}
 
 
@@ -191,14 +196,13 @@ def count_parameters(model: nn.Module, config: AdapterConfig) -> InjectionReport
     return InjectionReport(tuple(projections), trained, rest)
 
 
-def _match(entries: Iterable[str], names: Iterable[str], argument: str) -> set[str]:
-    """Names that end in an entry at a dot, or match it as a regular expression; every entry must match."""
+def _match(entries: Iterable[str], names: Iterable[str], argument: str, *, by_suffix: bool = True) -> set[str]:
+    """Names that equal an entry, end in it at a dot (`by_suffix`) or match it as a pattern; every entry must match."""
     names = list(names)
     found: set[str] = set()
     for entry in entries:
-        matched = {
-            name for name in names if name == entry or name.endswith(f".{entry}") or re.fullmatch(entry, name) is not None
-        }
+        end = f".{entry}"
+        matched = {n for n in names if n == entry or (by_suffix and n.endswith(end)) or re.fullmatch(entry, n) is not None}
         if not matched:
             raise ValueError(f"{argument} entry {entry!r} matches no module of the model; {_near_names(entry, names)}")
         found |= matched

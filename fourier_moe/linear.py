@@ -29,7 +29,7 @@ class FourierMoELinear(Adapter):
     def __init__(self, base: nn.Module, config: FourierMoEConfig, name: str) -> None:
         super().__init__(base)
         device = next(chain(base.parameters(), base.buffers())).device
-        generator = named_generator(config.seed, name)
+        generator = named_generator(config.seed or 0, name)
         self.balance_weight = config.balance_weight
         self.router = TopKRouter(
             self.in_features,

@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
-from torchmetrics import MetricCollection
+from torchmetrics import MeanMetric, MetricCollection
 
 from fourier_moe import (
     AdapterConfig,
@@ -24,7 +24,7 @@ from fourier_moe import (
     load_adapter,
     recording,
 )
-from fourier_moe.files import backbone_name
+from fourier_moe.backbone import backbone_fingerprint, backbone_name, check_backbone
 from fourier_moe.inject import adapter_config
 from lightning_modules.optimization import Optimization
 from lightning_modules.tasks import Task
@@ -80,29 +80,34 @@ class AdaptationModule(L.LightningModule):
             raise ValueError(
                 f"trainer.precision={precision!r} would cast the adapters, which stay in float32; use bf16-mixed or 32-true"
             )
-        self.class_names = self._agree_on_class_names()
+        if self.adapter.head:
+            raise ValueError(f"adapter.head={list(self.adapter.head)} is the task's to say; remove it from the config")
+        self._refuse_untrained()
+        of_adapter = self._stored.class_names if self._stored else None
+        self.class_names = _agree(f"adapter_path={self.adapter_path!r}", of_adapter, "the data", self._class_names_of_data())
         # A local directory may hold fewer classes than its source is known for, and so may its adapter.
         num_classes = len(self.class_names) if self.class_names else self.num_classes
         model = self.task.build(num_classes, self.class_names)
         self.report = inject(model, dataclasses.replace(self.adapter, head=self.task.head_names))
         if self.adapter_path:
             load_adapter(model, self.adapter_path)
-        self.val_metrics = self.task.new_metrics()
-        self.test_metrics = self.task.new_metrics()
+        self.val_metrics, self.val_loss = self.task.new_metrics(), MeanMetric()
+        self.test_metrics, self.test_loss = self.task.new_metrics(), MeanMetric()
         rank_zero_info(f"\n{backbone_name(model)}, {type(self.adapter).__name__}\n{self.report}\n")
 
-    def _agree_on_class_names(self) -> list[str] | None:
-        """Class names of the data, else those kept with the adapter; they must not contradict each other."""
-        datamodule = getattr(self._trainer, "datamodule", None)
-        of_data = getattr(datamodule, "class_names", None)
-        of_adapter = self._stored.class_names if self._stored else None
-        if of_data and of_adapter and list(of_data) != list(of_adapter):
-            raise ValueError(
-                f"adapter_path={self.adapter_path!r} was trained on {len(of_adapter)} classes ({_some(of_adapter)}), the data "
-                f"has {len(of_data)} ({_some(of_data)}); names and order must be the same"
-            )
-        names = of_data or of_adapter
+    def _class_names_of_data(self) -> list[str] | None:
+        names = getattr(getattr(self._trainer, "datamodule", None), "class_names", None)
         return list(names) if names else None
+
+    def _refuse_untrained(self) -> None:
+        """A new head knows nothing: its test results and predictions would be noise that looks like results."""
+        if self._trainer is None or self.trainer.state.fn == "fit" or self.adapter_path or self.trainer.ckpt_path:
+            return
+        if not self.task.works_untrained:
+            raise ValueError(
+                f"{self.trainer.state.fn} needs a trained adapter: give --model.adapter_path DIR (what fit wrote to "
+                "RUN/adapter) or --ckpt_path FILE"
+            )
 
     def on_train_epoch_start(self) -> None:
         # Frozen means frozen: batch statistics of a frozen backbone stay as they were pretrained.
@@ -125,19 +130,20 @@ class AdaptationModule(L.LightningModule):
         return loss
 
     def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
-        self._evaluate(batch, self.val_metrics, "val")
+        self._evaluate(batch, "val", self.val_metrics, self.val_loss)
 
     def test_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
-        self._evaluate(batch, self.test_metrics, "test")
+        self._evaluate(batch, "test", self.test_metrics, self.test_loss)
 
     def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> list[dict[str, Any]]:
         return self.task.predict(batch)
 
-    def _evaluate(self, batch: Mapping[str, Any], metrics: MetricCollection, split: str) -> None:
-        loss = self.task.evaluate(batch, metrics)
-        self.log(f"{split}/loss", loss, sync_dist=True, batch_size=_batch_size(batch))
+    def _evaluate(self, batch: Mapping[str, Any], split: str, metrics: MetricCollection, mean_loss: MeanMetric) -> None:
+        batch_size = _batch_size(batch)
+        mean_loss.update(self.task.evaluate(batch, metrics), weight=batch_size)  # exact also over uneven batches and ranks
+        self.log(f"{split}/loss", mean_loss, batch_size=batch_size)
         for name, metric in metrics.items():
-            self.log(f"{split}/{name}", metric, prog_bar=name == self.task.main_metric, batch_size=_batch_size(batch))
+            self.log(f"{split}/{name}", metric, prog_bar=name == self.task.main_metric, batch_size=batch_size)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         if self.optimization is None:
@@ -153,7 +159,12 @@ class AdaptationModule(L.LightningModule):
         """Keep what is trained, drop the frozen model, remember what it belongs to."""
         trained = {f"task.model.{key}" for key in adapter_state_dict(self.model)}
         checkpoint["state_dict"] = {key: value for key, value in checkpoint["state_dict"].items() if key in trained}
-        checkpoint["adaptation"] = {"backbone": backbone_name(self.model), "adapter": adapter_config(self.model).to_dict()}
+        checkpoint["adaptation"] = {
+            "backbone": backbone_name(self.model),
+            "backbone_fingerprint": backbone_fingerprint(self.model),
+            "adapter": adapter_config(self.model).to_dict(),
+            "class_names": self.class_names,
+        }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another model or adapter; let configured learning rates win over remembered ones.
@@ -164,8 +175,8 @@ class AdaptationModule(L.LightningModule):
         if "adaptation" not in checkpoint:
             raise ValueError("the checkpoint was not written by AdaptationModule")
         stored = checkpoint["adaptation"]
-        if stored["backbone"] != backbone_name(self.model):
-            raise ValueError(f"the checkpoint is of backbone {stored['backbone']}, this run has {backbone_name(self.model)}")
+        check_backbone(self.model, stored["backbone"], stored["backbone_fingerprint"], "the checkpoint")
+        self.class_names = _agree("the checkpoint", stored["class_names"], "this run", self.class_names)
         difference = adapter_config(self.model).difference(AdapterConfig.from_dict(stored["adapter"]))
         if difference:
             raise ValueError(f"checkpoint and this run's adapter differ in {difference}")
@@ -180,6 +191,16 @@ class AdaptationModule(L.LightningModule):
 
 def _batch_size(batch: Mapping[str, Any]) -> int:
     return len(batch["id"])
+
+
+def _agree(first: str, names: list[str] | None, second: str, others: list[str] | None) -> list[str] | None:
+    """Whichever class names are known; a head trained on some must not be read with others, or in another order."""
+    if names and others and names != others:
+        raise ValueError(
+            f"{first} was trained on {len(names)} classes ({_some(names)}), {second} has {len(others)} ({_some(others)}); "
+            "names and order must be the same"
+        )
+    return names or others
 
 
 def _some(names: list[str]) -> str:

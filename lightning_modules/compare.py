@@ -5,19 +5,22 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+
+from lightning.pytorch.callbacks import Timer
+
+from lightning_modules.cli import AdaptationCLI
 
 OWN = "config"  # the adapter that the config itself names
 
 
 @dataclass(frozen=True)
 class Result:
-    """One run: test metrics of the last step's weights, trained parameters by kind, seconds of training and validation."""
+    """One run: test metrics of the last step's weights, trained parameters by kind, seconds of training."""
 
-    adapter: str
+    method: str
+    overlay: str
     seed: int
     main_metric: str
     metrics: dict[str, float]
@@ -25,7 +28,7 @@ class Result:
     seconds: float
 
 
-def compare_command(args: list[str]) -> list[Result]:
+def compare(args: list[str]) -> list[Result]:
     """Parse the command line, run every adapter with every seed, print the table and write it to `--output`."""
     parser = argparse.ArgumentParser(
         prog="train.py compare",
@@ -71,36 +74,33 @@ def _overlay(parser: argparse.ArgumentParser, name: str) -> list[str]:
     return ["--config", str(path)]
 
 
-def _run(name: str, seed: int, args: list[str], output: Path) -> Result:
-    from train import main
-
-    started = time.perf_counter()
-    logger = [
-        "--trainer.logger.init_args.save_dir",
-        str(output),
-        "--trainer.logger.init_args.name",
-        f"{Path(name).stem}/seed_{seed}",
-    ]
-    cli: Any = main(["fit", *args, "--seed_everything", str(seed), *logger])
-    seconds = time.perf_counter() - started
+def _run(overlay: str, seed: int, args: list[str], output: Path) -> Result:
+    run = f"{Path(overlay).stem}/seed_{seed}"
+    logger = ["--trainer.logger.init_args.save_dir", str(output), "--trainer.logger.init_args.name", run]
+    cli = AdaptationCLI([*args, "--seed_everything", str(seed), *logger], run=False)
+    cli.trainer.callbacks.append(timer := Timer())  # type: ignore[attr-defined]
+    cli.trainer.fit(cli.model, cli.datamodule)
     metrics = cli.trainer.test(cli.model, cli.datamodule, verbose=False)[0]
-    return Result(name, seed, f"test/{cli.model.task.main_metric}", metrics, cli.model.report.trained, seconds)
+    method = type(cli.model.adapter).__name__.removesuffix("Config")
+    main_metric = f"test/{cli.model.task.main_metric}"
+    return Result(method, overlay, seed, main_metric, dict(metrics), cli.model.report.trained, timer.time_elapsed("train"))
 
 
 def format_table(results: list[Result]) -> str:
     """Markdown table, a row per adapter: mean and spread of the main test metric, parameters by kind, seconds."""
     metric = results[0].main_metric
     kinds = [kind for kind in results[0].parameters if any(result.parameters[kind] for result in results)]
-    header = ["adapter", f"{metric} (mean of {len({r.seed for r in results})})", "each seed", "trained", *kinds, "seconds"]
+    header = ["method", f"{metric} (mean of {len({r.seed for r in results})})", "each seed", "trained", *kinds, "seconds"]
     rows = []
-    for name in dict.fromkeys(result.adapter for result in results):
-        own = [result for result in results if result.adapter == name]
+    for overlay in dict.fromkeys(result.overlay for result in results):
+        own = [result for result in results if result.overlay == overlay]
+        same_method = {result.overlay for result in results if result.method == own[0].method}
         values = [100 * result.metrics[metric] for result in own]
         spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
         counts = own[0].parameters
         rows.append(
             [
-                name,
+                own[0].method if len(same_method) == 1 else f"{own[0].method} ({overlay})",
                 f"{statistics.mean(values):.1f} %{spread}",
                 " / ".join(f"{value:.1f}" for value in values),
                 f"{sum(counts.values()):,}",

@@ -62,8 +62,17 @@ class AdapterCheckpoint(L.Callback):
 
     def _save(self, trainer: L.Trainer, pl_module: L.LightningModule, name: str) -> None:
         assert isinstance(pl_module, AdaptationModule)
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
         directory = run_directory(trainer) / name
-        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        problem = None
+        if trainer.is_global_zero:
             logged = trainer.callback_metrics.items()
             metrics = {key: float(value) for key, value in logged if key.startswith(("train/", "val/"))}
-            save_adapter(pl_module.model, directory, class_names=pl_module.class_names, metrics=metrics)
+            try:
+                save_adapter(pl_module.model, directory, class_names=pl_module.class_names, metrics=metrics)
+            except ValueError as error:
+                problem = str(error)
+        problem = trainer.strategy.broadcast(problem)  # all ranks stop, not one while the others wait for it
+        if problem:
+            raise ValueError(problem)

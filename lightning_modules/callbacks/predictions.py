@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities import rank_zero_info
 
@@ -34,10 +35,10 @@ class PredictionsWriter(BasePredictionWriter):
         batch_indices: Sequence[Any],
     ) -> None:
         assert isinstance(pl_module, AdaptationModule)
-        rows = [row for batch in predictions for row in batch]
+        rows = self._gather(trainer, predictions, batch_indices)
+        if not trainer.is_global_zero or not rows:
+            return
         path = Path(self.path) if self.path else run_directory(trainer) / "predictions.csv"
-        if trainer.world_size > 1:
-            path = path.with_stem(f"{path.stem}-rank{trainer.global_rank}")
         path.parent.mkdir(parents=True, exist_ok=True)
         names = pl_module.class_names or [str(index) for index in range(len(rows[0]["probabilities"]))]
         with open(path, "w", newline="", encoding="utf-8") as file:
@@ -50,3 +51,17 @@ class PredictionsWriter(BasePredictionWriter):
                 values = (f"{p:.6g}" for p in (probabilities[best], *probabilities))
                 writer.writerow([row["id"], label, names[best], *values])
         rank_zero_info(f"Predictions written: {path} ({len(rows)} rows)")
+
+    @staticmethod
+    def _gather(trainer: L.Trainer, predictions: Sequence[Any], batch_indices: Sequence[Any]) -> list[dict[str, Any]]:
+        """The rows of all processes in the order of the data."""
+        own = [
+            (index, row)
+            for rows, indices in zip(predictions, batch_indices[0], strict=True)
+            for index, row in zip(indices, rows, strict=True)
+        ]
+        shares = [own]
+        if trainer.world_size > 1:
+            shares = [[] for _ in range(trainer.world_size)]
+            torch.distributed.all_gather_object(shares, own)
+        return [row for _, row in sorted((pair for share in shares for pair in share), key=lambda pair: pair[0])]

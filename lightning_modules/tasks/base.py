@@ -31,6 +31,11 @@ class Task(nn.Module, ABC):
         super().__init__()
         self.model: nn.Module | None = None
 
+    @property
+    def works_untrained(self) -> bool:
+        """Whether the model predicts sensibly before any training (a zero-shot head, a language model)."""
+        return False
+
     @abstractmethod
     def build(self, num_classes: int | None, class_names: Sequence[str] | None = None) -> nn.Module:
         """Load the pretrained model, add the head, keep the result as `model` and return it."""

@@ -28,6 +28,7 @@ class ImageClassifier(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         size = getattr(self.backbone, "image_size", None)
+        size = (size, size) if isinstance(size, int) else size  # open_clip's ResNets have one number
         if size is not None and tuple(images.shape[-2:]) != tuple(size):
             raise ValueError(
                 f"images are {images.shape[-2]} x {images.shape[-1]}, {self.backbone_name} takes {size[0]} x {size[1]}; set "
@@ -60,7 +61,7 @@ class ImageClassification(Task):
             learning rate 0 keeps them.
         templates: prompts of the zero-shot head; `{}` is the class name.
         image_size: side of the input in pixels, null for the model's own (position embeddings are interpolated).
-        tiny: replace the tower by an untrained one of 2 layers and width 64 (configs/smoke.yaml).
+        tiny: replace the tower by an untrained one of 2 layers and width 256 (configs/smoke.yaml).
 
     Raises:
         ValueError: for an unknown model, tag or path, or a template without `{}`.
@@ -88,6 +89,10 @@ class ImageClassification(Task):
         self.head_kind, self.templates = head, tuple(templates)
         self.image_size, self.tiny = image_size, tiny
 
+    @property
+    def works_untrained(self) -> bool:
+        return self.head_kind == "zero_shot"
+
     def build(self, num_classes: int | None, class_names: Sequence[str] | None = None) -> ImageClassifier:
         """Load tower and head; see Task.
 
@@ -97,10 +102,13 @@ class ImageClassification(Task):
         num_classes = num_classes or len(class_names or ())
         if not num_classes:
             raise ValueError("num_classes is unknown; give data with classes, or the adapter file that keeps them")
-        clip = load_open_clip(self.model_name, self.pretrained, image_size=self.image_size, tiny=self.tiny)
+        zero_shot = self.head_kind == "zero_shot"
+        clip = load_open_clip(
+            self.model_name, self.pretrained, image_size=self.image_size, tiny=self.tiny, needs_text=zero_shot
+        )
         backbone: Any = clip.visual
         head: nn.Module
-        if self.head_kind == "zero_shot":
+        if zero_shot:
             if class_names is None:
                 raise ValueError("head='zero_shot' needs class names, and neither data nor adapter file has them")
             head = self._zero_shot_head(clip, class_names)
@@ -108,7 +116,7 @@ class ImageClassification(Task):
             head = nn.Linear(backbone.proj.shape[0], num_classes)
             backbone.proj = None
         else:  # a tower without that projection: its output is what it pools
-            head = nn.Linear(_feature_size(backbone), num_classes)
+            head = nn.Linear(_feature_size(backbone, backbone.image_size), num_classes)
         weights = "tiny" if self.tiny else Path(self.pretrained).name if self.pretrained else "untrained"
         self.model = ImageClassifier(backbone, head, f"{Path(self.model_name).stem}/{weights}")
         return self.model
@@ -116,11 +124,13 @@ class ImageClassification(Task):
     @torch.no_grad()
     def _zero_shot_head(self, clip: Any, class_names: Sequence[str]) -> CosineHead:
         tokenizer = open_clip.get_tokenizer(Path(self.model_name).stem)
+        training = clip.training
         clip.eval()
         features = []
         for name in class_names:
-            prompts = tokenizer([template.format(name.replace("_", " ")) for template in self.templates])
+            prompts = tokenizer([template.replace("{}", name.replace("_", " ")) for template in self.templates])
             features.append(F.normalize(clip.encode_text(prompts, normalize=True).mean(0), dim=-1))
+        clip.train(training)
         return CosineHead(torch.stack(features), float(clip.logit_scale.exp()))
 
     def forward(self, images: Tensor) -> Tensor:
@@ -137,7 +147,7 @@ class ImageClassification(Task):
         return MetricCollection(
             {
                 "accuracy": MulticlassAccuracy(num_classes, average="micro"),
-                "accuracy_per_class": MulticlassAccuracy(num_classes, average="macro"),
+                "balanced_accuracy": MulticlassAccuracy(num_classes, average="macro"),
             }
         )
 
@@ -163,8 +173,11 @@ class ImageClassification(Task):
         ]
 
 
-def _feature_size(backbone: nn.Module) -> int:
-    size = getattr(backbone, "output_dim", None)
-    if not isinstance(size, int):
-        raise ValueError(f"the size of {type(backbone).__name__}'s output is unknown; use a CLIP with a vision transformer")
+@torch.no_grad()
+def _feature_size(backbone: nn.Module, image_size: Any) -> int:
+    """Width of what a tower gives, by trying it."""
+    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    training = backbone.training
+    size = backbone.eval()(torch.zeros(1, 3, height, width)).shape[-1]
+    backbone.train(training)
     return size

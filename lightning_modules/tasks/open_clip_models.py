@@ -57,19 +57,22 @@ def _check_activation(model: str, tag: str) -> None:
     if weights_quick == model_quick:
         return
     other = f"{model}-quickgelu" if weights_quick else model.removesuffix("-quickgelu")
-    if other in open_clip.list_models():
+    if other != model and other in open_clip.list_models():
         raise ValueError(
             f"pretrained={tag!r} of model={model!r} was trained with {'QuickGELU' if weights_quick else 'GELU'}, this model "
             f"computes {'QuickGELU' if model_quick else 'GELU'}; use model={other!r}"
         )
 
 
-def load_open_clip(model: str, pretrained: str | None, *, image_size: int | None = None, tiny: bool = False) -> nn.Module:
+def load_open_clip(
+    model: str, pretrained: str | None, *, image_size: int | None = None, tiny: bool = False, needs_text: bool = False
+) -> nn.Module:
     """The open_clip model (both towers); arguments as in `check_model`.
 
     Args:
         image_size: side of the input image in pixels; None keeps the model's own.
-        tiny: untrained, of the same architecture but 2 layers of width 64, to try a machine or a config.
+        needs_text: refuse a weights file that holds the vision tower only.
+        tiny: untrained, of the same architecture but 2 layers of width 256, to try a machine or a config.
 
     Raises:
         ValueError: as `check_model`; or if the weights cannot be fetched (naming the ways without a network).
@@ -82,7 +85,8 @@ def load_open_clip(model: str, pretrained: str | None, *, image_size: int | None
         if tiny or pretrained is None:
             return open_clip.create_model(name, force_image_size=image_size, pretrained_text=False, **overrides)
         if Path(pretrained).is_file():
-            return _load_file(open_clip.create_model(name, force_image_size=image_size, pretrained_text=False), pretrained)
+            clip = open_clip.create_model(name, force_image_size=image_size, pretrained_text=False)
+            return _load_file(clip, pretrained, needs_text)
         try:
             return open_clip.create_model(name, pretrained=pretrained, force_image_size=image_size)
         except Exception as error:  # open_clip wraps whatever the download raised
@@ -96,11 +100,12 @@ def load_open_clip(model: str, pretrained: str | None, *, image_size: int | None
 @contextmanager
 def _quiet() -> Iterator[None]:
     """open_clip warns that a model is initialised randomly even when weights follow; our report names the weights."""
-    logging.disable(logging.ERROR)
+    before = logging.root.manager.disable
+    logging.disable(max(before, logging.ERROR))
     try:
         yield
     finally:
-        logging.disable(logging.NOTSET)
+        logging.disable(before)
 
 
 def _register(model: str) -> tuple[str, dict[str, Any]]:
@@ -115,12 +120,12 @@ def _tiny(config: dict[str, Any], model: str) -> dict[str, Any]:
     vision, text = copy.deepcopy(config["vision_cfg"]), copy.deepcopy(config["text_cfg"])
     if not isinstance(vision.get("layers"), int) or "hf_model_name" in text:
         raise ValueError(f"tiny=True needs a CLIP with a plain vision transformer, model={model!r} is none")
-    vision.update(layers=2, width=64, head_width=32)
+    vision.update(layers=2, width=256, head_width=64)
     text.update(layers=1, width=64, heads=2)
     return {"embed_dim": 32, "vision_cfg": vision, "text_cfg": text}
 
 
-def _load_file(clip: nn.Module, path: str) -> nn.Module:
+def _load_file(clip: nn.Module, path: str, needs_text: bool) -> nn.Module:
     """Load a checkpoint of the whole CLIP, or of its vision tower alone."""
     try:
         state = load_state_dict(path)
@@ -129,6 +134,10 @@ def _load_file(clip: nn.Module, path: str) -> nn.Module:
     try:
         if any(key.startswith("visual.") for key in state):
             load_checkpoint(clip, path)
+        elif needs_text:
+            raise ValueError(
+                f"pretrained={path!r} holds a vision tower only, and head='zero_shot' needs CLIP's text tower, too"
+            )
         else:
             clip.visual.load_state_dict(state)  # type: ignore[union-attr]
     except RuntimeError as error:

@@ -1,0 +1,73 @@
+"""AdaptationCLI: LightningCLI with one model class, any DataModule, and what the two and the run have to agree on."""
+
+from __future__ import annotations
+
+import linecache
+import traceback
+import warnings
+from pathlib import Path
+
+import lightning as L
+from jsonargparse import set_parsing_settings
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from fourier_moe import AdapterConfig
+from lightning_modules.adaptation import AdaptationModule
+
+_OUR_PACKAGES = ("fourier_moe", "lightning_modules", "datamodules")
+
+set_parsing_settings(subclasses_enabled=[AdapterConfig])  # a dataclass, which jsonargparse otherwise takes as final
+warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")  # Lightning 2.6 on torch 2.15
+warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended")  # compare calls it from within Python
+
+
+class AdaptationCLI(LightningCLI):
+    """`python train.py {fit,validate,test,predict}`: AdaptationModule with any LightningDataModule.
+
+    Args:
+        args: the command line; None takes the process's own.
+        run: run the subcommand; False only builds `trainer`, `model` and `datamodule` (then `args` has no subcommand).
+    """
+
+    def __init__(self, args: list[str] | None = None, run: bool = True) -> None:
+        super().__init__(
+            AdaptationModule,
+            L.LightningDataModule,
+            subclass_mode_data=True,
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            save_config_kwargs={"overwrite": True},  # resuming in the same directory writes the config again
+            args=args,
+            run=run,
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.link_arguments("data.num_classes", "model.num_classes", apply_on="instantiate")
+
+    def before_instantiate_classes(self) -> None:
+        """Seed the adapter like the run unless it has a seed of its own; refuse a missing checkpoint right away."""
+        config = self.config[self.subcommand] if self.subcommand else self.config
+        adapter = config.model.adapter.get("init_args", {})
+        if "seed" in adapter and adapter.seed is None and config.seed_everything is not False:
+            adapter.seed = int(config.seed_everything)
+        path = config.get("ckpt_path")
+        if path and path not in ("best", "last", "hpc") and "://" not in path and not Path(path).exists():
+            near = ", ".join(sorted(str(file) for file in Path(path).parent.glob("*.ckpt"))) or "none"
+            raise ValueError(f"ckpt_path={path!r} does not exist; checkpoints beside it: {near}")
+
+    def _parse_ckpt_path(self) -> None:
+        """Nothing: Lightning would let hyper-parameters found in the checkpoint win over the command line, silently."""
+
+
+def user_mistake(error: BaseException | None) -> BaseException | None:
+    """The error in a chain of causes that a `raise` statement of ours made: it says what to change and needs no traceback.
+
+    Any other may be a bug, also one that torch raised below a line of ours.
+    """
+    while error is not None:
+        frame, line = list(traceback.walk_tb(error.__traceback__))[-1]
+        ours = frame.f_globals.get("__name__", "").partition(".")[0] in _OUR_PACKAGES
+        if ours and linecache.getline(frame.f_code.co_filename, line).strip().startswith("raise "):
+            return error
+        error = error.__cause__
+    return None

@@ -1,0 +1,191 @@
+"""AdaptationModule: losses, masks, metrics, modes, several processes."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from token_task import ADAPTER, RATES, TokenData, token_batch, token_module, token_trainer
+from torch.utils.data import DataLoader
+
+from datamodules import ImageDataModule
+from fourier_moe import FullFineTuning, HeadOnly, adapter_state_dict, adapters, describe_adapter
+from lightning_modules.optimization import Optimization, ParameterGroup
+
+REPOSITORY = Path(__file__).parent.parent.parent
+HEAD_RATE = Optimization(head=ParameterGroup(0.01))
+
+
+def built(**options):
+    module = token_module(**options)
+    module.configure_model()
+    return module.train()
+
+
+def balance_by_definition(router, x_TN):
+    """Switch-style loss of one router (paper Eq. 13-14) over tokens, from scratch."""
+    probabilities_TE = (x_TN @ router.weight.T).softmax(-1)
+    num_experts = len(router.weight)
+    chosen = [sorted(range(num_experts), key=row.__getitem__)[-router.top_k :] for row in probabilities_TE.tolist()]
+    shares = [sum(expert in row for row in chosen) / len(chosen) for expert in range(num_experts)]
+    return num_experts * sum(share * float(p) for share, p in zip(shares, probabilities_TE.mean(0), strict=True))
+
+
+# ---------------------------------------------------------------- the training loss
+
+
+@torch.no_grad()
+def test_training_loss_is_the_tasks_plus_the_weighted_balance_loss_over_real_tokens():
+    module, batch = built(), token_batch()
+    inputs = {}
+    for name, adapter in adapters(module.model).items():
+        adapter.router.register_forward_pre_hook(lambda _, args, name=name: inputs.update({name: args[0]}))
+    loss = module.training_step(batch, 0)
+    task_loss = module.task.loss(batch)
+
+    assert set(inputs) == {"q_proj", "v_proj"}
+    assert not batch["mask"].all()
+    balance = sum(balance_by_definition(adapters(module.model)[name].router, x[batch["mask"]]) for name, x in inputs.items())
+    assert float(loss - task_loss) == pytest.approx(ADAPTER.balance_weight * balance, rel=1e-5)
+
+
+@torch.no_grad()
+def test_what_stands_in_the_padding_does_not_change_the_balance_loss():
+    module, batch = built(), token_batch()
+    other = {**batch, "tokens": torch.where(batch["mask"], batch["tokens"], 7)}
+    unmasked = {**batch, "mask": torch.ones_like(batch["mask"])}
+    assert not torch.equal(batch["tokens"], other["tokens"])
+
+    def balance(batch):
+        return float(module.training_step(batch, 0) - module.task.loss(batch))
+
+    assert balance(batch) == pytest.approx(balance(other), rel=1e-6)
+    assert balance(batch) != pytest.approx(balance(unmasked), rel=1e-3)
+
+
+def test_balance_loss_reaches_the_routers_and_nothing_is_recorded_after_the_step():
+    module = built()
+    module.training_step(token_batch(), 0).backward()  # coefficients are zero: nothing else reaches a router yet
+    for adapter in adapters(module.model).values():
+        assert adapter.router.weight.grad.abs().sum() > 0
+        with pytest.raises(RuntimeError, match="saw no tokens"):
+            adapter.balance_loss()
+
+
+def test_method_without_routing_trains_on_the_tasks_loss_alone():
+    module, batch = built(adapter=HeadOnly(), optimization=HEAD_RATE), token_batch()
+    assert torch.equal(module.training_step(batch, 0), module.task.loss(batch))
+
+
+# ---------------------------------------------------------------- fit
+
+
+def fit(directory, *callbacks, max_epochs=2, **options):
+    module = token_module(**options)
+    trainer = token_trainer(directory, *callbacks, max_epochs=max_epochs)
+    trainer.fit(module, TokenData())
+    return module, trainer
+
+
+@pytest.mark.parametrize(
+    ("adapter", "optimization", "changes"),
+    [
+        (ADAPTER, RATES, False),
+        (HeadOnly(), HEAD_RATE, False),
+        (FullFineTuning(), Optimization(head=ParameterGroup(0.01), backbone=ParameterGroup(0.01)), True),
+    ],
+    ids=["FourierMoE", "HeadOnly", "FullFineTuning"],
+)
+def test_batch_norm_of_a_frozen_backbone_keeps_its_statistics(tmp_path, adapter, optimization, changes):
+    module, _ = fit(tmp_path, adapter=adapter, optimization=optimization)
+    norm = module.model.norm
+    assert (norm.num_batches_tracked.item() > 0) == changes
+    assert torch.equal(norm.running_mean, torch.zeros_like(norm.running_mean)) != changes
+    assert torch.equal(norm.running_var, torch.ones_like(norm.running_var)) != changes
+
+
+def test_losses_and_metrics_are_logged_under_their_split(tmp_path):
+    module, trainer = fit(tmp_path)
+    train_and_val = {"loss", "train/loss", "train/balance_loss", "train/total_loss", "val/loss", "val/accuracy"}
+    assert set(trainer.callback_metrics) == train_and_val
+    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    assert metrics["train/total_loss"] == pytest.approx(metrics["train/loss"] + metrics["train/balance_loss"], rel=1e-6)
+    assert metrics["train/balance_loss"] >= ADAPTER.balance_weight * 2  # two routers, each K = 2 / E * E at the least
+    assert set(trainer.test(module, TokenData(), verbose=False)[0]) == {"test/loss", "test/accuracy"}
+
+
+def test_validation_accuracy_is_that_of_the_last_epoch_alone(tmp_path):
+    module, trainer = fit(tmp_path, max_epochs=3)
+    module.eval()
+    batch = token_batch(seed=3)
+    with torch.no_grad():
+        right = (module.task.logits(batch).argmax(-1) == batch["label"]).float().mean()
+    assert float(trainer.callback_metrics["val/accuracy"]) == pytest.approx(float(right))
+
+
+def test_method_without_routing_logs_no_balance_loss(tmp_path):
+    _, trainer = fit(tmp_path, adapter=HeadOnly(), optimization=HEAD_RATE)
+    assert set(trainer.callback_metrics) == {"loss", "train/loss", "val/loss", "val/accuracy"}
+
+
+def test_endless_data_without_max_steps_is_an_error_that_names_the_setting(tmp_path):
+    trainer = token_trainer(tmp_path, max_epochs=-1)
+    with pytest.raises(ValueError, match=r"set trainer\.max_steps"):
+        trainer.fit(token_module(), TokenData())
+
+
+def test_model_is_built_once_per_module(tmp_path):
+    module, _ = fit(tmp_path)
+    model = module.model
+    token_trainer(tmp_path).test(module, TokenData(), verbose=False)
+    assert module.model is model
+
+
+# ---------------------------------------------------------------- several processes
+
+# The 90 validation images as one batch, without augmentation: two processes with half of them each see what one process sees,
+# in whatever order.
+SCRIPT = """
+import torch
+from torch.utils.data import DataLoader
+import train
+from datamodules import ImageDataModule
+
+torch.set_num_threads(1)
+ImageDataModule.train_dataloader = lambda self: DataLoader(self.val_dataloader().dataset, batch_size=45)
+train.main()
+"""
+
+
+def test_two_processes_train_the_adapter_that_one_process_trains_and_write_it_once(run, tmp_path, monkeypatch):
+    # The balance loss is off: that of a batch is not the mean of its halves'.
+    words = ["fit", "--config", "configs/demo.yaml", "--trainer.max_epochs", "4", "--model.optimization.warmup_ratio", "0"]
+    words += ["--model.adapter.init_args.balance_weight", "0", "--trainer.logger.init_args.name"]
+    (tmp_path / "train_one_batch.py").write_text(SCRIPT)
+    command = [sys.executable, str(tmp_path / "train_one_batch.py"), *words, "two", "--trainer.enable_progress_bar", "false"]
+    command += ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--trainer.logger.init_args.save_dir", str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=150, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "GLOBAL_RANK: 1, MEMBER: 2/2" in done.stderr
+    assert [path.name for path in (tmp_path / "two").iterdir()] == ["version_0"]
+
+    def one_batch(self):
+        return DataLoader(self.val_dataloader().dataset, batch_size=90)
+
+    monkeypatch.setattr(ImageDataModule, "train_dataloader", one_batch)
+    one = run(*words, "one")
+    start = run("validate", *words[1:], "start").model.model.state_dict()
+    expected = adapter_state_dict(one.model.model)
+    ours = load_file(tmp_path / "two/version_0/adapter_last/adapter.safetensors")
+    assert ours.keys() == expected.keys()
+    for key in ours:
+        torch.testing.assert_close(ours[key], expected[key], rtol=0.01, atol=1e-4, msg=lambda text, key=key: f"{key}: {text}")
+        if "frequencies" not in key:
+            assert (ours[key] - start[key]).abs().max() > 1e-3
+    metrics = describe_adapter(tmp_path / "two/version_0/adapter_last").metrics
+    for name in ("val/accuracy", "val/loss"):
+        assert metrics[name] == pytest.approx(float(one.trainer.callback_metrics[name]), rel=1e-3)

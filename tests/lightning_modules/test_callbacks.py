@@ -1,0 +1,149 @@
+"""AdapterCheckpoint and PredictionsWriter."""
+
+import csv
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from token_task import TokenData, token_batch, token_module, token_trainer
+from torch.utils.data import DataLoader
+
+from fourier_moe import describe_adapter
+from lightning_modules.callbacks import AdapterCheckpoint, PredictionsWriter
+
+
+class Score(L.Callback):
+    """Logs val/score as told, one value an epoch."""
+
+    def __init__(self, *values):
+        self.values = values
+
+    def on_validation_epoch_end(self, trainer, pl_module):
+        pl_module.log("val/score", self.values[trainer.current_epoch])
+
+
+def fit(directory, *values, mode="max", ckpt_path=None, **options):
+    callback = AdapterCheckpoint("val/score", mode)
+    checkpoint = ModelCheckpoint(save_last=True, save_top_k=0)
+    callbacks = (Score(*values), callback, checkpoint)
+    trainer = token_trainer(directory, *callbacks, max_epochs=len(values), enable_checkpointing=True, **options)
+    trainer.fit(token_module(), TokenData(["even, or nought", "odd"]), ckpt_path=ckpt_path)
+    return callback
+
+
+def score(directory, name="adapter"):
+    return describe_adapter(directory / name).metrics["val/score"]
+
+
+@pytest.mark.parametrize(
+    ("mode", "values", "best"),
+    [
+        ("max", (0.25, 0.75, 0.5), 0.75),
+        ("min", (0.5, 0.25, 0.75), 0.25),
+        ("max", (float("nan"), 0.5, 0.25), 0.5),
+        ("max", (0.5, 0.5), 0.5),
+    ],
+)
+def test_adapter_is_the_best_by_monitor_and_mode_and_adapter_last_the_last(tmp_path, mode, values, best):
+    assert fit(tmp_path, *values, mode=mode).best == best
+    assert score(tmp_path) == best
+    assert score(tmp_path, "adapter_last") == values[-1]
+
+
+def test_adapter_file_has_the_class_names_of_the_data(tmp_path):
+    fit(tmp_path, 0.5)
+    assert describe_adapter(tmp_path / "adapter").class_names == ["even, or nought", "odd"]
+
+
+def test_sanity_check_before_training_is_no_result(tmp_path, monkeypatch):
+    saved = []
+    monkeypatch.setattr(
+        AdapterCheckpoint, "_save", lambda self, trainer, module, name: saved.append((name, trainer.global_step))
+    )
+    fit(tmp_path, 0.5, num_sanity_val_steps=1)
+    assert saved == [("adapter", 3), ("adapter_last", 3)]
+
+
+def test_validate_alone_writes_nothing(tmp_path):
+    token_trainer(tmp_path, AdapterCheckpoint("val/accuracy")).validate(token_module(), TokenData(), verbose=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_validation_only_the_last_adapter_is_written(tmp_path):
+    fit(tmp_path, 0.5, limit_val_batches=0)
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith("adapter")) == ["adapter_last"]
+
+
+def test_monitor_that_is_not_logged_is_an_error_that_lists_what_is(tmp_path):
+    trainer = token_trainer(tmp_path, AdapterCheckpoint("val/f1"))
+    with pytest.raises(ValueError, match=r"monitor='val/f1' is not logged; logged: .*val/accuracy.*val/loss"):
+        trainer.fit(token_module(), TokenData())
+
+
+def test_mode_that_is_neither_is_an_error():
+    with pytest.raises(ValueError, match="mode='best' must be 'max' or 'min'"):
+        AdapterCheckpoint(mode="best")
+
+
+def test_resumed_run_keeps_the_best_adapter_of_before(tmp_path):
+    fit(tmp_path, 0.75)
+    checkpoint = tmp_path / "checkpoints/last.ckpt"
+    assert fit(tmp_path, 0.75, 0.5, ckpt_path=checkpoint).best == 0.75
+    assert score(tmp_path) == 0.75
+    assert score(tmp_path, "adapter_last") == 0.5
+    assert fit(tmp_path, 0.75, 0.5, 0.875, ckpt_path=checkpoint).best == 0.875
+    assert score(tmp_path) == 0.875
+
+
+def test_run_resumed_in_another_directory_writes_a_best_adapter_there(tmp_path):
+    fit(tmp_path / "first", 0.75)
+    second = fit(tmp_path / "second", 0.75, 0.5, ckpt_path=tmp_path / "first/checkpoints/last.ckpt")
+    assert second.best == 0.5
+    assert score(tmp_path / "second") == 0.5
+
+
+# ---------------------------------------------------------------- predictions
+
+
+def predict(directory, data, path=None):
+    module = token_module()
+    trainer = token_trainer(directory, PredictionsWriter(path))
+    trainer.predict(module, data)
+    with open(path or directory / "predictions.csv", newline="", encoding="utf-8") as file:
+        return module.eval(), list(csv.reader(file))
+
+
+def test_predictions_have_names_and_probabilities_of_every_example(tmp_path):
+    names = ["even, or nought", "ungerade ü"]
+    module, (header, *rows) = predict(tmp_path, TokenData(names))
+    assert header == ["id", "label", "prediction", "probability", *(f"p({name})" for name in names)]
+    batch = token_batch(seed=4)
+    with torch.no_grad():
+        probabilities = module.task.logits(batch).softmax(-1)
+    assert len(rows) == len(probabilities) == 8
+    assert {row[2] for row in rows} == set(names)
+    for index, (id_, label, prediction, probability, *columns) in enumerate(rows):
+        expected = probabilities[index]
+        assert id_ == f"row {index}"
+        assert label == names[batch["label"][index]]
+        assert prediction == names[int(expected.argmax())]
+        assert float(probability) == pytest.approx(float(expected.max()), rel=1e-5)
+        assert [float(column) for column in columns] == pytest.approx(expected.tolist(), rel=1e-4)
+
+
+class Unlabelled(TokenData):
+    def predict_dataloader(self):
+        batches = [token_batch(seed=4), token_batch(seed=5)]
+        return DataLoader(
+            [{key: value for key, value in batch.items() if key != "label"} for batch in batches], batch_size=None
+        )
+
+
+def test_predictions_without_labels_or_names_go_to_the_given_file_with_class_numbers(tmp_path):
+    path = tmp_path / "new/out.csv"
+    _, (header, *rows) = predict(tmp_path, Unlabelled(), str(path))
+    assert header == ["id", "label", "prediction", "probability", "p(0)", "p(1)"]
+    assert len(rows) == 16
+    assert {row[1] for row in rows} == {""}
+    assert not (tmp_path / "predictions.csv").exists()

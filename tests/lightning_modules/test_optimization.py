@@ -1,0 +1,177 @@
+"""AdamW's groups and schedules."""
+
+import pytest
+import torch
+from token_task import ADAPTER, TokenModel
+
+from fourier_moe import FullFineTuning, HeadOnly, adapters, inject
+from lightning_modules.optimization import Optimization, ParameterGroup
+
+
+def adapted(config=ADAPTER):
+    model = TokenModel(2)
+    config = type(config)(**{**vars(config), "head": ["head"]})
+    inject(model, config)
+    return model, config
+
+
+def groups_of(optimization, config=ADAPTER):
+    model, config = adapted(config)
+    return model, {group["name"]: group for group in optimization.build_optimizer(model, config).param_groups}
+
+
+def same(parameters, others):
+    return {id(parameter) for parameter in parameters} == {id(other) for other in others}
+
+
+def test_each_kind_has_a_named_group_with_its_own_rate_and_weight_decay_and_its_own_parameters():
+    optimization = Optimization(
+        experts=ParameterGroup(0.1, 0.2), router=ParameterGroup(0.3, 0.4), head=ParameterGroup(0.5, 0.6), betas=(0.8, 0.99)
+    )
+    model, groups = groups_of(optimization)
+    rates = {name: (group["lr"], group["weight_decay"], group["betas"]) for name, group in groups.items()}
+    betas = (0.8, 0.99)
+    assert rates == {"experts": (0.1, 0.2, betas), "router": (0.3, 0.4, betas), "head": (0.5, 0.6, betas)}
+    layers = adapters(model).values()
+    assert same(groups["experts"]["params"], [layer.experts.coefficients for layer in layers])
+    assert same(groups["router"]["params"], [layer.router.weight for layer in layers])
+    assert same(groups["head"]["params"], model.head.parameters())
+
+
+def test_router_takes_the_experts_rate_and_weight_decay_unless_it_has_its_own():
+    _, groups = groups_of(Optimization(experts=ParameterGroup(0.1, 0.2), head=ParameterGroup(0.5)))
+    assert (groups["router"]["lr"], groups["router"]["weight_decay"]) == (0.1, 0.2)
+
+
+def test_full_fine_tuning_has_the_pretrained_weights_in_the_backbone_group():
+    rates = Optimization(backbone=ParameterGroup(0.1), head=ParameterGroup(0.5))
+    model, groups = groups_of(rates, FullFineTuning())
+    assert set(groups) == {"backbone", "head"}
+    assert same(groups["backbone"]["params"], [p for name, p in model.named_parameters() if not name.startswith("head.")])
+
+
+def test_head_only_has_one_group():
+    _, groups = groups_of(Optimization(head=ParameterGroup(0.5)), HeadOnly())
+    assert set(groups) == {"head"}
+
+
+@pytest.mark.parametrize(
+    ("config", "groups", "message"),
+    [
+        (ADAPTER, {"head": ParameterGroup(0.1)}, "optimization.experts is missing, but FourierMoEConfig trains experts"),
+        (ADAPTER, {"experts": ParameterGroup(0.1)}, "optimization.head is missing, but FourierMoEConfig trains head"),
+        (FullFineTuning(), {"head": ParameterGroup(0.1)}, "optimization.backbone is missing, but FullFineTuning"),
+        (
+            ADAPTER,
+            {"experts": ParameterGroup(0.1), "head": ParameterGroup(0.1), "backbone": ParameterGroup(0.1)},
+            "optimization.backbone is given, but FourierMoEConfig trains no backbone",
+        ),
+        (
+            HeadOnly(),
+            {"head": ParameterGroup(0.1), "experts": ParameterGroup(0.1)},
+            "optimization.experts is given, but HeadOnly",
+        ),
+        (
+            HeadOnly(),
+            {"head": ParameterGroup(0.1), "router": ParameterGroup(0.1)},
+            "optimization.router is given, but HeadOnly",
+        ),
+    ],
+)
+def test_kind_without_group_and_group_without_parameters_are_errors(config, groups, message):
+    model, config = adapted(config)
+    with pytest.raises(ValueError, match=message):
+        Optimization(**groups).build_optimizer(model, config)
+
+
+@pytest.mark.parametrize("field", ["lr", "weight_decay"])
+@pytest.mark.parametrize("value", [-0.1, float("nan"), float("inf")])
+def test_negative_or_infinite_rate_is_an_error(field, value):
+    with pytest.raises(ValueError, match=f"{field}={value} must be 0 or more"):
+        ParameterGroup(**{"lr": 0.1, field: value})
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"schedule": "cosin"}, "schedule='cosin' must be one of linear, cosine, constant"),
+        ({"warmup_ratio": 1.0}, r"warmup_ratio=1.0 must be in \[0, 1\)"),
+        ({"warmup_ratio": -0.1}, "warmup_ratio=-0.1"),
+    ],
+)
+def test_impossible_schedule_is_an_error(values, message):
+    with pytest.raises(ValueError, match=message):
+        Optimization(**values)
+
+
+def optimizer_and_scheduler(num_steps, rates=(0.1, 0.01), **options):
+    optimization = Optimization(experts=ParameterGroup(rates[0]), head=ParameterGroup(rates[1]), **options)
+    model, config = adapted()
+    optimizer = optimization.build_optimizer(model, config)
+    return optimization, optimizer, optimization.build_scheduler(optimizer, num_steps)
+
+
+def advance(optimizer, scheduler, steps):
+    """Rates (experts, head) before each of these steps and after the last."""
+    seen = []
+    for _ in range(steps):
+        seen.append((optimizer.param_groups[0]["lr"], optimizer.param_groups[-1]["lr"]))
+        optimizer.step()
+        scheduler.step()
+    return [*seen, (optimizer.param_groups[0]["lr"], optimizer.param_groups[-1]["lr"])]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "factors"),  # of 10 steps, 2 of them warm-up
+    [
+        ("linear", [0, 0.5, 1, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125, 0]),
+        ("cosine", [0, 0.5, 1, 0.961940, 0.853553, 0.691342, 0.5, 0.308658, 0.146447, 0.038060, 0]),
+        ("constant", [0, 0.5, 1, 1, 1, 1, 1, 1, 1, 1, 1]),
+    ],
+)
+def test_schedule_warms_up_and_decays_each_rate(schedule, factors):
+    _, optimizer, scheduler = optimizer_and_scheduler(10, schedule=schedule, warmup_ratio=0.2)
+    rates = advance(optimizer, scheduler, 10)
+    assert [experts for experts, _ in rates] == pytest.approx([0.1 * factor for factor in factors], abs=1e-7)
+    assert [head for _, head in rates] == pytest.approx([0.01 * factor for factor in factors], abs=1e-7)
+
+
+def test_without_warm_up_the_first_step_has_the_peak_rate():
+    _, optimizer, _ = optimizer_and_scheduler(10, warmup_ratio=0.0)
+    assert optimizer.param_groups[0]["lr"] == 0.1
+
+
+@pytest.mark.parametrize("steps_before", [1, 3, 6])
+@pytest.mark.parametrize("old", [(0.2, 0.05), (0.2, 0.0)], ids=["other rates", "head had rate 0"])
+def test_override_puts_new_values_into_a_checkpoint_and_keeps_its_place_in_the_schedule(steps_before, old):
+    options = {"schedule": "cosine", "warmup_ratio": 0.5}
+    _, optimizer, scheduler = optimizer_and_scheduler(10, old, **options)
+    advance(optimizer, scheduler, steps_before)
+    checkpoint = {"optimizer_states": [optimizer.state_dict()], "lr_schedulers": [scheduler.state_dict()]}
+
+    new, fresh, fresh_scheduler = optimizer_and_scheduler(10, (0.1, 0.01), betas=(0.5, 0.9), **options)
+    new.override(checkpoint)
+    fresh.load_state_dict(checkpoint["optimizer_states"][0])
+    fresh_scheduler.load_state_dict(checkpoint["lr_schedulers"][0])
+    assert [group["betas"] for group in fresh.param_groups] == [(0.5, 0.9)] * 3
+
+    _, reference, reference_scheduler = optimizer_and_scheduler(10, (0.1, 0.01), **options)
+    expected = advance(reference, reference_scheduler, 10)[steps_before:]
+    for rates, others in zip(advance(fresh, fresh_scheduler, 10 - steps_before), expected, strict=True):
+        assert rates == pytest.approx(others, abs=1e-12)
+
+
+def test_without_override_a_checkpoint_would_bring_its_own_rates_back():
+    """Why override is there."""
+    _, optimizer, scheduler = optimizer_and_scheduler(10, (0.2, 0.05))
+    advance(optimizer, scheduler, 3)
+    _, fresh, fresh_scheduler = optimizer_and_scheduler(10, (0.1, 0.01))
+    fresh.load_state_dict(optimizer.state_dict())
+    fresh_scheduler.load_state_dict(scheduler.state_dict())
+    assert advance(fresh, fresh_scheduler, 2)[-1] == pytest.approx(advance(optimizer, scheduler, 2)[-1])
+
+
+def test_override_leaves_a_checkpoint_without_optimiser_as_it_is():
+    checkpoint = {"state_dict": {"a": torch.zeros(1)}}
+    Optimization(experts=ParameterGroup(0.1)).override(checkpoint)
+    assert list(checkpoint) == ["state_dict"]

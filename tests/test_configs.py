@@ -1,0 +1,140 @@
+"""Every shipped YAML: its first line is its command, every key is explained, and it runs end to end without a network."""
+
+import csv
+import json
+import re
+import shlex
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import yaml
+
+REPOSITORY = Path(__file__).parent.parent
+ALL = sorted(path.relative_to(REPOSITORY) for path in (REPOSITORY / "configs").rglob("*.yaml"))
+ADAPTERS = [path for path in ALL if path.parent.name == "adapters"]
+RUNS = [path for path in ALL if path.parent.name == "configs" and path.stem != "smoke"]
+COMMENTED = [*RUNS, Path("configs/smoke.yaml")]
+SMOKE = ("--config", "configs/smoke.yaml")
+
+# The paper's Table 14.
+TABLE_14 = {
+    #            expert lr, router lr, head lr, batch, warm-up, epochs, alpha
+    "cars": (8e-5, 5e-5, 3e-4, 512, 0.03, 280, 192),
+    "dtd": (1e-2, 1e-4, 1e-3, 128, 0.03, 100, 32),
+    "eurosat": (5e-2, 2e-4, 1e-3, 512, 0.05, 30, 32),
+    "gtsrb": (2e-1, 2e-4, 1e-3, 512, 0.05, 50, 256),
+    "resisc45": (5e-2, 2e-4, 5e-3, 512, 0.03, 45, 32),
+    "sun397": (5e-2, 2e-4, 1e-3, 512, 0.05, 20, 32),
+    "svhn": (1.5e-1, 2e-4, 1e-3, 512, 0.05, 20, 192),
+}
+
+
+def ids(paths):
+    return [str(path.relative_to("configs").with_suffix("")) for path in paths]
+
+
+def command(path):
+    first_line = (REPOSITORY / path).read_text(encoding="utf-8").splitlines()[0]
+    assert first_line.startswith("# python train.py ")
+    return shlex.split(first_line)[3:]
+
+
+@pytest.mark.parametrize("path", ALL, ids=ids(ALL))
+def test_first_line_is_a_command_that_names_the_file_itself_and_only_files_that_exist(path):
+    subcommand, *words = command(path)
+    assert subcommand in ("fit", "compare")
+    configs = [following for word, following in pairwise(words) if word == "--config"]
+    assert str(path) == configs[-1]
+    assert all((REPOSITORY / config).is_file() for config in configs)
+
+
+@pytest.mark.parametrize("path", COMMENTED, ids=ids(COMMENTED))
+def test_every_value_has_a_comment(path):
+    lines = (REPOSITORY / path).read_text(encoding="utf-8").splitlines()
+    values = [line for line in lines if re.match(r"\s*(- )?[\w+]+: *[^#\s]", line) and "class_path:" not in line]
+    assert values
+    assert [line for line in values if not re.search(r" # \S", line)] == []
+
+
+@pytest.mark.parametrize("name", TABLE_14)
+def test_clip_config_has_the_values_of_table_14(name):
+    config = yaml.safe_load((REPOSITORY / f"configs/clip_{name}.yaml").read_text(encoding="utf-8"))
+    optimization, data, adapter = config["model"]["optimization"], config["data"]["init_args"], config["model"]["adapter"]
+    values = (
+        optimization["experts"]["lr"],
+        optimization["router"]["lr"],
+        optimization["head"]["lr"],
+        data["batch_size"],
+        optimization["warmup_ratio"],
+        config["trainer"]["max_epochs"],
+        adapter["init_args"]["scaling"],
+    )
+    assert values == TABLE_14[name]
+    assert optimization["schedule"] == "cosine"
+    assert data["dataset"] == name
+    assert config["trainer"]["logger"]["init_args"]["name"] == f"clip_{name}"
+    assert adapter["class_path"] == "fourier_moe.FourierMoEConfig"
+    common = {
+        "targets": ["q_proj", "v_proj"],
+        "num_coefficients": 3008,
+        "num_experts": 8,
+        "top_k": 2,
+        "dropout": 0,
+        "balance_weight": 1e-3,
+    }
+    assert {key: adapter["init_args"][key] for key in common} == common
+
+
+def test_table_14_has_a_config_for_every_benchmark_and_no_other():
+    assert {f"clip_{name}" for name in TABLE_14} == {path.stem for path in RUNS if path.stem.startswith("clip_")}
+
+
+@pytest.mark.parametrize("path", RUNS, ids=ids(RUNS))
+def test_smoke_overlay_fits_and_the_adapter_file_alone_tests_and_predicts(run, path):
+    words = ("--config", str(path), *SMOKE)
+    fitted = run("fit", *words)
+    directory = Path(fitted.trainer.log_dir)
+    assert fitted.trainer.global_step == 4
+    assert list(directory.glob("events.out.tfevents.*"))
+    assert (directory / "checkpoints/last.ckpt").is_file()
+    for name in ("adapter", "adapter_last"):
+        assert {file.name for file in (directory / name).iterdir()} == {"adapter.json", "adapter.safetensors"}
+
+    use = (*words, "--model.adapter_path", str(directory / "adapter"))
+    accuracy = run("test", *use).trainer.callback_metrics["test/accuracy"]
+    predicted = run("predict", *use)
+    with open(Path(predicted.trainer.log_dir) / "predictions.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    names = json.loads((directory / "adapter/adapter.json").read_text(encoding="utf-8"))["class_names"]
+    assert list(rows[0]) == ["id", "label", "prediction", "probability", *(f"p({name})" for name in names)]
+    assert len({row["id"] for row in rows}) == 8
+    for row in rows:
+        probabilities = {name: float(row[f"p({name})"]) for name in names}
+        assert sum(probabilities.values()) == pytest.approx(1, abs=1e-5)
+        assert row["label"] in names
+        assert row["prediction"] == max(names, key=probabilities.__getitem__)
+        assert float(row["probability"]) == probabilities[row["prediction"]]
+    assert sum(row["prediction"] == row["label"] for row in rows) / len(rows) == pytest.approx(float(accuracy))
+
+
+@pytest.mark.parametrize("path", ADAPTERS, ids=ids(ADAPTERS))
+def test_adapter_overlay_runs_with_the_demo_and_trains_what_it_says(run, path):
+    fitted = run("fit", "--config", "configs/demo.yaml", "--config", str(path), "--trainer.max_steps", "2")
+    trained = fitted.model.report.trained
+    assert (trained["experts"], trained["router"]) == (0, 0)
+    assert (trained["backbone"] > 0) == path.stem.startswith("full_fine_tuning")
+    assert {group["name"] for group in fitted.trainer.optimizers[0].param_groups} == {kind for kind in trained if trained[kind]}
+
+
+@pytest.mark.parametrize("path", ADAPTERS, ids=ids(ADAPTERS))
+def test_adapter_overlay_command_runs_in_smoke_size(run, path):
+    words = command(path)
+    after_the_config = words.index("--config") + 2  # the overlay itself comes last, as in the command
+    assert run(*words[:after_the_config], *SMOKE, *words[after_the_config:]).trainer.global_step == 4
+
+
+def test_demo_command_runs_in_smoke_size(main, tmp_path):
+    results = main(*command(Path("configs/demo.yaml")), *SMOKE, "--output", str(tmp_path), "--seeds", "1")
+    assert [result.adapter for result in results] == ["head_only", "full_fine_tuning_small", "config"]
+    assert {path.name for path in tmp_path.glob("*.*")} == {"results.md", "results.json"}
