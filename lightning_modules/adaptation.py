@@ -105,7 +105,7 @@ class AdaptationModule(L.LightningModule):
             return
         if not self.task.works_untrained:
             raise ValueError(
-                f"{self.trainer.state.fn} needs a trained adapter: give --model.adapter_path DIR (what fit wrote to "
+                f"{self.trainer.state.fn.value} needs a trained adapter: give --model.adapter_path DIR (what fit wrote to "
                 "RUN/adapter) or --ckpt_path FILE"
             )
 

@@ -135,9 +135,7 @@ def _load_file(clip: nn.Module, path: str, needs_text: bool) -> nn.Module:
         if any(key.startswith("visual.") for key in state):
             load_checkpoint(clip, path)
         elif needs_text:
-            raise ValueError(
-                f"pretrained={path!r} holds a vision tower only, and head='zero_shot' needs CLIP's text tower, too"
-            )
+            raise ValueError(f"pretrained={path!r} holds a vision tower only; head='zero_shot' needs CLIP's text tower, too")
         else:
             clip.visual.load_state_dict(state)  # type: ignore[union-attr]
     except RuntimeError as error:
