@@ -10,7 +10,10 @@ The update of expert e is dW_e = scale * Re sum_j c_j a_j b_j^T with a_j[p] = ex
 
 where the bracket is accumulated into one half spectrum along the output axis and one inverse FFT ends it. No M x N matrix is
 held. The gradient with respect to x has the same form with the roles of (u, M) and (v, N) exchanged. Complex numbers exist
-only in this file.
+only in this file and in kernels/.
+
+The product is registered with torch as the operator `fourier_moe::routed_spectral_product`, so that torch.compile takes it
+whole, without a graph break and without looking into its complex arithmetic.
 """
 
 from __future__ import annotations
@@ -19,7 +22,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 
 def routed_spectral_product(
@@ -46,7 +48,63 @@ def routed_spectral_product(
     Returns:
         y_TM in the dtype of the coefficients.
     """
-    return _RoutedSpectralProduct.apply(x_TN, gates_TE, coefficients_EPC, frequencies_EPC, out_features, scale)
+    return _product(x_TN, gates_TE, coefficients_EPC, frequencies_EPC, out_features, scale)
+
+
+@torch.library.custom_op("fourier_moe::routed_spectral_product", mutates_args=())
+def _product(
+    x_TN: Tensor, gates_TE: Tensor, coefficients_EPC: Tensor, frequencies_EPC: Tensor, out_features: int, scale: float
+) -> Tensor:
+    return product_forward(x_TN, gates_TE, coefficients_EPC, frequencies_EPC, out_features, scale)
+
+
+@_product.register_fake
+def _(
+    x_TN: Tensor, gates_TE: Tensor, coefficients_EPC: Tensor, frequencies_EPC: Tensor, out_features: int, scale: float
+) -> Tensor:
+    return coefficients_EPC.new_empty(x_TN.shape[0], out_features)
+
+
+@torch.library.custom_op("fourier_moe::routed_spectral_product_backward", mutates_args=())
+def _product_backward(
+    grad_TM: Tensor,
+    x_TN: Tensor,
+    gates_TE: Tensor,
+    coefficients_EPC: Tensor,
+    frequencies_EPC: Tensor,
+    scale: float,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    return product_backward(grad_TM, x_TN, gates_TE, coefficients_EPC, frequencies_EPC, scale, needs)
+
+
+@_product_backward.register_fake
+def _(
+    grad_TM: Tensor,
+    x_TN: Tensor,
+    gates_TE: Tensor,
+    coefficients_EPC: Tensor,
+    frequencies_EPC: Tensor,
+    scale: float,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    inputs = (x_TN, gates_TE, coefficients_EPC)
+    x, gates, coefficients = (torch.empty_like(t) if need else t.new_empty(0) for t, need in zip(inputs, needs, strict=True))
+    return x, gates, coefficients
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, _, ctx.scale = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx: Any, grad_TM: Tensor) -> tuple[Tensor | None, ...]:
+    needs = list(ctx.needs_input_grad[:3])
+    grads = _product_backward(grad_TM, *ctx.saved_tensors, ctx.scale, needs)
+    return (*(grad if need else None for grad, need in zip(grads, needs, strict=True)), None, None, None)
+
+
+_product.register_autograd(_backward, setup_context=_setup_context)
 
 
 class _Positions(NamedTuple):
@@ -70,6 +128,55 @@ class _Positions(NamedTuple):
         )
 
 
+def product_forward(
+    x_TN: Tensor, gates_TE: Tensor, coefficients_EPC: Tensor, frequencies_EPC: Tensor, out_features: int, scale: float
+) -> Tensor:
+    """The product itself, without its place in torch's operators and autograd; see `routed_spectral_product`."""
+    dtype = coefficients_EPC.dtype
+    positions = _Positions.of(frequencies_EPC, dtype)
+    c_EP1 = _as_complex(coefficients_EPC, positions)
+    values_RT = _read_conjugate(_half_spectrum(x_TN, dtype), positions)
+    _weigh(values_RT, c_EP1, gates_TE)
+    return _accumulate(values_RT, positions.rows_R, out_features, scale)
+
+
+def product_backward(
+    grad_TM: Tensor,
+    x_TN: Tensor,
+    gates_TE: Tensor,
+    coefficients_EPC: Tensor,
+    frequencies_EPC: Tensor,
+    scale: float,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients with respect to x, gates and coefficients; an empty tensor for each that is not needed."""
+    needs_x, needs_gates, needs_coefficients = needs
+    dtype = coefficients_EPC.dtype
+    E, P, _ = coefficients_EPC.shape
+    positions = _Positions.of(frequencies_EPC, dtype)
+    c_EP1 = _as_complex(coefficients_EPC, positions)
+    grad_x, grad_gates, grad_coefficients = x_TN.new_empty(0), gates_TE.new_empty(0), coefficients_EPC.new_empty(0)
+    # h_j = sum_p grad[p] exp(2 pi i u_j p/M): what an increment of position j's bracket earns.
+    h_RT = _half_spectrum(grad_TM, dtype)[positions.rows_R].conj_physical_()
+    if needs_gates or needs_coefficients:
+        products_EPT = _read_conjugate(_half_spectrum(x_TN, dtype), positions).mul_(h_RT).view(E, P, -1)
+        if needs_coefficients:
+            # A product of batched matrices, (P, T) with (T, 1) for every expert: no tensor of the size of products_EPT.
+            gates_ET1 = torch.complex(gates_TE.to(dtype), torch.zeros_like(gates_TE, dtype=dtype)).T.unsqueeze(-1)
+            sums_EP = torch.bmm(products_EPT, gates_ET1).squeeze(-1)
+            signs_EP = positions.conjugate_c_R1.view(E, P)
+            grad_coefficients = scale * torch.stack([sums_EP.real, -sums_EP.imag * signs_EP], -1)
+        if needs_gates:
+            weighted_ET = torch.bmm(c_EP1.transpose(1, 2), products_EPT).squeeze(1)
+            grad_gates = (scale * weighted_ET.real.T).to(gates_TE.dtype).contiguous()
+    if needs_x:
+        _weigh(h_RT, c_EP1, gates_TE)
+        # Re(q exp(-i|v|t)) = Re(conj(q) exp(i|v|t)): positions with v < 0 are accumulated at |v|.
+        torch.view_as_real(h_RT)[..., 1].mul_(-positions.negative_v_R1)
+        grad_x = _accumulate(h_RT, positions.columns_R, x_TN.shape[1], scale).to(x_TN.dtype)
+    return grad_x, grad_gates, grad_coefficients
+
+
 def _half_spectrum(x_TN: Tensor, dtype: torch.dtype) -> Tensor:
     """FFT along features, frequency first, so that one position is one contiguous row over tokens: (F, T)."""
     return torch.fft.rfft(x_TN.to(dtype)).T.contiguous()
@@ -83,54 +190,6 @@ def _accumulate(values_RT: Tensor, rows_R: Tensor, size: int, scale: float) -> T
     for row in set(edges):
         spectrum_FT[row] = 2 * spectrum_FT[row].real
     return torch.fft.irfft(spectrum_FT.T, n=size).mul_(scale * size / 2)
-
-
-class _RoutedSpectralProduct(torch.autograd.Function):
-    @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any,
-        x_TN: Tensor,
-        gates_TE: Tensor,
-        coefficients_EPC: Tensor,
-        frequencies_EPC: Tensor,
-        M: int,
-        scale: float,
-    ) -> Tensor:
-        ctx.save_for_backward(x_TN, gates_TE, coefficients_EPC, frequencies_EPC)
-        ctx.out_features, ctx.scale = M, scale
-        dtype = coefficients_EPC.dtype
-        positions = _Positions.of(frequencies_EPC, dtype)
-        c_EP1 = _as_complex(coefficients_EPC, positions)
-        values_RT = _read_conjugate(_half_spectrum(x_TN, dtype), positions)
-        _weigh(values_RT, c_EP1, gates_TE)
-        return _accumulate(values_RT, positions.rows_R, M, scale)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_TM: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x_TN, gates_TE, coefficients_EPC, frequencies_EPC = ctx.saved_tensors
-        needs_x, needs_gates, needs_coefficients = ctx.needs_input_grad[:3]
-        dtype, scale = coefficients_EPC.dtype, ctx.scale
-        E, P, _ = coefficients_EPC.shape
-        positions = _Positions.of(frequencies_EPC, dtype)
-        c_EP1 = _as_complex(coefficients_EPC, positions)
-        # h_j = sum_p grad[p] exp(2 pi i u_j p/M): what an increment of position j's bracket earns.
-        h_RT = _half_spectrum(grad_TM, dtype)[positions.rows_R].conj_physical_()
-        grad_x = grad_gates = grad_coefficients = None
-        if needs_gates or needs_coefficients:
-            products_EPT = (h_RT * _read_conjugate(_half_spectrum(x_TN, dtype), positions)).view(E, P, -1)
-            if needs_coefficients:
-                sums_EP = (products_EPT * gates_TE.to(dtype).T.unsqueeze(1)).sum(-1)
-                signs_EP = positions.conjugate_c_R1.view(E, P)
-                grad_coefficients = scale * torch.stack([sums_EP.real, -sums_EP.imag * signs_EP], -1)
-            if needs_gates:
-                grad_gates = (scale * products_EPT.mul_(c_EP1).real.sum(1).T).to(gates_TE.dtype)
-        if needs_x:
-            _weigh(h_RT, c_EP1, gates_TE)
-            # Re(q exp(-i|v|t)) = Re(conj(q) exp(i|v|t)): positions with v < 0 are accumulated at |v|.
-            torch.view_as_real(h_RT)[..., 1].mul_(-positions.negative_v_R1)
-            grad_x = _accumulate(h_RT, positions.columns_R, x_TN.shape[1], scale).to(x_TN.dtype)
-        return grad_x, grad_gates, grad_coefficients, None, None, None
 
 
 def _as_complex(coefficients_EPC: Tensor, positions: _Positions) -> Tensor:
