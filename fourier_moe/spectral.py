@@ -18,10 +18,14 @@ whole, without a graph break and without looking into its complex arithmetic.
 
 from __future__ import annotations
 
+import sys
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from fourier_moe.kernels import use_triton
 
 
 def routed_spectral_product(
@@ -55,7 +59,7 @@ def routed_spectral_product(
 def _product(
     x_TN: Tensor, gates_TE: Tensor, coefficients_EPC: Tensor, frequencies_EPC: Tensor, out_features: int, scale: float
 ) -> Tensor:
-    return product_forward(x_TN, gates_TE, coefficients_EPC, frequencies_EPC, out_features, scale)
+    return _path(x_TN).product_forward(x_TN, gates_TE, coefficients_EPC, frequencies_EPC, out_features, scale)
 
 
 @_product.register_fake
@@ -75,7 +79,7 @@ def _product_backward(
     scale: float,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return product_backward(grad_TM, x_TN, gates_TE, coefficients_EPC, frequencies_EPC, scale, needs)
+    return _path(x_TN).product_backward(grad_TM, x_TN, gates_TE, coefficients_EPC, frequencies_EPC, scale, needs)
 
 
 @_product_backward.register_fake
@@ -93,6 +97,15 @@ def _(
     return x, gates, coefficients
 
 
+def _path(x_TN: Tensor) -> ModuleType:
+    """The module whose `product_forward` and `product_backward` compute this input: the Triton path, or this one."""
+    if use_triton(x_TN):
+        from fourier_moe.kernels import triton_product
+
+        return triton_product
+    return sys.modules[__name__]
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     *tensors, _, ctx.scale = inputs
     ctx.save_for_backward(*tensors)
@@ -107,7 +120,7 @@ def _backward(ctx: Any, grad_TM: Tensor) -> tuple[Tensor | None, ...]:
 _product.register_autograd(_backward, setup_context=_setup_context)
 
 
-class _Positions(NamedTuple):
+class Positions(NamedTuple):
     """Where each position reads and writes in half spectra, frequencies with u < 0 replaced by their conjugate partner."""
 
     rows_R: Tensor  # |u|: row of the output half spectrum
@@ -116,7 +129,7 @@ class _Positions(NamedTuple):
     negative_v_R1: Tensor  # after that replacement: +1 for v < 0, else -1, the sign of Im conj(X[v]) read at |v|
 
     @classmethod
-    def of(cls, frequencies_EPC: Tensor, dtype: torch.dtype) -> _Positions:
+    def of(cls, frequencies_EPC: Tensor, dtype: torch.dtype) -> Positions:
         u_R, v_R = frequencies_EPC.reshape(-1, 2).long().unbind(-1)
         mirrored_R = u_R < 0
         negative_R = torch.where(mirrored_R, -v_R, v_R) < 0
@@ -133,8 +146,8 @@ def product_forward(
 ) -> Tensor:
     """The product itself, without its place in torch's operators and autograd; see `routed_spectral_product`."""
     dtype = coefficients_EPC.dtype
-    positions = _Positions.of(frequencies_EPC, dtype)
-    c_EP1 = _as_complex(coefficients_EPC, positions)
+    positions = Positions.of(frequencies_EPC, dtype)
+    c_EP1 = as_complex(coefficients_EPC, positions)
     values_RT = _read_conjugate(_half_spectrum(x_TN, dtype), positions)
     _weigh(values_RT, c_EP1, gates_TE)
     return _accumulate(values_RT, positions.rows_R, out_features, scale)
@@ -153,8 +166,8 @@ def product_backward(
     needs_x, needs_gates, needs_coefficients = needs
     dtype = coefficients_EPC.dtype
     E, P, _ = coefficients_EPC.shape
-    positions = _Positions.of(frequencies_EPC, dtype)
-    c_EP1 = _as_complex(coefficients_EPC, positions)
+    positions = Positions.of(frequencies_EPC, dtype)
+    c_EP1 = as_complex(coefficients_EPC, positions)
     grad_x, grad_gates, grad_coefficients = x_TN.new_empty(0), gates_TE.new_empty(0), coefficients_EPC.new_empty(0)
     # h_j = sum_p grad[p] exp(2 pi i u_j p/M): what an increment of position j's bracket earns.
     h_RT = _half_spectrum(grad_TM, dtype)[positions.rows_R].conj_physical_()
@@ -192,14 +205,14 @@ def _accumulate(values_RT: Tensor, rows_R: Tensor, size: int, scale: float) -> T
     return torch.fft.irfft(spectrum_FT.T, n=size).mul_(scale * size / 2)
 
 
-def _as_complex(coefficients_EPC: Tensor, positions: _Positions) -> Tensor:
+def as_complex(coefficients_EPC: Tensor, positions: Positions) -> Tensor:
     """(E, P, 1) complex coefficients, conjugated where the position was replaced by its partner."""
     E, P, _ = coefficients_EPC.shape
     real, imaginary = coefficients_EPC.unbind(-1)
     return torch.complex(real, imaginary * positions.conjugate_c_R1.view(E, P)).unsqueeze(-1)
 
 
-def _read_conjugate(spectrum_FT: Tensor, positions: _Positions) -> Tensor:
+def _read_conjugate(spectrum_FT: Tensor, positions: Positions) -> Tensor:
     """conj(X[v_j]) for every position from the half spectrum of a real signal, as a new tensor (R, T)."""
     values_RT = spectrum_FT[positions.columns_R]
     torch.view_as_real(values_RT)[..., 1].mul_(positions.negative_v_R1)

@@ -101,13 +101,13 @@ class AdaptationModule(L.LightningModule):
 
     def _refuse_untrained(self) -> None:
         """A new head knows nothing: its test results and predictions would be noise that looks like results."""
-        if self._trainer is None or self.trainer.state.fn == "fit" or self.adapter_path or self.trainer.ckpt_path:
+        command = self._trainer.state.fn if self._trainer is not None else None
+        if command is None or command == "fit" or self.adapter_path or self.trainer.ckpt_path or self.task.works_untrained:
             return
-        if not self.task.works_untrained:
-            raise ValueError(
-                f"{self.trainer.state.fn.value} needs a trained adapter: give --model.adapter_path DIR (what fit wrote to "
-                "RUN/adapter) or --ckpt_path FILE"
-            )
+        raise ValueError(
+            f"{command.value} needs a trained adapter: give --model.adapter_path DIR (what fit wrote to RUN/adapter) or "
+            "--ckpt_path FILE"
+        )
 
     def on_train_epoch_start(self) -> None:
         # Frozen means frozen: batch statistics of a frozen backbone stay as they were pretrained.

@@ -156,6 +156,7 @@ def accumulate(spectrum_TFC: Tensor, gates_TE: Tensor, coefficients_RC: Tensor, 
     """The output half spectrum (T, size//2 + 1, 2), edges ready for irfft of length `size`."""
     num_tokens, num_in, _ = spectrum_TFC.shape
     num_out, width = lists.positions_FW.shape
+    gates_TE = gates_TE.contiguous()
     num_experts = gates_TE.shape[1]
     out = spectrum_TFC.new_empty(num_tokens, num_out, 2)
     grid = (triton.cdiv(num_tokens, _TOKENS), triton.cdiv(num_out, _ROWS))
