@@ -11,27 +11,27 @@ from torch.utils.data import Sampler
 class ShuffledSampler(Sampler[int]):
     """A new order every epoch, fixed by (seed, epoch), so that a resumed run goes on where the interrupted one stopped.
 
-    Lightning calls ``set_epoch``; on several processes it puts its own DistributedSampler in this one's place, which does the
-    same.
+    Lightning calls ``set_epoch``; on several processes its wrapper, which gives each a share, passes the call on.
 
     Attributes:
-        generator: Give it to the DataLoader, too: it seeds the workers' augmentation.
+        generator: For the DataLoader, whose workers' augmentation it seeds. The order does not depend on what is drawn from it.
     """
 
     def __init__(self, dataset: Sized, seed: int) -> None:
         self._length = len(dataset)
         self._seed = seed
-        self.generator = torch.Generator()
+        self.generator, self._order = torch.Generator(), torch.Generator()
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
-        self.generator.manual_seed((self._seed + 0x9E3779B1 * epoch) % 2**63)
+        for generator in (self.generator, self._order):
+            generator.manual_seed((self._seed + 0x9E3779B1 * epoch) % 2**63)
 
     def __len__(self) -> int:
         return self._length
 
     def __iter__(self) -> Iterator[int]:
-        return iter(torch.randperm(self._length, generator=self.generator).tolist())
+        return iter(torch.randperm(self._length, generator=self._order).tolist())
 
 
 def evaluation_sampler(dataset: Sized, trainer: Trainer | None) -> Sampler[int] | None:

@@ -63,6 +63,7 @@ class AdaptationModule(L.LightningModule):
         self.adapter_path = adapter_path
         self.class_names: list[str] | None = None
         self.report: InjectionReport | None = None
+        self._untrained = False
         self._stored: AdapterDescription | None = describe_adapter(adapter_path) if adapter_path else None
 
     @property
@@ -82,7 +83,6 @@ class AdaptationModule(L.LightningModule):
             )
         if self.adapter.head:
             raise ValueError(f"adapter.head={list(self.adapter.head)} is the task's to say; remove it from the config")
-        self._refuse_untrained()
         of_adapter = self._stored.class_names if self._stored else None
         self.class_names = _agree(f"adapter_path={self.adapter_path!r}", of_adapter, "the data", self._class_names_of_data())
         # A local directory may hold fewer classes than its source is known for, and so may its adapter.
@@ -91,6 +91,7 @@ class AdaptationModule(L.LightningModule):
         self.report = inject(model, dataclasses.replace(self.adapter, head=self.task.head_names))
         if self.adapter_path:
             load_adapter(model, self.adapter_path)
+        self._untrained = not (self.adapter_path or self.task.works_untrained)
         self.val_metrics, self.val_loss = self.task.new_metrics(), MeanMetric()
         self.test_metrics, self.test_loss = self.task.new_metrics(), MeanMetric()
         rank_zero_info(f"\n{backbone_name(model)}, {type(self.adapter).__name__}\n{self.report}\n")
@@ -99,17 +100,19 @@ class AdaptationModule(L.LightningModule):
         names = getattr(getattr(self._trainer, "datamodule", None), "class_names", None)
         return list(names) if names else None
 
-    def _refuse_untrained(self) -> None:
+    def on_validation_start(self) -> None:
         """A new head knows nothing: its test results and predictions would be noise that looks like results."""
-        command = self._trainer.state.fn if self._trainer is not None else None
-        if command is None or command == "fit" or self.adapter_path or self.trainer.ckpt_path or self.task.works_untrained:
-            return
-        raise ValueError(
-            f"{command.value} needs a trained adapter: give --model.adapter_path DIR (what fit wrote to RUN/adapter) or "
-            "--ckpt_path FILE"
-        )
+        command = self.trainer.state.fn
+        if self._untrained and command is not None and command != "fit":
+            raise ValueError(
+                f"{command.value} needs a trained adapter: give --model.adapter_path DIR (what fit wrote to RUN/adapter) or "
+                "--ckpt_path FILE"
+            )
+
+    on_test_start = on_predict_start = on_validation_start  # in configure_model the checkpoint is not known yet
 
     def on_train_epoch_start(self) -> None:
+        self._untrained = False
         # Frozen means frozen: batch statistics of a frozen backbone stay as they were pretrained.
         for module in self.model.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm) and not any(p.requires_grad for p in module.parameters()):
@@ -185,6 +188,7 @@ class AdaptationModule(L.LightningModule):
         wrong = [key for key, tensor in trained.items() if key not in loaded or loaded[key].shape != tensor.shape]
         if wrong:
             raise ValueError(f"the checkpoint lacks or has another shape of {', '.join(wrong[:3])}; it belongs to another run")
+        self._untrained = False
         if self.optimization is not None:
             self.optimization.override(checkpoint)
 

@@ -65,9 +65,9 @@ def user_mistake(error: BaseException | None) -> BaseException | None:
     Any other may be a bug, also one that torch raised below a line of ours.
     """
     while error is not None:
-        frame, line = list(traceback.walk_tb(error.__traceback__))[-1]
-        ours = frame.f_globals.get("__name__", "").partition(".")[0] in _OUR_PACKAGES
-        if ours and linecache.getline(frame.f_code.co_filename, line).strip().startswith("raise "):
-            return error
+        for frame, line in list(traceback.walk_tb(error.__traceback__))[-1:]:  # a cause that nobody raised has none
+            ours = frame.f_globals.get("__name__", "").partition(".")[0] in _OUR_PACKAGES
+            if ours and linecache.getline(frame.f_code.co_filename, line).strip().startswith("raise "):
+                return error
         error = error.__cause__
     return None

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from fourier_moe import FourierMoEConfig
+
 REPOSITORY = Path(__file__).parent.parent
 ALL = sorted(path.relative_to(REPOSITORY) for path in (REPOSITORY / "configs").rglob("*.yaml"))
 ADAPTERS = [path for path in ALL if path.parent.name == "adapters"]
@@ -134,7 +136,21 @@ def test_adapter_overlay_command_runs_in_smoke_size(run, path):
     assert run(*words[:after_the_config], *SMOKE, *words[after_the_config:]).trainer.global_step == 4
 
 
+@pytest.mark.parametrize("path", ADAPTERS, ids=ids(ADAPTERS))
+def test_smoke_overlay_may_come_after_an_adapter_overlay(run, path):
+    words = command(path)
+    assert words[-1] == str(path)
+    fitted = run(*words[:-2], "--config", str(path), *SMOKE)  # the test above has the other order
+    assert fitted.trainer.global_step == 4
+    assert type(fitted.model.adapter) is not FourierMoEConfig
+
+
+def test_smoke_overlay_names_no_setting_of_one_adapter_alone():
+    assert "adapter" not in yaml.safe_load((REPOSITORY / "configs/smoke.yaml").read_text(encoding="utf-8"))["model"]
+
+
 def test_demo_command_runs_in_smoke_size(main, tmp_path):
     results = main(*command(Path("configs/demo.yaml")), *SMOKE, "--output", str(tmp_path), "--seeds", "1")
-    assert [result.adapter for result in results] == ["head_only", "full_fine_tuning_small", "config"]
+    assert [result.overlay for result in results] == ["head_only", "full_fine_tuning_small", "config"]
+    assert [result.method for result in results] == ["HeadOnly", "FullFineTuning", "FourierMoE"]
     assert {path.name for path in tmp_path.glob("*.*")} == {"results.md", "results.json"}

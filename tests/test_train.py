@@ -2,23 +2,30 @@
 
 import copy
 import json
+import math
 import re
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import nn
 from torch.utils.data import DataLoader
 
+import datamodules.images
 import lightning_modules.adaptation
 import lightning_modules.compare
 import train
 from datamodules import ImageDataModule
-from fourier_moe import adapter_state_dict, adapters, describe_adapter
+from datamodules.image_transforms import eval_transform
+from fourier_moe import FourierMoEConfig, HeadOnly, adapter_state_dict, adapters, describe_adapter, inject
 from lightning_modules import AdaptationModule
+from lightning_modules.cli import AdaptationCLI, user_mistake
 
 REPOSITORY = Path(__file__).parent.parent
 DEMO = ("--config", "configs/demo.yaml")
@@ -58,6 +65,9 @@ def snapshots(monkeypatch):
 @pytest.fixture
 def no_training(monkeypatch):
     monkeypatch.setattr(AdaptationModule, "training_step", lambda *_: pytest.fail("training began"))
+
+
+STEPS = 26  # 808 training images of the demo in batches of 32
 
 
 def run_directory(cli):
@@ -114,6 +124,70 @@ def test_missing_checkpoint_is_an_error_that_lists_those_beside_it(run, trained,
         run("fit", *DEMO, "--ckpt_path", str(path))
 
 
+@pytest.mark.parametrize("command", ["test", "predict", "validate"])
+def test_command_that_needs_an_adapter_says_so_in_one_line(run, monkeypatch, capsys, command, tmp_path):
+    monkeypatch.setattr(
+        AdaptationModule, f"{'validation' if command == 'validate' else command}_step", lambda *_: pytest.fail("it went on")
+    )
+    with pytest.raises(ValueError) as caught:
+        run(command, *DEMO)
+    line = str(user_mistake(caught.value))
+    assert line.startswith(f"{command} needs a trained adapter: give --model.adapter_path DIR")
+    assert "\n" not in line
+    assert list(tmp_path.rglob("*.csv")) == []
+
+
+@pytest.mark.parametrize("command", ["test", "predict"])
+def test_zero_shot_head_needs_no_adapter(run, command, tmp_path):
+    cli = run(command, *DEMO, *SMOKE, "--model.task.init_args.head", "zero_shot")
+    assert cli.model._stored is None
+    if command == "test":
+        assert set(cli.trainer.callback_metrics) >= {"test/accuracy", "test/loss"}
+    else:
+        assert len(list(tmp_path.rglob("predictions.csv"))) == 1
+
+
+def caught(function, *args):
+    with pytest.raises((ValueError, RuntimeError)) as error:
+        function(*args)
+    return error.value
+
+
+def test_error_that_torch_raises_below_a_line_of_ours_is_no_mistake_of_the_user():
+    layer = FourierMoEConfig(targets=["q_proj"], num_coefficients=16, num_experts=2).build_layer(nn.Linear(16, 16), "q_proj")
+    error = caught(layer, torch.zeros(3, 7))
+    files = [entry.filename for entry in traceback.extract_tb(error.__traceback__)]
+    assert any("fourier_moe/linear.py" in file for file in files)
+    assert user_mistake(error) is None
+
+
+def test_error_of_ours_is_a_mistake_of_the_user_through_whatever_was_raised_from_it():
+    ours = caught(lambda: FourierMoEConfig(targets=[], num_coefficients=16))
+    assert user_mistake(ours) is ours
+
+    def raised_from(cause):
+        raise RuntimeError("instantiation failed") from cause
+
+    wrapped = caught(raised_from, caught(raised_from, ours))
+    assert user_mistake(wrapped) is ours
+    foreign = caught(int, "x")
+    assert user_mistake(caught(raised_from, foreign)) is None
+    assert user_mistake(caught(raised_from, ValueError("never raised"))) is None
+    assert user_mistake(ValueError("never raised")) is None
+    assert user_mistake(None) is None
+
+
+def test_error_that_ours_was_raised_from_is_not_the_one_shown(tmp_path):
+    (tmp_path / "adapter.json").write_text("{")
+    error = caught(describe_adapter, tmp_path)
+    assert isinstance(error.__cause__, json.JSONDecodeError)
+    assert user_mistake(error) is error
+    layer = caught(
+        inject, nn.ModuleDict({"q_proj": nn.Linear(4, 4)}), FourierMoEConfig(targets=["q_proj"], num_coefficients=64)
+    )
+    assert str(user_mistake(layer)).startswith("q_proj: num_coefficients asks for")
+
+
 def test_missing_adapter_is_one_line_and_no_traceback_in_the_real_process(tmp_path):
     command = [sys.executable, "train.py", "test", *DEMO, "--model.adapter_path", str(tmp_path / "nowhere")]
     save_dir = ["--trainer.logger.init_args.save_dir", str(tmp_path)]
@@ -164,9 +238,11 @@ def test_zero_initialised_adapter_gives_the_outputs_of_the_model_before_injectio
         return inject(model, config)
 
     monkeypatch.setattr(lightning_modules.adaptation, "inject", remember)
-    cli = run("validate", *DEMO)
+    cli = AdaptationCLI([*DEMO], run=False)
+    cli.datamodule.setup("fit")
+    cli.model.configure_model()
     assert len(adapters(cli.model.model)) == 8
-    (original,), adapted = originals, cli.model.model
+    (original,), adapted = originals, cli.model.model.eval()
     original.eval()
     for batch in cli.datamodule.val_dataloader():
         with torch.no_grad():
@@ -198,12 +274,14 @@ def test_same_seed_gives_the_same_images_in_the_same_order_whatever_the_adapter(
 
 
 @pytest.fixture
-def fixed_order(monkeypatch):
-    """Train on the validation images in their order, 3 steps an epoch.
+def no_augmentation(monkeypatch):
+    """Without worker processes the crops come from torch's global generator, which a checkpoint does not keep."""
+    monkeypatch.setattr(datamodules.images, "train_transform", eval_transform)
 
-    A resumed run does not see the shuffled and augmented images that the uninterrupted run would have seen: the loader's
-    generator and torch's global one start again. What the trainer restores is compared with that out of the way.
-    """
+
+@pytest.fixture
+def few_images(monkeypatch):
+    """Train on the validation images, 3 steps an epoch."""
 
     def train_dataloader(self):
         return DataLoader(self.val_dataloader().dataset, batch_size=32)
@@ -240,27 +318,39 @@ def interrupted(run, monkeypatch, *words, epoch=1):
             run("fit", *words, "--trainer.logger.init_args.version", "7")
 
 
-def test_resumed_run_continues_in_its_directory_to_the_weights_of_an_uninterrupted_one(run, monkeypatch, tmp_path, fixed_order):
-    words = (*DEMO, "--trainer.max_epochs", "2")
+@pytest.mark.parametrize("overlay", [(), HEAD_ONLY, FULL], ids=["FourierMoE", "HeadOnly", "FullFineTuning"])
+def test_resumed_run_continues_in_its_directory_to_the_weights_of_an_uninterrupted_one(
+    run, monkeypatch, tmp_path, no_augmentation, overlay
+):
+    seen = []
+    monkeypatch.setattr(AdaptationModule, "on_train_batch_start", lambda _, batch, index: seen.append(batch["id"]))
+    words = (*DEMO, *overlay, "--trainer.max_epochs", "3", "--model.optimization.warmup_ratio", "0.5")
     straight = run("fit", *words, "--trainer.logger.init_args.version", "6")
-    interrupted(run, monkeypatch, *words)
+    straight_order, seen[:] = list(seen), []
+    interrupted(run, monkeypatch, *words, epoch=2)
     directory = tmp_path / "demo/version_7"
     checkpoint = directory / "checkpoints/last.ckpt"
-    assert torch.load(checkpoint, weights_only=True)["global_step"] == 3
+    assert torch.load(checkpoint, weights_only=True)["global_step"] == 2 * STEPS == len(seen)
     resumed = run("fit", *words, "--trainer.logger.init_args.version", "7", "--ckpt_path", str(checkpoint))
 
     assert run_directory(resumed) == directory
-    assert resumed.trainer.global_step == straight.trainer.global_step == 6
+    assert resumed.trainer.global_step == straight.trainer.global_step == 3 * STEPS
+    assert seen == straight_order  # first the interrupted run's, then the resumed one's
+    epochs = [[id_ for ids in seen[epoch * STEPS : (epoch + 1) * STEPS] for id_ in ids] for epoch in range(3)]
+    assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(epochs[2])
     ours, theirs = adapter_state_dict(resumed.model.model), adapter_state_dict(straight.model.model)
     assert ours.keys() == theirs.keys()
     assert [key for key in ours if not torch.equal(ours[key], theirs[key])] == []
+    trained = {name for name, parameter in straight.model.model.named_parameters() if parameter.requires_grad}
+    assert trained <= ours.keys()
     moments, their_moments = (cli.trainer.optimizers[0].state_dict()["state"] for cli in (resumed, straight))
     assert all(torch.equal(moments[i][name], their_moments[i][name]) for i in moments for name in ("exp_avg", "exp_avg_sq"))
     assert (directory / "adapter_last/adapter.safetensors").is_file()
     assert len(list(directory.glob("events.out.tfevents.*"))) == 2
 
 
-def test_learning_rates_of_the_command_win_over_the_checkpoints_at_every_step(run, monkeypatch, fixed_order, rates, tmp_path):
+def test_learning_rates_of_the_command_win_over_the_checkpoints_at_every_step(run, monkeypatch, few_images, rates, tmp_path):
     words = (*DEMO, "--trainer.max_epochs", "3", "--model.optimization.warmup_ratio", "0.6")
     new = (EXPERTS_LR, "0.5", "--model.optimization.head.lr", "0.03", "--model.optimization.router.weight_decay", "0.1")
     run("fit", *words, *new)
@@ -290,7 +380,7 @@ def test_learning_rates_of_the_command_win_over_the_checkpoints_at_every_step(ru
     [
         (
             ("--model.task.init_args.pretrained", "null"),
-            r"backbone digits_vit/digits_vit\.safetensors, this run has digits_vit/unt",
+            r"checkpoint was trained on backbone 'digits_vit/digits_vit\.safetensors', this model is 'digits_vit/untrained'",
         ),
         (("--model.adapter.init_args.num_coefficients", "256"), "differ in num_coefficients: 512 against 256"),
         (HEAD_ONLY, "differ in method: FourierMoEConfig against HeadOnly"),
@@ -305,8 +395,56 @@ def test_checkpoint_of_another_run_is_refused(run, trained, no_training, words, 
 
 def test_checkpoint_with_other_classes_is_refused(run, trained, no_training):
     words = ("--data.init_args.synthetic", "true", "--ckpt_path", str(run_directory(trained) / "checkpoints/last.ckpt"))
-    with pytest.raises(ValueError, match=r"another shape of task\.model\.head"):
+    with pytest.raises(
+        ValueError, match=r"checkpoint was trained on 10 classes \(0, 1, 2, \.\.\.\), this run has 4 \(blue, green"
+    ):
         run("fit", *DEMO, *words)
+
+
+@pytest.fixture
+def permuted(trained, tmp_path):
+    """The trained checkpoint, as if the first two of its classes had stood the other way around."""
+    checkpoint = torch.load(run_directory(trained) / "checkpoints/last.ckpt", weights_only=True)
+    names = checkpoint["adaptation"]["class_names"]
+    assert names == [str(digit) for digit in range(10)]
+    checkpoint["adaptation"]["class_names"] = [names[1], names[0], *names[2:]]
+    torch.save(checkpoint, tmp_path / "permuted.ckpt")
+    return str(tmp_path / "permuted.ckpt")
+
+
+@pytest.mark.parametrize("command", ["fit", "test", "predict"])
+def test_checkpoint_with_the_same_classes_in_another_order_is_refused(run, permuted, command, no_training):
+    message = r"checkpoint was trained on 10 classes \(1, 0, 2, .*this run has 10 \(0, 1, 2, .*order must be the same"
+    with pytest.raises(ValueError, match=message):
+        run(command, *DEMO, "--ckpt_path", permuted)
+
+
+def test_checkpoint_of_other_weights_under_the_same_name_is_refused(run, trained, tmp_path, no_training):
+    words = tower(tmp_path, lambda tensor: 1.1 * tensor)
+    with pytest.raises(ValueError, match=r"backbone 'digits_vit/digits_vit\.safetensors', whose weights are others"):
+        run("fit", *DEMO, *words, "--ckpt_path", str(run_directory(trained) / "checkpoints/last.ckpt"))
+    with pytest.raises(ValueError, match=r"backbone 'digits_vit/digits_vit\.safetensors', whose weights are others"):
+        run("test", *DEMO, *words, "--model.adapter_path", str(run_directory(trained) / "adapter_last"))
+
+
+def test_checkpoint_of_the_same_weights_under_another_name_tests(run, trained, tmp_path):
+    words = (*tower(tmp_path, lambda tensor: tensor, "renamed.safetensors"), "--trainer.limit_test_batches", "1")
+    losses = [
+        run("test", *DEMO, *words, *path).trainer.callback_metrics["test/loss"]
+        for path in (
+            ("--ckpt_path", str(run_directory(trained) / "checkpoints/last.ckpt")),
+            ("--model.adapter_path", str(run_directory(trained) / "adapter_last")),
+        )
+    ]
+    assert losses[0] == losses[1]
+
+
+def tower(directory, change, name="digits_vit.safetensors"):
+    """Options for the demo's tower with changed weights."""
+    state = load_file(REPOSITORY / "examples/digits_tower/digits_vit.safetensors")
+    (directory / "towers").mkdir()
+    save_file({key: change(tensor) for key, tensor in state.items()}, directory / "towers" / name)
+    return ("--model.task.init_args.pretrained", str(directory / "towers" / name))
 
 
 def test_checkpoint_of_another_program_is_refused(run, trained, tmp_path, no_training):
@@ -347,7 +485,12 @@ def test_checkpoint_tests_like_the_module_it_was_saved_from(run, trained, tmp_pa
 
     from_checkpoint = test_loss("--ckpt_path", str(path))
     assert from_checkpoint == test_loss("--model.adapter_path", str(run_directory(trained) / "adapter_last"))
-    assert from_checkpoint != test_loss()
+    checkpoint = torch.load(path, weights_only=True)
+    for key, value in checkpoint["state_dict"].items():
+        if ".head." in key:
+            value.zero_()
+    torch.save(checkpoint, path)
+    assert from_checkpoint != test_loss("--ckpt_path", str(path)) == pytest.approx(math.log(10))
 
 
 # ---------------------------------------------------------------- adapter files and the saved config
@@ -403,9 +546,51 @@ def test_saved_config_holds_command_line_values_and_runs_again(run, tmp_path):
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
-def test_seed_of_the_run_is_the_seed_of_the_adapter(run):
-    cli = run("fit", *DEMO, *SMOKE, "--seed_everything", "5", "--trainer.max_steps", "1")
-    assert cli.model.adapter.seed == 5
+ADAPTER_SEED = "--model.adapter.init_args.seed"
+
+
+@pytest.mark.parametrize(
+    ("words", "seed"),
+    [
+        ((), 0),
+        (("--seed_everything", "5"), 5),
+        (("--seed_everything", "5", ADAPTER_SEED, "3"), 3),
+        ((ADAPTER_SEED, "0", "--seed_everything", "5"), 0),
+        (("--seed_everything", "false"), None),
+        (("--seed_everything", "false", ADAPTER_SEED, "3"), 3),
+    ],
+    ids=str,
+)
+def test_seed_of_the_run_is_the_seed_of_the_adapter_unless_it_has_its_own(main, words, seed):
+    cli = AdaptationCLI([*DEMO, *words], run=False)
+    assert cli.model.adapter.seed == seed
+    cli.model.configure_model()
+    layer = adapters(cli.model.model)["backbone.transformer.resblocks.0.attn.q_proj"]
+    expected = draw(seed or 0)
+    assert torch.equal(layer.experts.frequencies, expected)
+    assert not torch.equal(layer.experts.frequencies, draw(seed=77))
+
+
+def draw(seed):
+    settings = FourierMoEConfig(targets=["q_proj"], num_coefficients=512, seed=seed)
+    return settings.build_layer(nn.Linear(64, 64), "backbone.transformer.resblocks.0.attn.q_proj").experts.frequencies
+
+
+def test_seed_everything_true_seeds_the_adapter_with_the_seed_that_lightning_chose(main, monkeypatch):
+    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
+    cli = AdaptationCLI([*DEMO, "--seed_everything", "true"], run=False)
+    assert type(cli.model.adapter.seed) is int
+    assert cli.model.adapter.seed == cli.config.seed_everything == torch.initial_seed()
+
+
+def test_methods_without_a_seed_need_none(main):
+    cli = AdaptationCLI([*DEMO, *HEAD_ONLY, "--seed_everything", "5"], run=False)
+    assert cli.model.adapter == HeadOnly()
+
+
+def test_head_in_the_config_is_refused(run, no_training):
+    with pytest.raises(ValueError, match=r"adapter\.head=\['backbone\.ln_post'\] is the task's to say; remove it"):
+        run("fit", *DEMO, "--model.adapter.init_args.head", "[backbone.ln_post]")
 
 
 def test_fast_dev_run_writes_no_adapter(run, tmp_path, monkeypatch):
@@ -426,26 +611,28 @@ def test_compare_writes_metrics_and_parameters_by_kind_for_every_adapter_and_see
     words = ("--trainer.max_epochs", "1", "--trainer.limit_train_batches", "6", "--trainer.limit_test_batches", "6")
     results = compare("--adapters", "head_only,config", "--seeds", "2", *words)
     rows = json.loads((tmp_path / "comparison/results.json").read_text())
-    assert [(row["adapter"], row["seed"]) for row in rows] == [("head_only", 0), ("config", 0), ("head_only", 1), ("config", 1)]
+    assert [(row["overlay"], row["seed"]) for row in rows] == [("head_only", 0), ("config", 0), ("head_only", 1), ("config", 1)]
     assert [row["metrics"] for row in rows] == [result.metrics for result in results]
     for row in rows:
         own = {"experts": 8 * 512, "router": 8 * 512, "head": 650, "backbone": 0}
         head_only = {"experts": 0, "router": 0, "head": 650, "backbone": 0}
-        assert row["parameters"] == (own if row["adapter"] == "config" else head_only)
+        assert row["parameters"] == (own if row["overlay"] == "config" else head_only)
+        assert row["method"] == ("FourierMoE" if row["overlay"] == "config" else "HeadOnly")
+        assert row["main_metric"] == "test/accuracy"
         assert row["seconds"] > 0
-        assert set(row["metrics"]) == {"test/loss", "test/accuracy", "test/accuracy_per_class"}
+        assert set(row["metrics"]) == {"test/loss", "test/accuracy", "test/balanced_accuracy"}
     assert results[0].metrics != results[2].metrics  # seeds do differ
     assert (tmp_path / "comparison/config/seed_1/version_0/adapter_last").is_dir()
 
     header, _, *lines = (tmp_path / "comparison/results.md").read_text().splitlines()
     columns = [cell.strip() for cell in header.strip("|").split("|")]
-    assert columns == ["adapter", "test/accuracy (mean of 2)", "each seed", "trained", "experts", "router", "head", "seconds"]
+    assert columns == ["method", "test/accuracy (mean of 2)", "each seed", "trained", "experts", "router", "head", "seconds"]
     cells = {row[0]: row for row in ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)}
-    assert cells["config"][3:7] == ["8,842", "4,096", "4,096", "650"]
-    assert cells["head_only"][3:7] == ["650", "0", "0", "650"]
-    accuracies = [100 * result.metrics["test/accuracy"] for result in results if result.adapter == "config"]
-    assert cells["config"][1].startswith(f"{sum(accuracies) / 2:.1f} %")
-    assert cells["config"][2] == " / ".join(f"{accuracy:.1f}" for accuracy in accuracies)
+    assert cells["FourierMoE"][3:7] == ["8,842", "4,096", "4,096", "650"]
+    assert cells["HeadOnly"][3:7] == ["650", "0", "0", "650"]
+    accuracies = [100 * result.metrics["test/accuracy"] for result in results if result.overlay == "config"]
+    assert cells["FourierMoE"][1].startswith(f"{sum(accuracies) / 2:.1f} %")
+    assert cells["FourierMoE"][2] == " / ".join(f"{accuracy:.1f}" for accuracy in accuracies)
 
 
 @pytest.mark.parametrize(

@@ -36,9 +36,9 @@ class PredictionsWriter(BasePredictionWriter):
     ) -> None:
         assert isinstance(pl_module, AdaptationModule)
         rows = self._gather(trainer, predictions, batch_indices)
+        path = Path(self.path) if self.path else run_directory(trainer) / "predictions.csv"  # asks all processes
         if not trainer.is_global_zero or not rows:
             return
-        path = Path(self.path) if self.path else run_directory(trainer) / "predictions.csv"
         path.parent.mkdir(parents=True, exist_ok=True)
         names = pl_module.class_names or [str(index) for index in range(len(rows[0]["probabilities"]))]
         with open(path, "w", newline="", encoding="utf-8") as file:
@@ -55,13 +55,13 @@ class PredictionsWriter(BasePredictionWriter):
     @staticmethod
     def _gather(trainer: L.Trainer, predictions: Sequence[Any], batch_indices: Sequence[Any]) -> list[dict[str, Any]]:
         """The rows of all processes in the order of the data."""
+        if trainer.world_size == 1:  # then they are in order, and a loader without batch sampler has no indices
+            return [row for rows in predictions for row in rows]
         own = [
             (index, row)
             for rows, indices in zip(predictions, batch_indices[0], strict=True)
             for index, row in zip(indices, rows, strict=True)
         ]
-        shares = [own]
-        if trainer.world_size > 1:
-            shares = [[] for _ in range(trainer.world_size)]
-            torch.distributed.all_gather_object(shares, own)
+        shares: list[list[Any]] = [[] for _ in range(trainer.world_size)]
+        torch.distributed.all_gather_object(shares, own)
         return [row for _, row in sorted((pair for share in shares for pair in share), key=lambda pair: pair[0])]

@@ -2,16 +2,17 @@ import json
 import pickle
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning as L
 import pytest
 import torch
 from jsonargparse import ArgumentParser
 from PIL import Image
-from torch.utils.data import RandomSampler
 
 from datamodules import ImageDataModule, images
 from datamodules.image_sources import SOURCES
+from datamodules.sampling import evaluation_sampler
 
 REAL_CARS = Path(__file__).resolve().parents[2].parent / "shared/data/images/cars"
 
@@ -190,12 +191,17 @@ def test_directory_of_parquet_files_works_end_to_end(tmp_path, encode, write_par
     assert (batch["label"].tolist(), batch["id"][3]) == ([0, 1, 0, 1], "test/3")
 
 
-def test_broken_file_stops_setup_of_its_split(directory, encode):
-    (directory / "test" / "b" / "1.jpg").write_bytes(encode()[:100])
+@pytest.mark.parametrize(("split", "stage"), [("test", "test"), ("test", "fit"), ("train", "fit")])
+def test_broken_file_stops_setup_of_its_split_and_fit_looks_at_the_test_images_too(directory, encode, split, stage):
+    (directory / split / "b" / "1.jpg").write_bytes(encode()[:100])
     data = module(directory=str(directory))
-    data.setup("fit")
-    with pytest.raises(ValueError, match=r"1 truncated or corrupt image file\(s\): '.*test/b/1\.jpg'"):
-        data.setup("test")
+    with pytest.raises(ValueError, match=rf"1 truncated or corrupt image file\(s\): '.*{split}/b/1\.jpg'"):
+        data.setup(stage)
+
+
+def test_broken_train_file_does_not_stop_the_test(directory, encode):
+    (directory / "train" / "b" / "1.jpg").write_bytes(encode()[:100])
+    module(directory=str(directory)).setup("test")
 
 
 def test_digits_need_nothing():
@@ -311,18 +317,51 @@ def test_trainer_fits_and_tests_generated_data_one_after_the_other():
 
 
 def test_lightning_can_give_each_process_its_part(directory):
+    from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
     from lightning.pytorch.utilities.data import _update_dataloader
-    from torch.utils.data import DistributedSampler
 
     data = module(directory=str(directory))
     data.setup("fit")
-    loader = data.train_dataloader()
-    assert isinstance(loader.sampler, RandomSampler)
-    ids = []
-    for rank in range(2):
-        part = _update_dataloader(loader, DistributedSampler(loader.dataset, num_replicas=2, rank=rank, seed=0))
-        ids += [name for batch in part for name in batch["id"]]
-    assert len(ids) == len(set(ids)) == 18
+
+    def epoch(number):
+        ids = []
+        for rank in range(2):
+            loader = data.train_dataloader()
+            sampler = DistributedSamplerWrapper(loader.sampler, num_replicas=2, rank=rank, shuffle=True, seed=0)
+            part = _update_dataloader(loader, sampler)  # as Lightning does for any sampler that is not torch's own
+            sampler.set_epoch(number)
+            ids += [name for batch in part for name in batch["id"]]
+        assert len(ids) == len(set(ids)) == 18
+        return ids
+
+    assert epoch(0) == epoch(0) != epoch(1)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_order_of_an_epoch_is_the_same_whether_or_not_earlier_ones_were_seen(directory, workers):
+    """A resumed run starts its loader, and its workers, at a later epoch."""
+
+    def order(*epochs):
+        torch.manual_seed(3)
+        data = module(directory=str(directory), num_workers=workers)
+        data.setup("fit")
+        loader = data.train_dataloader()
+        for epoch in epochs:
+            loader.sampler.set_epoch(epoch)
+            ids = [name for batch in loader for name in batch["id"]]
+        return ids
+
+    assert order(0, 1, 2) == order(2) == order(1, 2) != order(1)
+
+
+@pytest.mark.parametrize(("size", "processes"), [(9, 2), (9, 1), (7, 3)])
+def test_every_example_is_evaluated_once_on_however_many_processes(size, processes):
+    seen = []
+    for rank in range(processes):
+        sampler = evaluation_sampler(range(size), SimpleNamespace(world_size=processes, global_rank=rank))
+        assert (sampler is None) == (processes == 1)
+        seen += range(size) if sampler is None else sampler
+    assert sorted(seen) == list(range(size))
 
 
 def test_module_can_be_sent_to_another_process(directory):

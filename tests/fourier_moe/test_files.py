@@ -20,6 +20,8 @@ from fourier_moe import (
     save_adapter,
 )
 from fourier_moe import experts as experts_module
+from fourier_moe.backbone import backbone_fingerprint, check_backbone
+from fourier_moe.inject import is_adapted
 
 TENSORS, DESCRIPTION = "adapter.safetensors", "adapter.json"
 
@@ -57,7 +59,9 @@ def edit(directory, **changes):
     "settings",
     [
         config(head=["classifier"]),
-        config(head=["classifier", "norm"], coefficients="imaginary", top_k=1, scaling=3.7, band_layout="stack", bandwidth=0.3),
+        config(
+            head=["classifier", "norm"], coefficients="imaginary", top_k=1, scaling=3.7, band_layout="stack", bandwidth=0.25
+        ),
         config(conjugate_symmetry=False, frequency_bias=False),
         FullFineTuning(head=["classifier"]),
         HeadOnly(head=["classifier"]),
@@ -209,26 +213,135 @@ def test_fewer_or_more_layers_is_an_error(saved):
         load_adapter(Transformer(layers=3), saved)
 
 
-def test_other_backbone_is_an_error_that_names_both(tmp_path):
+def backbone(name, **options):
+    model = Transformer(**options)
+    model.backbone_name = name
+    return model
+
+
+@pytest.fixture
+def saved_with_name(tmp_path):
     model = trained()
     model.backbone_name = "clip/a"
+    return save_adapter(model, tmp_path / "named")
+
+
+def test_same_weights_load_whatever_they_are_called(saved_with_name):
+    assert describe_adapter(saved_with_name).backbone == "clip/a"
+    x = tokens(4, 5, 16)
+    for name in ("clip/a", "clip/b", None):
+        model = backbone(name).eval()
+        load_adapter(model, saved_with_name)
+        assert torch.equal(model(x), trained()(x))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("clip/a", "whose weights are others"), ("clip/b", "this model is 'clip/b'"), (None, "is None")]
+)
+def test_other_weights_are_an_error_whatever_they_are_called_and_the_model_stays_unadapted(saved_with_name, name, message):
+    model = backbone(name, seed=1)
+    with pytest.raises(ValueError, match=rf"trained on backbone 'clip/a', .*{message}.*; load the same pretrained weights"):
+        load_adapter(model, saved_with_name)
+    assert_unadapted(model, backbone(name, seed=1))
+
+
+def test_fine_tuned_backbone_is_another_backbone(saved_with_name):
+    model, generator = backbone("clip/a"), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1 + 0.05 * torch.randn(parameter.shape, generator=generator))
+    with pytest.raises(ValueError, match="whose weights are others"):
+        load_adapter(model, saved_with_name)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_backbone_in_another_precision_is_the_same_backbone(saved_with_name, dtype):
+    model = backbone("clip/a").to(dtype)
+    load_adapter(model, saved_with_name)
+    assert len(adapters(model)) == 4
+
+
+def test_constant_parameters_may_be_rounded_to_bfloat16(tmp_path):
+    """1 + 2^-8 lies as far from its neighbours in bfloat16 as a number can; in a constant parameter nothing averages it out."""
+    models = [Transformer() for _ in range(2)]
+    for model in models:
+        for block in model.layers:
+            nn.init.constant_(block.norm.weight, 1 + 2**-8)
+            nn.init.constant_(block.norm.bias, 1 + 2**-8)
+    inject(models[0], config())
+    load_adapter(models[1].to(torch.bfloat16), save_adapter(models[0], tmp_path))
+
+
+def test_large_matrices_of_another_initialisation_are_another_backbone():
+    """Over a whole matrix of this size the root mean squares of two initialisations are equal to 0.1 %."""
+
+    def model(seed):
+        torch.manual_seed(seed)
+        return nn.ModuleDict({f"q_proj_{i}": nn.Linear(768, 768, bias=False) for i in range(4)})
+
+    prints = []
+    for seed in (0, 1):
+        prints.append(backbone_fingerprint(model(seed)))
+    assert prints[0].keys() == prints[1].keys() != set()
+    check_backbone(model(0), "x", prints[0], "adapter")
+    with pytest.raises(ValueError, match="adapter was trained on backbone 'x'"):
+        check_backbone(model(0), "x", prints[1], "adapter")
+
+
+def test_fingerprint_is_that_of_the_pretrained_weights_alone():
+    model = Transformer()
+    inject(model, config(head=["classifier"]))
+    before = backbone_fingerprint(model)
+    assert before
+    assert not any("classifier" in name or ".base." in name or "experts" in name for name in before)
+    assert before.keys() <= {name for name, _ in Transformer().named_parameters()}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(1)
+    assert backbone_fingerprint(model) == before
+    assert backbone_fingerprint(Transformer().to("meta")) == {}
+
+
+def test_full_fine_tuning_has_no_frozen_weights_to_compare_and_goes_by_the_name(tmp_path):
+    model = backbone("clip/a")
+    inject(model, FullFineTuning(head=["classifier"]))
     save_adapter(model, tmp_path)
-    assert describe_adapter(tmp_path).backbone == "clip/a"
-    other = Transformer()
-    other.backbone_name = "clip/b"
+    assert describe_adapter(tmp_path).fingerprint == {}
+    other, x = backbone("clip/a", seed=1).eval(), tokens(4, 5, 16)
+    load_adapter(other, tmp_path)  # everything is replaced
+    assert torch.equal(other(x), model.eval()(x))
+    load_adapter(backbone(None), tmp_path)
+    model = backbone("clip/b")
     with pytest.raises(ValueError, match=r"trained on backbone 'clip/a', this model is 'clip/b'"):
-        load_adapter(other, tmp_path)
-    assert not adapters(other)
-    other.backbone_name = "clip/a"
-    load_adapter(other, tmp_path)
-    load_adapter(Transformer(), tmp_path)  # a model without a name is not refused
+        load_adapter(model, tmp_path)
+    assert_unadapted(model, backbone("clip/b"))
+
+
+def assert_unadapted(model, original):
+    assert not is_adapted(model)
+    assert adapters(model) == {}
+    assert [name for name, _ in model.named_modules()] == [name for name, _ in original.named_modules()]
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    state, expected = model.state_dict(), original.state_dict()
+    assert state.keys() == expected.keys()
+    assert all(torch.equal(state[key], expected[key]) for key in state)
+
+
+@pytest.mark.parametrize("options", [{"classes": 5}, {"width": 32}, {"layers": 3}, {"layers": 1}], ids=str)
+def test_adapter_that_does_not_fit_leaves_a_fresh_model_unadapted(saved, options):
+    model = Transformer(**options)
+    with pytest.raises(ValueError):
+        load_adapter(model, saved)
+    assert_unadapted(model, Transformer(**options))
+    assert len(inject(model, config()).projections) == 2 * options.get("layers", 2)
 
 
 @pytest.mark.parametrize(
     "change",
     [
         {"top_k": 1},
-        {"num_coefficients": 64},
+        {"num_coefficients": 16},
         {"scaling": 2.0},
         {"normalize_gates": False},
         {"targets": ["q_proj"]},

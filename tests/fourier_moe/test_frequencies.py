@@ -10,6 +10,7 @@ from fourier_moe_models import Transformer, config
 from fourier_moe import frequencies as module
 from fourier_moe.experts import SpectralExperts
 from fourier_moe.frequencies import (
+    band_capacity,
     band_centers,
     band_weight,
     count_positions,
@@ -72,12 +73,14 @@ def test_drawing_all_positions_gives_each_pair_exactly_once(path, M):
 @pytest.mark.parametrize("half_plane", [True, False])
 def test_no_duplicates_no_self_conjugate_and_one_member_of_each_pair(M, N, half_plane):
     for center in (0.1, 0.5, 0.9):
-        drawn = draw_frequencies(20, M, N, named_generator(1, "x"), center=center, bandwidth=0.12, half_plane=half_plane)
+        count = min(20, int(band_capacity(M, N, center, 0.12, half_plane)))  # small planes are drawn as full as may be
+        assert count >= 5
+        drawn = draw_frequencies(count, M, N, named_generator(1, "x"), center=center, bandwidth=0.12, half_plane=half_plane)
         indices = [(u % M, v % N) for u, v in drawn.tolist()]
-        assert len(set(indices)) == 20
+        assert len(set(indices)) == count
         assert all(conjugate(p, M, N) != p for p in indices)
         if half_plane:
-            assert len({frozenset((p, conjugate(p, M, N))) for p in indices}) == 20
+            assert len({frozenset((p, conjugate(p, M, N))) for p in indices}) == count
         assert drawn.tolist() == sorted(drawn.tolist())
 
 
@@ -290,7 +293,29 @@ def test_default_device_and_dtype_change_nothing(monkeypatch, limit):
 def test_too_many_positions_is_an_error_that_says_how_many_there_are():
     with pytest.raises(ValueError, match=r"asks for 13 frequencies per expert, but a 5 x 5 projection has only 12"):
         draw_frequencies(13, 5, 5, named_generator(0, ""), center=0.5, bandwidth=0.12)
-    assert len(draw_frequencies(12, 5, 5, named_generator(0, ""), center=0.5, bandwidth=0.5)) == 12
+    assert len(draw_frequencies(12, 5, 5, named_generator(0, ""), center=None, bandwidth=0.12)) == 12
+
+
+@pytest.mark.parametrize("half_plane", [True, False])
+@pytest.mark.parametrize(("M", "N"), [(1, 5), (2, 2), (5, 5), (4, 7), (7, 4), (6, 8), (9, 1), (16, 15)])
+def test_capacity_is_the_sum_of_the_weights_of_the_positions_that_may_be_drawn(M, N, half_plane):
+    total = count_positions(M, N, half_plane=half_plane)
+    options = {"bandwidth": 0.12, "half_plane": half_plane}
+    if total:
+        everything = draw_frequencies(total, M, N, named_generator(0, ""), center=None, **options)
+        radius = normalized_radius(everything, M, N)
+    for center in (0.0625, 0.5, 0.9375, 1.3):
+        for bandwidth in (0.01, 0.12, 1.0, 1e9):
+            expected = float(band_weight(radius, center, bandwidth).sum()) if total else 0.0
+            assert band_capacity(M, N, center, bandwidth, half_plane) == pytest.approx(expected, rel=1e-9, abs=1e-12)
+
+
+def test_draw_may_fill_a_band_to_its_capacity_and_no_further(path):
+    capacity = int(band_capacity(16, 16, 0.5, 0.12))
+    assert capacity > 5
+    assert len(draw_frequencies(capacity, 16, 16, named_generator(0, ""), center=0.5, bandwidth=0.12)) == capacity
+    with pytest.raises(ValueError, match=rf"asks for {capacity + 1} .* centre 0.5 and bandwidth=0.12 holds only {capacity} in"):
+        draw_frequencies(capacity + 1, 16, 16, named_generator(0, ""), center=0.5, bandwidth=0.12)
 
 
 def test_empty_band_is_an_error_that_names_the_remedies(path):

@@ -5,7 +5,17 @@ import torch
 from fourier_moe_models import Transformer, config
 from torch import nn
 
-from fourier_moe import FourierMoELinear, FullFineTuning, HeadOnly, adapter_state_dict, adapters, inject, recording
+from fourier_moe import (
+    FourierMoELinear,
+    FullFineTuning,
+    HeadOnly,
+    adapter_state_dict,
+    adapters,
+    inject,
+    load_adapter,
+    recording,
+    save_adapter,
+)
 
 Q_AND_V = [f"layers.{i}.attention.{p}" for i in range(2) for p in ("q_proj", "v_proj")]
 
@@ -162,6 +172,98 @@ def test_failed_injection_may_be_repeated_with_a_better_config():
     with pytest.raises(ValueError, match="matches no module"):
         inject(model, config(targets=["nothing"]))
     assert len(inject(model, config()).projections) == 4
+
+
+class Uneven(Transformer):
+    """Two blocks, a fused attention, and a projection too small for the bands."""
+
+    def __init__(self):
+        super().__init__(layers=2)
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            self.fused = nn.MultiheadAttention(16, 2, batch_first=True)
+            self.narrow = nn.ModuleDict({"down": nn.Linear(16, 4), "v_proj": nn.Linear(4, 4), "up": nn.Linear(4, 16)})
+        self.classifier.requires_grad_(False)  # a mixture, to see that it comes back
+
+    def forward(self, x):
+        x = self.layers(x)
+        x = x + self.fused(x, x, x, need_weights=False)[0]
+        x = x + self.narrow["up"](self.narrow["v_proj"](self.narrow["down"](x)))
+        return self.classifier(self.norm(x.mean(1)))
+
+
+def test_injection_that_fails_half_way_leaves_the_model_as_it_was(tmp_path):
+    model, x = Uneven().eval(), tokens(4, 5, 16)
+    modules = dict(model.named_modules())
+    attributes = {name: set(vars(module)) for name, module in modules.items()}
+    parameters = [(name, id(p), p.requires_grad) for name, p in model.named_parameters()]
+    before = model(x)
+    with pytest.raises(ValueError, match=r"narrow\.v_proj: num_coefficients asks for 4 .* in a 4 x 4 projection"):
+        inject(model, config(head=["classifier"]))
+    assert model._modules.keys() == Uneven()._modules.keys()
+    now = dict(model.named_modules())
+    assert now.keys() == modules.keys()
+    assert all(now[name] is module for name, module in modules.items())  # also the fused attention, which was split before
+    assert {name: set(vars(module)) for name, module in now.items()} == attributes
+    assert [(name, id(p), p.requires_grad) for name, p in model.named_parameters()] == parameters
+    assert torch.equal(model(x), before)
+
+    later = config(targets=[r"layers.*\.[qv]_proj", "fused.q_proj"], head=["classifier"], init_std=1.0)
+    assert len(inject(model, later).projections) == 5
+    assert not torch.equal(model(x), before)
+    fresh = Uneven().eval()
+    load_adapter(fresh, save_adapter(model, tmp_path))
+    assert torch.equal(fresh(x), model(x))
+
+
+def test_encoder_layers_of_torch_keep_their_fused_kernel_after_a_failed_injection():
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"encoder": nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), "linear1": nn.Linear(4, 4)})
+    kernel = model["encoder"].activation_relu_or_gelu
+    assert kernel != 0
+    with pytest.raises(ValueError, match="linear1: num_coefficients asks for"):
+        inject(model, config(targets=["linear1"]))
+    assert model["encoder"].activation_relu_or_gelu == kernel
+    assert type(model["encoder"].self_attn) is nn.MultiheadAttention
+
+
+@pytest.mark.parametrize("second", [config(), HeadOnly(head=["classifier"]), FullFineTuning()])
+def test_model_of_which_a_part_is_adapted_is_refused(second):
+    model = Transformer()
+    inject(model.layers[1], config())
+    names = [name for name, _ in model.named_modules()]
+    with pytest.raises(ValueError, match="adapted already, or a part of it is"):
+        inject(model, second)
+    assert [name for name, _ in model.named_modules()] == names
+
+
+def test_method_that_would_train_nothing_is_refused():
+    model = Transformer()
+    with pytest.raises(ValueError, match="HeadOnly would train nothing of this model; name a head"):
+        inject(model, HeadOnly())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert inject(model, HeadOnly(head=["classifier"])).total == 51
+
+
+@pytest.mark.parametrize(
+    ("head", "expected"),
+    [
+        (["head"], {"head"}),
+        (["tower.head"], {"tower.head"}),
+        ([r".*head"], {"head", "tower.head"}),
+        (["head", "tower.head"], {"head", "tower.head"}),
+    ],
+)
+def test_head_matches_whole_names_and_patterns_but_no_ends_of_names(head, expected):
+    model = nn.ModuleDict({"tower": nn.ModuleDict({"head": nn.Linear(4, 4)}), "head": nn.Linear(4, 2)})
+    inject(model, HeadOnly(head=head))
+    assert {name.rpartition(".")[0] for name, p in model.named_parameters() if p.requires_grad} == expected
+
+
+def test_end_of_a_name_is_no_head():
+    model = nn.ModuleDict({"tower": nn.ModuleDict({"head": nn.Linear(4, 4)})})
+    with pytest.raises(ValueError, match=r"head entry 'head' matches no module of the model; near names: .*tower\.head"):
+        inject(model, HeadOnly(head=["head"]))
 
 
 def test_target_inside_the_head_is_trained_in_full_and_not_adapted():

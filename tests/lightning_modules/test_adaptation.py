@@ -1,5 +1,6 @@
 """AdaptationModule: losses, masks, metrics, modes, several processes."""
 
+import json
 import os
 import subprocess
 import sys
@@ -7,12 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from token_task import ADAPTER, RATES, TokenData, token_batch, token_module, token_trainer
 from torch.utils.data import DataLoader
 
 from datamodules import ImageDataModule
-from fourier_moe import FullFineTuning, HeadOnly, adapter_state_dict, adapters, describe_adapter
+from fourier_moe import FullFineTuning, HeadOnly, adapter_state_dict, adapters, describe_adapter, save_adapter
+from lightning_modules import AdaptationModule
 from lightning_modules.optimization import Optimization, ParameterGroup
 
 REPOSITORY = Path(__file__).parent.parent.parent
@@ -137,6 +140,52 @@ def test_endless_data_without_max_steps_is_an_error_that_names_the_setting(tmp_p
         trainer.fit(token_module(), TokenData())
 
 
+class UnevenData(TokenData):
+    """Batches of 8, 8 and 3 examples."""
+
+    def test_dataloader(self):
+        return DataLoader([token_batch(size, seed) for size, seed in ((8, 4), (8, 5), (3, 6))], batch_size=None)
+
+    val_dataloader = test_dataloader
+
+
+@pytest.mark.parametrize("split", ["test", "val"])
+def test_mean_loss_counts_every_example_once_with_an_uneven_last_batch(tmp_path, split):
+    module, trainer = fit(tmp_path)
+    metrics = (trainer.test if split == "test" else trainer.validate)(module, UnevenData(), verbose=False)[0]
+    module.eval()
+    losses, right = [], []
+    with torch.no_grad():
+        for batch in UnevenData().test_dataloader():
+            logits = module.task.logits(batch)
+            losses.append(torch.nn.functional.cross_entropy(logits, batch["label"], reduction="none"))
+            right.append((logits.argmax(-1) == batch["label"]).float())
+    assert metrics[f"{split}/loss"] == pytest.approx(float(torch.cat(losses).mean()), rel=1e-6)
+    assert metrics[f"{split}/loss"] != pytest.approx(float(torch.stack([loss.mean() for loss in losses]).mean()), rel=1e-3)
+    assert metrics[f"{split}/accuracy"] == pytest.approx(float(torch.cat(right).mean()))
+
+
+@pytest.mark.parametrize("command", ["test", "validate", "predict"])
+def test_head_that_nobody_trained_is_refused_and_a_trained_one_is_not(tmp_path, command):
+    module, trainer = token_module(), token_trainer(tmp_path)
+    with pytest.raises(
+        ValueError, match=rf"{command} needs a trained adapter: give --model.adapter_path DIR .* or --ckpt_path"
+    ):
+        getattr(trainer, command)(module, TokenData())
+    trainer.fit(module, TokenData())  # the very same module
+    getattr(token_trainer(tmp_path), command)(module, TokenData())
+
+    trainer.save_checkpoint(tmp_path / "trained.ckpt")
+    getattr(token_trainer(tmp_path), command)(token_module(), TokenData(), ckpt_path=tmp_path / "trained.ckpt")
+    save_adapter(module.model, tmp_path / "adapter")
+    getattr(token_trainer(tmp_path), command)(token_module(adapter_path=str(tmp_path / "adapter")), TokenData())
+
+
+def test_head_of_the_adapter_is_the_tasks_to_say(tmp_path):
+    with pytest.raises(ValueError, match=r"adapter.head=\['norm'\] is the task's to say"):
+        fit(tmp_path, adapter=HeadOnly(head=["norm"]), optimization=HEAD_RATE)
+
+
 def test_model_is_built_once_per_module(tmp_path):
     module, _ = fit(tmp_path)
     model = module.model
@@ -160,25 +209,35 @@ train.main()
 """
 
 
+def run_twice(directory, script, *words):
+    """Runs a script that calls train.main, as two processes."""
+    (directory / "script.py").write_text(script)
+    command = [sys.executable, str(directory / "script.py"), *words, "--trainer.enable_progress_bar", "false"]
+    command += ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--trainer.logger.init_args.save_dir", str(directory)]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=150, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "GLOBAL_RANK: 1, MEMBER: 2/2" in done.stderr
+
+
 def test_two_processes_train_the_adapter_that_one_process_trains_and_write_it_once(run, tmp_path, monkeypatch):
     # The balance loss is off: that of a batch is not the mean of its halves'.
     words = ["fit", "--config", "configs/demo.yaml", "--trainer.max_epochs", "4", "--model.optimization.warmup_ratio", "0"]
     words += ["--model.adapter.init_args.balance_weight", "0", "--trainer.logger.init_args.name"]
-    (tmp_path / "train_one_batch.py").write_text(SCRIPT)
-    command = [sys.executable, str(tmp_path / "train_one_batch.py"), *words, "two", "--trainer.enable_progress_bar", "false"]
-    command += ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--trainer.logger.init_args.save_dir", str(tmp_path)]
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=150, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "GLOBAL_RANK: 1, MEMBER: 2/2" in done.stderr
+    run_twice(tmp_path, SCRIPT, *words, "two")
     assert [path.name for path in (tmp_path / "two").iterdir()] == ["version_0"]
 
     def one_batch(self):
         return DataLoader(self.val_dataloader().dataset, batch_size=90)
 
     monkeypatch.setattr(ImageDataModule, "train_dataloader", one_batch)
+    start = {}
+
+    def remember(module):
+        start.update({key: value.clone() for key, value in module.model.state_dict().items()})
+
+    monkeypatch.setattr(AdaptationModule, "on_train_start", remember)
     one = run(*words, "one")
-    start = run("validate", *words[1:], "start").model.model.state_dict()
     expected = adapter_state_dict(one.model.model)
     ours = load_file(tmp_path / "two/version_0/adapter_last/adapter.safetensors")
     assert ours.keys() == expected.keys()
@@ -189,3 +248,48 @@ def test_two_processes_train_the_adapter_that_one_process_trains_and_write_it_on
     metrics = describe_adapter(tmp_path / "two/version_0/adapter_last").metrics
     for name in ("val/accuracy", "val/loss"):
         assert metrics[name] == pytest.approx(float(one.trainer.callback_metrics[name]), rel=1e-3)
+
+
+EVALUATION = """
+import json, sys
+import torch
+import train
+
+torch.set_num_threads(1)
+cli = train.main(["test", *sys.argv[1:]])
+if cli.trainer.is_global_zero:
+    with open(sys.argv[-1] + "/metrics.json", "w") as file:
+        json.dump({name: float(value) for name, value in cli.trainer.callback_metrics.items()}, file)
+train.main(["predict", *sys.argv[1:]])
+"""
+
+
+def test_two_processes_test_and_predict_nine_examples_like_one(run, tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    for split, count in {"train": 4, "val": 1, "test": 3}.items():  # three classes: nine test images
+        for label in ("a", "b", "c"):
+            (tmp_path / "images" / split / label).mkdir(parents=True)
+            for number in range(count):
+                pixels = torch.randint(256, (8, 8, 3), dtype=torch.uint8, generator=generator)
+                Image.fromarray(pixels.numpy()).save(tmp_path / f"images/{split}/{label}/{number}.png")
+    words = ["--config", "configs/demo.yaml", "--data.dataset", "folder", "--data.directory", str(tmp_path / "images")]
+    words += ["--data.init_args.batch_size", "4"]  # 5 examples in 2 batches for one process, 4 in 1 for the other
+    fitted = run("fit", *words, "--trainer.max_epochs", "1")
+    words += ["--model.adapter_path", str(Path(fitted.trainer.log_dir) / "adapter_last")]
+    words += ["--trainer.logger.init_args.name"]
+    expected = run("test", *words, "one").trainer.callback_metrics
+    one = Path(run("predict", *words, "one").trainer.log_dir) / "predictions.csv"
+
+    run_twice(tmp_path, EVALUATION, *words, "two")
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics.keys() == expected.keys() == {"test/loss", "test/accuracy", "test/balanced_accuracy"}
+    for name, value in metrics.items():
+        assert value == pytest.approx(float(expected[name]), rel=1e-6), name
+    (two,) = (tmp_path / "two").rglob("*.csv")
+    header, *rows = [line.split(",") for line in two.read_text().splitlines()]
+    own_header, *own_rows = [line.split(",") for line in one.read_text().splitlines()]
+    assert header == own_header == ["id", "label", "prediction", "probability", "p(a)", "p(b)", "p(c)"]
+    assert [row[0] for row in rows] == [f"test/{label}/{number}.png" for label in "abc" for number in range(3)]
+    assert [row[:3] for row in rows] == [row[:3] for row in own_rows]
+    for row, own in zip(rows, own_rows, strict=True):
+        assert [float(p) for p in row[3:]] == pytest.approx([float(p) for p in own[3:]], rel=1e-4)

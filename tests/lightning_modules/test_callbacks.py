@@ -66,8 +66,11 @@ def test_sanity_check_before_training_is_no_result(tmp_path, monkeypatch):
 
 
 def test_validate_alone_writes_nothing(tmp_path):
-    token_trainer(tmp_path, AdapterCheckpoint("val/accuracy")).validate(token_module(), TokenData(), verbose=False)
-    assert list(tmp_path.iterdir()) == []
+    module = token_module()
+    token_trainer(tmp_path).fit(module, TokenData())
+    before = sorted(tmp_path.rglob("*"))
+    token_trainer(tmp_path, AdapterCheckpoint("val/accuracy")).validate(module, TokenData(), verbose=False)
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_without_validation_only_the_last_adapter_is_written(tmp_path):
@@ -108,6 +111,7 @@ def test_run_resumed_in_another_directory_writes_a_best_adapter_there(tmp_path):
 
 def predict(directory, data, path=None):
     module = token_module()
+    token_trainer(directory).fit(module, TokenData(data.class_names))
     trainer = token_trainer(directory, PredictionsWriter(path))
     trainer.predict(module, data)
     with open(path or directory / "predictions.csv", newline="", encoding="utf-8") as file:

@@ -1,5 +1,6 @@
 """ImageClassification on tiny open_clip models."""
 
+import dataclasses
 import json
 import re
 
@@ -9,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
+from fourier_moe import FourierMoEConfig, HeadOnly, adapters, inject
 from lightning_modules.tasks import ImageClassification
 from lightning_modules.tasks.open_clip_models import check_model, load_open_clip
 
@@ -55,6 +57,66 @@ def test_tower_without_that_projection_has_the_head_on_its_output(tmp_path):
     assert task(torch.randn(2, 3, 32, 32)).shape == (2, 5)
 
 
+@pytest.mark.parametrize("method", [HeadOnly(), FourierMoEConfig(targets=["fc1"], num_coefficients=16, num_experts=2)])
+def test_of_a_timm_tower_only_the_tasks_head_is_trained(tmp_path, method):
+    """timm towers of open_clip have a module called head, too."""
+    vision = {"timm_model_name": "test_vit", "timm_pool": "", "timm_proj": "linear", "image_size": 160}
+    task = ImageClassification(write_config(tmp_path, "tiny_test_timm", vision), pretrained=None)
+    model = task.build(num_classes=5)
+    names = dict(model.backbone.named_parameters())
+    assert "head.proj.weight" in names
+    report = inject(model, dataclasses.replace(method, head=task.head_names))
+    assert (model.head.in_features, model.head.out_features) == (EMBEDDING, 5)
+    assert report.trained["head"] == EMBEDDING * 5 + 5
+    of_adapters = {f"{name}.{part}" for name in adapters(model) for part in ("experts.coefficients", "router.weight")}
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained == {"head.weight", "head.bias"} | of_adapters
+    assert bool(of_adapters) == isinstance(method, FourierMoEConfig)
+    assert not names["head.proj.weight"].requires_grad
+    assert task(torch.randn(2, 3, 160, 160)).shape == (2, 5)
+
+
+@pytest.mark.parametrize("head", ["linear", "zero_shot"])
+def test_tower_is_built_in_training_mode_and_drops_patches(tmp_path, head):
+    vision = {"image_size": 32, "patch_size": 8, "width": WIDTH, "layers": 1, "head_width": 16, "patch_dropout": 0.5}
+    task = ImageClassification(write_config(tmp_path, "tiny_test_dropout", vision), pretrained=None, head=head)
+    model, images = task.build(num_classes=3, class_names=NAMES), torch.randn(2, 3, 32, 32)
+    assert {module.training for module in model.modules()} == {True}
+    torch.manual_seed(0)
+    assert not torch.allclose(model(images), model(images))
+    model.eval()
+    assert torch.equal(model(images), model(images))
+
+
+def test_zero_shot_text_is_encoded_without_dropout_whatever_the_mode(config, monkeypatch):
+    modes = []
+    encode_text = open_clip.CLIP.encode_text
+
+    def remember(self, *args, **options):
+        modes.append(self.training)
+        return encode_text(self, *args, **options)
+
+    monkeypatch.setattr(open_clip.CLIP, "encode_text", remember)
+    ImageClassification(config, pretrained=None, head="zero_shot").build(num_classes=None, class_names=NAMES)
+    assert modes == [False] * 3
+
+
+@pytest.mark.parametrize("template", ["a {} in {braces}", "{} {0}", "100% {}", "a {!r} of {}"])
+def test_braces_other_than_the_class_names_place_stay_as_they_are(config, monkeypatch, template):
+    prompts = []
+    get_tokenizer = open_clip.get_tokenizer
+
+    def remember(name):
+        tokenizer = get_tokenizer(name)
+        return lambda texts: prompts.append(texts) or tokenizer(texts)
+
+    monkeypatch.setattr(open_clip, "get_tokenizer", remember)
+    task = ImageClassification(config, pretrained=None, head="zero_shot", templates=[template])
+    task.build(num_classes=None, class_names=NAMES)
+    before, after = template.split("{}", 1)
+    assert prompts == [[f"{before}{name}{after}"] for name in ("red fox", "dog", "cat")]
+
+
 @pytest.mark.parametrize("templates", [["a photo of a {}."], ["a photo of a {}.", "art of the {}"]])
 def test_zero_shot_head_gives_clips_own_logits(config, images, templates):
     task = ImageClassification(config, pretrained=None, head="zero_shot", templates=templates)
@@ -84,14 +146,14 @@ def test_number_of_classes_comes_from_the_names_and_must_be_known(config):
         ImageClassification(config, pretrained=None).build(None)
 
 
-def test_accuracy_counts_images_and_accuracy_per_class_counts_classes(config):
+def test_accuracy_counts_images_and_balanced_accuracy_counts_classes(config):
     task = ImageClassification(config, pretrained=None)
     task.build(num_classes=3)
     metrics = task.new_metrics()
     metrics.update(torch.eye(3)[[0, 0, 0, 1, 1]], torch.tensor([0, 0, 0, 1, 2]))
     assert {name: round(float(value), 4) for name, value in metrics.compute().items()} == {
         "accuracy": 0.8,
-        "accuracy_per_class": 0.6667,
+        "balanced_accuracy": 0.6667,
     }
 
 
@@ -117,7 +179,7 @@ def test_tiny_keeps_patches_and_image_size_and_shrinks_the_rest():
     assert model.backbone.image_size == (224, 224)
     assert model.backbone.conv1.kernel_size == (16, 16)
     assert len(model.backbone.transformer.resblocks) == 2
-    assert model.head.in_features == 64
+    assert model.head.in_features == 256
     assert model.backbone_name == "ViT-B-16-quickgelu/tiny"
 
 

@@ -1,0 +1,171 @@
+"""README.md: its Python runs, its commands parse."""
+
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import lightning_modules.compare
+import lightning_modules.tasks
+import train
+from fourier_moe import FourierMoEConfig, adapters, inject, save_adapter
+from lightning_modules.cli import AdaptationCLI
+from lightning_modules.compare import Result
+
+REPOSITORY = Path(__file__).parent.parent
+README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+COMMANDS = sorted(set(re.findall(r"python train\.py ([^`\n]+)", README)))
+PARTS = re.findall(r"`(--[\w.]+\.help [\w.]+|--data\.help [\w.]+)`", README)
+RUN = "runs/clip_cars/version_0"
+
+
+class Encoder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(256, 4, 64, batch_first=True), 1)
+
+    def forward(self, x):
+        return self.encoder(x)
+
+
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor")
+def test_python_snippets_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    task = lightning_modules.tasks.ImageClassification
+
+    def tiny(*arguments):
+        return task(*arguments, tiny=True)
+
+    monkeypatch.setattr(lightning_modules.tasks, "ImageClassification", tiny)
+    names = [f"car {number}" for number in range(196)]
+    model = tiny("ViT-B-32-quickgelu", "openai").build(num_classes=196)
+    inject(model, FourierMoEConfig(targets=["q_proj", "v_proj"], head=["head"], num_coefficients=3008))
+    nn.init.normal_(model.head.weight)
+    save_adapter(model, f"{RUN}/adapter", class_names=names)
+
+    assert len(SNIPPETS) == 3
+    use, adapt, loop = SNIPPETS
+    images = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    space = {"images": images}
+    exec(use, space)
+    assert space["names"] == names
+    assert torch.equal(space["probabilities"], model.eval()(images).softmax(-1))
+
+    x = torch.randn(2, 5, 256, generator=torch.Generator().manual_seed(0))
+    space = {"model": Encoder(), "fresh_model": Encoder()}
+    exec(adapt, space)
+    assert space["layer"].experts.delta_weight(0).shape == (256, 256)
+    assert len(adapters(space["fresh_model"])) == 2
+    assert torch.equal(space["fresh_model"].eval()(x), space["model"].eval()(x))
+
+    mask = torch.ones(2, 5, dtype=torch.bool)
+    space |= {"token_mask": mask, "batch": x, "compute_loss": lambda model, batch: model.train()(batch).square().mean()}
+    exec(loop, space)
+    space["loss"].backward()
+    assert all(adapter.router.weight.grad.abs().sum() > 0 for adapter in adapters(space["model"]).values())
+
+
+@pytest.fixture(scope="module")
+def run_directory(tmp_path_factory):
+    """What the README's first command leaves behind, in smoke size."""
+    directory = tmp_path_factory.mktemp("runs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(REPOSITORY)
+        patch.setattr(sys, "argv", ["train.py"])
+        words = ["fit", "--config", "configs/clip_cars.yaml", "--config", "configs/smoke.yaml"]
+        words += ["--trainer.logger.init_args.save_dir", str(directory), "--trainer.enable_progress_bar", "false"]
+        train.main([*words, "--trainer.limit_train_batches", "1"])
+    return directory / "smoke/version_0"
+
+
+@pytest.fixture
+def words_of(run_directory, tmp_path):
+    """The words of a command of the README, with directories that are there in place of its examples."""
+    for split in ("train", "test"):
+        for label in ("a", "b"):
+            (tmp_path / "images" / split / label).mkdir(parents=True)
+            (tmp_path / "images" / split / label / "1.jpg").touch()
+
+    def words_of(command):
+        words = [str(tmp_path / "images") if word == "DIR" else word for word in shlex.split(command)]
+        return [word.replace(RUN, str(run_directory)) for word in words]
+
+    return words_of
+
+
+class ParsedError(Exception):
+    pass
+
+
+@pytest.fixture
+def parse(main, monkeypatch):
+    """The configs of all runs that a command would make, up to where data and model are built; exit codes otherwise."""
+    parsed = []
+
+    def instantiate_classes(self):
+        parsed.append(self.config[self.subcommand] if self.subcommand else self.config)
+        raise ParsedError
+
+    def one_run(overlay, seed, args, output):
+        with pytest.raises(ParsedError):
+            AdaptationCLI([*args, "--seed_everything", str(seed)], run=False)
+        metrics = {"test/accuracy": 0.5}
+        return Result("Method", overlay, seed, "test/accuracy", metrics, {"head": 1}, 1.0)
+
+    monkeypatch.setattr(AdaptationCLI, "instantiate_classes", instantiate_classes)
+    monkeypatch.setattr(lightning_modules.compare, "_run", one_run)
+
+    def parse(*words):
+        try:
+            train.main(list(words))
+        except (ParsedError, SystemExit) as stop:
+            parsed.extend([stop.code] if isinstance(stop, SystemExit) else [])
+        return parsed
+
+    return parse
+
+
+def test_there_are_commands_for_all_that_train_py_does():
+    subcommands = {command.split()[0] for command in COMMANDS}
+    assert subcommands == {"fit", "test", "predict", "compare"}
+    assert len(COMMANDS) >= 7
+    assert len(PARTS) >= 3
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_command_parses(parse, words_of, tmp_path, command):
+    words = words_of(command)
+    if words[0] == "compare":
+        assert len(parse(*words, "--output", str(tmp_path / "comparison"))) == 3 * 3
+    elif words[-1] == "--help":
+        assert parse(*words) == [0]
+    else:
+        (config,) = parse(*words)
+        assert config.data.class_path == "datamodules.ImageDataModule"
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_help_of_a_part_names_its_arguments(parse, capsys, part):
+    assert parse("fit", *part.split()) == [0]
+    expected = {"model.adapter": "--model.adapter.bandwidth", "model.task": "--model.task.templates", "data": "--data.seed"}
+    shown = capsys.readouterr().out.replace("init_args.", "")
+    assert expected[part.split()[0].removeprefix("--").removesuffix(".help")] in shown
+
+
+def test_misspelt_command_does_not_parse(parse):
+    assert parse("fit", "--config", "configs/clip_cars.yaml", "--data.directry", "x") == [2]
+
+
+def test_resume_command_goes_on_in_the_same_directory(main, run_directory, words_of):
+    (command,) = [command for command in COMMANDS if "last.ckpt" in command]
+    words = words_of(command)
+    resumed = main(*words, "--trainer.max_epochs", "2")
+    assert Path(resumed.trainer.log_dir) == run_directory
+    assert (resumed.trainer.current_epoch, resumed.trainer.global_step) == (2, 2)
