@@ -19,7 +19,7 @@ from fourier_moe.files import (
 )
 from fourier_moe.inject import InjectionReport, adapters, inject
 from fourier_moe.linear import FourierMoELinear
-from fourier_moe.router import TopKRouter, recording
+from fourier_moe.router import Routing, TopKRouter, recording
 
 __all__ = [
     "Adapter",
@@ -31,6 +31,7 @@ __all__ = [
     "HeadOnly",
     "InjectionReport",
     "ProjectionAdapterConfig",
+    "Routing",
     "SpectralExperts",
     "TopKRouter",
     "adapter_state_dict",

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fourier_moe.config import FourierMoEConfig
 from fourier_moe.frequencies import band_centers, draw_frequencies
+from fourier_moe.router import Routing
 from fourier_moe.spectral import dense_delta_weight, dense_spectrum, routed_spectral_product
 
 
@@ -75,13 +76,14 @@ class SpectralExperts(nn.Module):
         norm_per_unit = math.sqrt(2 * P / (M * N)) * (1.0 if config.conjugate_symmetry else 0.5)
         return math.sqrt(M) / norm_per_unit
 
-    def forward(self, x: Tensor, gates: Tensor) -> Tensor:
-        """sum_e gates_e dW_e x: (..., N), (..., E) -> (..., M) in the dtype of the coefficients (never lower than float32)."""
+    def forward(self, x: Tensor, routing: Routing) -> Tensor:
+        """sum_e gates_e dW_e x: (..., N) -> (..., M) in the dtype of the coefficients (never lower than float32)."""
         pair_factor = 2.0 if self.hermitian else 1.0
         coefficients = self.complex_coefficients()
         y = routed_spectral_product(
             x.reshape(-1, self.in_features),
-            gates.reshape(-1, gates.shape[-1]),
+            routing.gates.reshape(-1, routing.gates.shape[-1]),
+            routing.experts.reshape(-1, routing.experts.shape[-1]),
             coefficients.to(torch.promote_types(coefficients.dtype, torch.float32)),
             self.frequencies,
             self.out_features,

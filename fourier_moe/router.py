@@ -23,6 +23,28 @@ class _Recorded(NamedTuple):
     mask_T: Tensor  # 1 for real tokens, 0 for padding
 
 
+class Routing(NamedTuple):
+    """Which experts serve each token, and with what gate.
+
+    Attributes:
+        gates: (..., K).
+        experts: int64 (..., K).
+    """
+
+    gates: Tensor
+    experts: Tensor
+
+    @classmethod
+    def to_all(cls, gates: Tensor) -> Routing:
+        """Every expert serves every token: K = E, gates (..., E) in the order of the experts."""
+        return cls(gates, torch.arange(gates.shape[-1], device=gates.device).expand(gates.shape))
+
+    def dense(self, num_experts: int) -> Tensor:
+        """Gates (..., E) of all experts, 0 for the inactive ones."""
+        shape = (*self.gates.shape[:-1], num_experts)
+        return self.gates.new_zeros(shape).scatter(-1, self.experts, self.gates)
+
+
 class TopKRouter(nn.Module):
     """Softmax router without bias that keeps the K most probable experts of a token (paper Eq. 2).
 
@@ -63,16 +85,17 @@ class TopKRouter(nn.Module):
     def num_experts(self) -> int:
         return self.weight.shape[0]
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Gates (..., E) in float32 (float64 for a float64 weight), 0 for inactive experts, of an input (..., N)."""
+    def forward(self, x: Tensor) -> Routing:
+        """Route the tokens of an input (..., N); gates in float32 (float64 for a float64 weight)."""
         with torch.autocast(x.device.type, enabled=False):
             dtype = torch.promote_types(self.weight.dtype, torch.float32)
             probabilities = torch.softmax(nn.functional.linear(x.to(dtype), self.weight.to(dtype)), -1)
-        top = torch.topk(probabilities, self.top_k, -1)
+        gates, experts = torch.topk(probabilities, self.top_k, -1)
         if self._recording:
-            self._record(probabilities, top.indices)
-        values = top.values / top.values.sum(-1, keepdim=True) if self.normalize_gates else top.values
-        return torch.zeros_like(probabilities).scatter(-1, top.indices, values)
+            self._record(probabilities, experts)
+        if self.normalize_gates:
+            gates = gates / gates.sum(-1, keepdim=True)
+        return Routing(gates, experts)
 
     def balance_loss(self) -> Tensor:
         """E * sum_e f_e P_e over the tokens recorded so far (paper Eq. 13-14); K when the load is perfectly even.

@@ -1,7 +1,7 @@
 """The routed spectral product on activations, its backward pass, and the dense definition that it must equal.
 
-Shape legend: T tokens, N in_features, M out_features, E experts, P positions per expert, C = 2 (real and imaginary part),
-R = E*P rows (one per position), F a half spectrum (N//2 + 1 or M//2 + 1).
+Shape legend: T tokens, N in_features, M out_features, E experts, K active experts per token, P positions per expert, C = 2
+(real and imaginary part), F a half spectrum (N//2 + 1 or M//2 + 1).
 
 The update of expert e is dW_e = scale * Re sum_j c_j a_j b_j^T with a_j[p] = exp(2 pi i u_j p/M), b_j[q] = exp(2 pi i v_j q/N)
 (Theorem 3.2; with conjugate symmetry scale = 2 alpha/(MN)). Hence, with X = FFT_N(x),
@@ -30,20 +30,22 @@ from fourier_moe.kernels import use_triton
 
 def routed_spectral_product(
     x_TN: Tensor,
-    gates_TE: Tensor,
+    gates_TK: Tensor,
+    experts_TK: Tensor,
     coefficients_EPC: Tensor,
     frequencies_EPC: Tensor,
     out_features: int,
     scale: float,
 ) -> Tensor:
-    """sum_e gates[t, e] dW_e x[t], exact, without building any dW_e.
+    """sum_k gates[t, k] dW_experts[t, k] x[t], exact, without building any dW_e.
 
-    Cost per token: one FFT of length N, E*P complex multiply-adds, one inverse FFT of length M. Saved for the backward pass:
-    the arguments, nothing else.
+    Cost per token: one FFT of length N, K*P complex multiply-adds, one inverse FFT of length M; the number of experts does not
+    enter. Saved for the backward pass: the arguments, nothing else.
 
     Args:
         x_TN: input, any floating dtype; half precisions are computed in float32.
-        gates_TE: gate of every expert, 0 where the expert is not active.
+        gates_TK: gates of the active experts.
+        experts_TK: int64, which experts these are.
         coefficients_EPC: real and imaginary part of every coefficient c_j, float32 or float64.
         frequencies_EPC: signed integer (u_j, v_j), |u| <= M/2, |v| <= N/2.
         out_features: M.
@@ -52,19 +54,32 @@ def routed_spectral_product(
     Returns:
         y_TM in the dtype of the coefficients.
     """
-    return _product(x_TN, gates_TE, coefficients_EPC, frequencies_EPC, out_features, scale)
+    return _product(x_TN, gates_TK, experts_TK, coefficients_EPC, frequencies_EPC, out_features, scale)
 
 
 @torch.library.custom_op("fourier_moe::routed_spectral_product", mutates_args=())
 def _product(
-    x_TN: Tensor, gates_TE: Tensor, coefficients_EPC: Tensor, frequencies_EPC: Tensor, out_features: int, scale: float
+    x_TN: Tensor,
+    gates_TK: Tensor,
+    experts_TK: Tensor,
+    coefficients_EPC: Tensor,
+    frequencies_EPC: Tensor,
+    out_features: int,
+    scale: float,
 ) -> Tensor:
-    return _path(x_TN).product_forward(x_TN, gates_TE, coefficients_EPC, frequencies_EPC, out_features, scale)
+    path = _path(x_TN)
+    return path.product_forward(x_TN, gates_TK, experts_TK, coefficients_EPC, frequencies_EPC, out_features, scale)
 
 
 @_product.register_fake
 def _(
-    x_TN: Tensor, gates_TE: Tensor, coefficients_EPC: Tensor, frequencies_EPC: Tensor, out_features: int, scale: float
+    x_TN: Tensor,
+    gates_TK: Tensor,
+    experts_TK: Tensor,
+    coefficients_EPC: Tensor,
+    frequencies_EPC: Tensor,
+    out_features: int,
+    scale: float,
 ) -> Tensor:
     return coefficients_EPC.new_empty(x_TN.shape[0], out_features)
 
@@ -73,26 +88,29 @@ def _(
 def _product_backward(
     grad_TM: Tensor,
     x_TN: Tensor,
-    gates_TE: Tensor,
+    gates_TK: Tensor,
+    experts_TK: Tensor,
     coefficients_EPC: Tensor,
     frequencies_EPC: Tensor,
     scale: float,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _path(x_TN).product_backward(grad_TM, x_TN, gates_TE, coefficients_EPC, frequencies_EPC, scale, needs)
+    path = _path(x_TN)
+    return path.product_backward(grad_TM, x_TN, gates_TK, experts_TK, coefficients_EPC, frequencies_EPC, scale, needs)
 
 
 @_product_backward.register_fake
 def _(
     grad_TM: Tensor,
     x_TN: Tensor,
-    gates_TE: Tensor,
+    gates_TK: Tensor,
+    experts_TK: Tensor,
     coefficients_EPC: Tensor,
     frequencies_EPC: Tensor,
     scale: float,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    inputs = (x_TN, gates_TE, coefficients_EPC)
+    inputs = (x_TN, gates_TK, coefficients_EPC)
     x, gates, coefficients = (torch.empty_like(t) if need else t.new_empty(0) for t, need in zip(inputs, needs, strict=True))
     return x, gates, coefficients
 
@@ -112,9 +130,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad_TM: Tensor) -> tuple[Tensor | None, ...]:
-    needs = list(ctx.needs_input_grad[:3])
+    needs_x, needs_gates, _, needs_coefficients, *_ = ctx.needs_input_grad
+    needs = [needs_x, needs_gates, needs_coefficients]
     grads = _product_backward(grad_TM, *ctx.saved_tensors, ctx.scale, needs)
-    return (*(grad if need else None for grad, need in zip(grads, needs, strict=True)), None, None, None)
+    x, gates, coefficients = (grad if need else None for grad, need in zip(grads, needs, strict=True))
+    return x, gates, None, coefficients, None, None, None
 
 
 _product.register_autograd(_backward, setup_context=_setup_context)
@@ -123,40 +143,57 @@ _product.register_autograd(_backward, setup_context=_setup_context)
 class Positions(NamedTuple):
     """Where each position reads and writes in half spectra, frequencies with u < 0 replaced by their conjugate partner."""
 
-    rows_R: Tensor  # |u|: row of the output half spectrum
-    columns_R: Tensor  # |v|: row of the input half spectrum
-    conjugate_c_R1: Tensor  # +1, or -1 where u < 0: Re(c a b) = Re(conj(c) conj(a) conj(b))
-    negative_v_R1: Tensor  # after that replacement: +1 for v < 0, else -1, the sign of Im conj(X[v]) read at |v|
+    rows_EP: Tensor  # |u|: row of the output half spectrum
+    columns_EP: Tensor  # |v|: row of the input half spectrum
+    conjugate_c_EP: Tensor  # +1, or -1 where u < 0: Re(c a b) = Re(conj(c) conj(a) conj(b))
+    negative_v_EP: Tensor  # after that replacement: +1 for v < 0, else -1, the sign of Im conj(X[v]) read at |v|
 
     @classmethod
     def of(cls, frequencies_EPC: Tensor, dtype: torch.dtype) -> Positions:
-        u_R, v_R = frequencies_EPC.reshape(-1, 2).long().unbind(-1)
-        mirrored_R = u_R < 0
-        negative_R = torch.where(mirrored_R, -v_R, v_R) < 0
-        return cls(
-            u_R.abs(),
-            v_R.abs(),
-            (1 - 2 * mirrored_R.to(dtype)).unsqueeze(-1),
-            (2 * negative_R.to(dtype) - 1).unsqueeze(-1),
-        )
+        u_EP, v_EP = frequencies_EPC.long().unbind(-1)
+        mirrored_EP = u_EP < 0
+        negative_EP = torch.where(mirrored_EP, -v_EP, v_EP) < 0
+        return cls(u_EP.abs(), v_EP.abs(), 1 - 2 * mirrored_EP.to(dtype), 2 * negative_EP.to(dtype) - 1)
+
+
+class _Active(NamedTuple):
+    """The positions of every token's active experts, side by side: K*P per token."""
+
+    rows_TKP: Tensor
+    columns_TKP: Tensor
+    negative_v_TKP: Tensor
+    c_TKP: Tensor  # complex coefficients, conjugated where the position was replaced by its partner
+
+    @classmethod
+    def of(cls, positions: Positions, experts_TK: Tensor, coefficients_EPC: Tensor) -> _Active:
+        real_EP, imaginary_EP = coefficients_EPC.unbind(-1)
+        c_EP = torch.complex(real_EP, imaginary_EP * positions.conjugate_c_EP)
+        picked = (t[experts_TK] for t in (positions.rows_EP, positions.columns_EP, positions.negative_v_EP, c_EP))
+        return cls(*picked)
 
 
 def product_forward(
-    x_TN: Tensor, gates_TE: Tensor, coefficients_EPC: Tensor, frequencies_EPC: Tensor, out_features: int, scale: float
+    x_TN: Tensor,
+    gates_TK: Tensor,
+    experts_TK: Tensor,
+    coefficients_EPC: Tensor,
+    frequencies_EPC: Tensor,
+    out_features: int,
+    scale: float,
 ) -> Tensor:
     """The product itself, without its place in torch's operators and autograd; see `routed_spectral_product`."""
     dtype = coefficients_EPC.dtype
-    positions = Positions.of(frequencies_EPC, dtype)
-    c_EP1 = as_complex(coefficients_EPC, positions)
-    values_RT = _read_conjugate(_half_spectrum(x_TN, dtype), positions)
-    _weigh(values_RT, c_EP1, gates_TE)
-    return _accumulate(values_RT, positions.rows_R, out_features, scale)
+    active = _Active.of(Positions.of(frequencies_EPC, dtype), experts_TK, coefficients_EPC)
+    values_TKP = _read(torch.fft.rfft(x_TN.to(dtype)), active.columns_TKP, active.negative_v_TKP)
+    values_TKP.mul_(active.c_TKP).mul_(gates_TK.to(dtype).unsqueeze(-1))
+    return _accumulate(values_TKP, active.rows_TKP, out_features, scale)
 
 
 def product_backward(
     grad_TM: Tensor,
     x_TN: Tensor,
-    gates_TE: Tensor,
+    gates_TK: Tensor,
+    experts_TK: Tensor,
     coefficients_EPC: Tensor,
     frequencies_EPC: Tensor,
     scale: float,
@@ -165,64 +202,46 @@ def product_backward(
     """Gradients with respect to x, gates and coefficients; an empty tensor for each that is not needed."""
     needs_x, needs_gates, needs_coefficients = needs
     dtype = coefficients_EPC.dtype
-    E, P, _ = coefficients_EPC.shape
     positions = Positions.of(frequencies_EPC, dtype)
-    c_EP1 = as_complex(coefficients_EPC, positions)
-    grad_x, grad_gates, grad_coefficients = x_TN.new_empty(0), gates_TE.new_empty(0), coefficients_EPC.new_empty(0)
+    active = _Active.of(positions, experts_TK, coefficients_EPC)
+    gates_TK1 = gates_TK.to(dtype).unsqueeze(-1)
+    grad_x, grad_gates, grad_coefficients = x_TN.new_empty(0), gates_TK.new_empty(0), coefficients_EPC.new_empty(0)
     # h_j = sum_p grad[p] exp(2 pi i u_j p/M): what an increment of position j's bracket earns.
-    h_RT = _half_spectrum(grad_TM, dtype)[positions.rows_R].conj_physical_()
+    h_TKP = _read(torch.fft.rfft(grad_TM.to(dtype)), active.rows_TKP, None)
     if needs_gates or needs_coefficients:
-        products_EPT = _read_conjugate(_half_spectrum(x_TN, dtype), positions).mul_(h_RT).view(E, P, -1)
-        if needs_coefficients:
-            # A product of batched matrices, (P, T) with (T, 1) for every expert: no tensor of the size of products_EPT.
-            gates_ET1 = torch.complex(gates_TE.to(dtype), torch.zeros_like(gates_TE, dtype=dtype)).T.unsqueeze(-1)
-            sums_EP = torch.bmm(products_EPT, gates_ET1).squeeze(-1)
-            signs_EP = positions.conjugate_c_R1.view(E, P)
-            grad_coefficients = scale * torch.stack([sums_EP.real, -sums_EP.imag * signs_EP], -1)
+        products_TKP = _read(torch.fft.rfft(x_TN.to(dtype)), active.columns_TKP, active.negative_v_TKP).mul_(h_TKP)
         if needs_gates:
-            weighted_ET = torch.bmm(c_EP1.transpose(1, 2), products_EPT).squeeze(1)
-            grad_gates = (scale * weighted_ET.real.T).to(gates_TE.dtype).contiguous()
+            grad_gates = (scale * (products_TKP * active.c_TKP).real.sum(-1)).to(gates_TK.dtype)
+        if needs_coefficients:
+            sums_EP = products_TKP.new_zeros(positions.rows_EP.shape)
+            sums_EP.index_add_(0, experts_TK.flatten(), products_TKP.mul_(gates_TK1).flatten(0, 1))
+            grad_coefficients = scale * torch.stack([sums_EP.real, -sums_EP.imag * positions.conjugate_c_EP], -1)
     if needs_x:
-        _weigh(h_RT, c_EP1, gates_TE)
+        h_TKP.mul_(active.c_TKP).mul_(gates_TK1)
         # Re(q exp(-i|v|t)) = Re(conj(q) exp(i|v|t)): positions with v < 0 are accumulated at |v|.
-        torch.view_as_real(h_RT)[..., 1].mul_(-positions.negative_v_R1)
-        grad_x = _accumulate(h_RT, positions.columns_R, x_TN.shape[1], scale).to(x_TN.dtype)
+        torch.view_as_real(h_TKP)[..., 1].mul_(-active.negative_v_TKP)
+        grad_x = _accumulate(h_TKP, active.columns_TKP, x_TN.shape[1], scale).to(x_TN.dtype)
     return grad_x, grad_gates, grad_coefficients
 
 
-def _half_spectrum(x_TN: Tensor, dtype: torch.dtype) -> Tensor:
-    """FFT along features, frequency first, so that one position is one contiguous row over tokens: (F, T)."""
-    return torch.fft.rfft(x_TN.to(dtype)).T.contiguous()
+def _read(spectrum_TF: Tensor, rows_TKP: Tensor, signs_TKP: Tensor | None) -> Tensor:
+    """spectrum[t, rows] with the imaginary part times `signs`, or conjugated if there are none, as a new tensor (T, K, P)."""
+    values_TKP = spectrum_TF.gather(1, rows_TKP.flatten(1)).view(rows_TKP.shape)
+    if signs_TKP is None:
+        return values_TKP.conj_physical_()
+    torch.view_as_real(values_TKP)[..., 1].mul_(signs_TKP)
+    return values_TKP
 
 
-def _accumulate(values_RT: Tensor, rows_R: Tensor, size: int, scale: float) -> Tensor:
+def _accumulate(values_TKP: Tensor, rows_TKP: Tensor, size: int, scale: float) -> Tensor:
     """scale * Re sum_r values[r] exp(2 pi i rows[r] p / size) for p = 0..size-1, as (T, size)."""
-    spectrum_FT = values_RT.new_zeros(size // 2 + 1, values_RT.shape[1]).index_add_(0, rows_R, values_RT)
+    spectrum_TF = values_TKP.new_zeros(len(values_TKP), size // 2 + 1)
+    spectrum_TF.scatter_add_(1, rows_TKP.flatten(1), values_TKP.flatten(1))
     # irfft counts every inner frequency twice (itself and its conjugate), but DC and Nyquist once and only their real part.
     edges = [0, size // 2] if size % 2 == 0 else [0]
     for row in set(edges):
-        spectrum_FT[row] = 2 * spectrum_FT[row].real
-    return torch.fft.irfft(spectrum_FT.T, n=size).mul_(scale * size / 2)
-
-
-def as_complex(coefficients_EPC: Tensor, positions: Positions) -> Tensor:
-    """(E, P, 1) complex coefficients, conjugated where the position was replaced by its partner."""
-    E, P, _ = coefficients_EPC.shape
-    real, imaginary = coefficients_EPC.unbind(-1)
-    return torch.complex(real, imaginary * positions.conjugate_c_R1.view(E, P)).unsqueeze(-1)
-
-
-def _read_conjugate(spectrum_FT: Tensor, positions: Positions) -> Tensor:
-    """conj(X[v_j]) for every position from the half spectrum of a real signal, as a new tensor (R, T)."""
-    values_RT = spectrum_FT[positions.columns_R]
-    torch.view_as_real(values_RT)[..., 1].mul_(positions.negative_v_R1)
-    return values_RT
-
-
-def _weigh(values_RT: Tensor, c_EP1: Tensor, gates_TE: Tensor) -> None:
-    """Multiply every row by its coefficient and by its expert's gate, in place."""
-    E, P, _ = c_EP1.shape
-    values_RT.view(E, P, -1).mul_(c_EP1).mul_(gates_TE.to(c_EP1.real.dtype).T.unsqueeze(1))
+        spectrum_TF[:, row] = 2 * spectrum_TF[:, row].real
+    return torch.fft.irfft(spectrum_TF, n=size).mul_(scale * size / 2)
 
 
 def dense_spectrum(

@@ -1,6 +1,6 @@
 """Forward and backward of the routed spectral product around the Triton kernels: FFT, one kernel, inverse FFT.
 
-Shape legend: T tokens, N in_features, M out_features, E experts, P positions per expert, R = E*P, C = 2.
+Shape legend: T tokens, N in_features, M out_features, E experts, K active per token, P positions per expert, R = E*P, C = 2.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fourier_moe.kernels.triton_spectral import RowLists, accumulate, gradients
+from fourier_moe.router import Routing
 from fourier_moe.spectral import Positions
 
 _CACHE = "_fourier_moe_row_lists"
@@ -27,19 +28,27 @@ class _Lists(NamedTuple):
 
 
 def product_forward(
-    x_TN: Tensor, gates_TE: Tensor, coefficients_EPC: Tensor, frequencies_EPC: Tensor, out_features: int, scale: float
+    x_TN: Tensor,
+    gates_TK: Tensor,
+    experts_TK: Tensor,
+    coefficients_EPC: Tensor,
+    frequencies_EPC: Tensor,
+    out_features: int,
+    scale: float,
 ) -> Tensor:
     """As fourier_moe.spectral.product_forward."""
     lists = _lists_of(frequencies_EPC, out_features, x_TN.shape[1])
+    gates_TE = _all_gates(gates_TK, experts_TK, len(coefficients_EPC))
     spectrum_TFC = _half_spectrum(x_TN)
-    out_TFC = accumulate(spectrum_TFC, gates_TE.float(), _coefficients(coefficients_EPC, lists), lists.forward, out_features)
+    out_TFC = accumulate(spectrum_TFC, gates_TE, _coefficients(coefficients_EPC, lists), lists.forward, out_features)
     return _inverse(out_TFC, out_features, scale)
 
 
 def product_backward(
     grad_TM: Tensor,
     x_TN: Tensor,
-    gates_TE: Tensor,
+    gates_TK: Tensor,
+    experts_TK: Tensor,
     coefficients_EPC: Tensor,
     frequencies_EPC: Tensor,
     scale: float,
@@ -50,19 +59,26 @@ def product_backward(
     N = x_TN.shape[1]
     lists = _lists_of(frequencies_EPC, grad_TM.shape[1], N)
     c_RC = _coefficients(coefficients_EPC, lists)
-    gates = gates_TE.float().contiguous()
+    gates_TE = _all_gates(gates_TK, experts_TK, len(coefficients_EPC))
     grad_TFC = _half_spectrum(grad_TM)
-    grad_x, grad_gates, grad_coefficients = x_TN.new_empty(0), gates_TE.new_empty(0), coefficients_EPC.new_empty(0)
+    grad_x, grad_gates, grad_coefficients = x_TN.new_empty(0), gates_TK.new_empty(0), coefficients_EPC.new_empty(0)
     if needs_gates or needs_coefficients:
-        raw_gates_TE, sums_RC = gradients(_half_spectrum(x_TN), grad_TFC, gates, c_RC, lists.forward, lists.backward.source_R)
+        raw_gates_TE, sums_RC = gradients(
+            _half_spectrum(x_TN), grad_TFC, gates_TE, c_RC, lists.forward, lists.backward.source_R
+        )
         if needs_gates:
-            grad_gates = (scale * raw_gates_TE).to(gates_TE.dtype)
+            grad_gates = (scale * raw_gates_TE.gather(1, experts_TK)).to(gates_TK.dtype)
         if needs_coefficients:
             signed = torch.stack([sums_RC[:, 0], -sums_RC[:, 1] * lists.signs_R], -1)
             grad_coefficients = (scale * signed).view_as(coefficients_EPC)
     if needs_x:
-        grad_x = _inverse(accumulate(grad_TFC, gates, c_RC, lists.backward, N), N, scale).to(x_TN.dtype)
+        grad_x = _inverse(accumulate(grad_TFC, gates_TE, c_RC, lists.backward, N), N, scale).to(x_TN.dtype)
     return grad_x, grad_gates, grad_coefficients
+
+
+def _all_gates(gates_TK: Tensor, experts_TK: Tensor, num_experts: int) -> Tensor:
+    """(T, E): the kernels look a gate up by its expert and skip those that are 0."""
+    return Routing(gates_TK.detach().float(), experts_TK).dense(num_experts)
 
 
 def _half_spectrum(x_TN: Tensor) -> Tensor:
@@ -85,15 +101,15 @@ def _lists_of(frequencies_EPC: Tensor, out_features: int, in_features: int) -> _
     shape = (out_features, in_features)
     if lists is None or lists.version != frequencies_EPC._version or lists.shape != shape:
         positions = Positions.of(frequencies_EPC, torch.float32)
-        negative_v_R = positions.negative_v_R1.flatten()
+        negative_v_R = positions.negative_v_EP.flatten()
         ones_R = torch.ones_like(negative_v_R)
-        rows_R, columns_R = positions.rows_R, positions.columns_R
+        rows_R, columns_R = positions.rows_EP.flatten(), positions.columns_EP.flatten()
         lists = _Lists(
             frequencies_EPC._version,
             shape,
             RowLists.build(rows_R, columns_R, negative_v_R, ones_R, out_features // 2 + 1),
             RowLists.build(columns_R, rows_R, -ones_R, -negative_v_R, in_features // 2 + 1),
-            positions.conjugate_c_R1.flatten(),
+            positions.conjugate_c_EP.flatten(),
         )
         setattr(frequencies_EPC, _CACHE, lists)
     return lists

@@ -33,7 +33,8 @@ def test_adapted_model_compiles_into_one_graph_with_the_same_gradients(backend):
 @pytest.mark.parametrize("needs", [(True, True, True), (False, True, True), (True, False, False)])
 def test_operator_passes_torchs_own_checks(needs):
     frequencies = torch.tensor([[[1, 2], [2, -1]], [[0, 1], [-1, 3]]], dtype=torch.int32)
-    tensors = [torch.randn(5, 7), torch.rand(5, 2), torch.randn(2, 2, 2)]
-    tensors = [tensor.double().requires_grad_(need) for tensor, need in zip(tensors, needs, strict=True)]
-    assert torch.library.opcheck(torch.ops.fourier_moe.routed_spectral_product, (*tensors, frequencies, 6, 0.5))
-    assert routed_spectral_product(*tensors, frequencies, 6, 0.5).shape == (5, 6)
+    tensors = [torch.randn(5, 7), torch.rand(5, 1), torch.randn(2, 2, 2)]
+    x, gates, coefficients = (tensor.double().requires_grad_(need) for tensor, need in zip(tensors, needs, strict=True))
+    arguments = (x, gates, torch.tensor([[0], [1], [1], [0], [1]]), coefficients, frequencies, 6, 0.5)
+    assert torch.library.opcheck(torch.ops.fourier_moe.routed_spectral_product, arguments)
+    assert routed_spectral_product(*arguments).shape == (5, 6)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from fourier_moe_models import config
 
-from fourier_moe import SpectralExperts
+from fourier_moe import Routing, SpectralExperts
 from fourier_moe.frequencies import named_generator
 
 ABLATIONS = [
@@ -36,7 +36,7 @@ def test_forward_is_the_gated_sum_of_the_dense_updates(changes):
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, 5, 24, dtype=torch.float64, generator=generator).requires_grad_()
     gates = torch.rand(2, 5, 4, dtype=torch.float64, generator=generator).requires_grad_()
-    y = layer(x, gates)
+    y = layer(x, Routing.to_all(gates))
     assert y.shape == (2, 5, 17)
     updates = torch.stack([layer.delta_weight(e) for e in range(4)])
     dense = torch.einsum("...e,emn,...n->...m", gates, updates, x)
@@ -168,9 +168,9 @@ def test_frequencies_are_saved_and_coefficients_are_the_only_parameter():
 def test_half_precision_coefficients_are_computed_in_float32():
     layer = experts().bfloat16()
     x, gates = torch.randn(3, 24).bfloat16(), torch.rand(3, 4)
-    y = layer(x, gates)
+    y = layer(x, Routing.to_all(gates))
     assert y.dtype == torch.float32
-    assert torch.equal(y, experts().bfloat16().float()(x, gates))
+    assert torch.equal(y, experts().bfloat16().float()(x, Routing.to_all(gates)))
     y.sum().backward()
     assert layer.coefficients.grad.dtype == torch.bfloat16
 
@@ -178,7 +178,7 @@ def test_half_precision_coefficients_are_computed_in_float32():
 @pytest.mark.parametrize("shape", [(24,), (0, 24), (2, 0, 24), (1, 24), (2, 3, 4, 24)])
 def test_any_leading_shape(shape):
     layer = experts()
-    y = layer(torch.ones(shape, dtype=torch.float64), torch.ones(*shape[:-1], 4, dtype=torch.float64))
+    y = layer(torch.ones(shape, dtype=torch.float64), Routing.to_all(torch.ones(*shape[:-1], 4, dtype=torch.float64)))
     assert y.shape == (*shape[:-1], 17)
 
 

@@ -33,7 +33,7 @@ def test_zero_coefficients_leave_a_transformer_bit_identical():
 def test_output_is_the_base_plus_the_gated_dense_updates():
     adapter = layer(init_std=1.0).double()
     x = tokens(5, 24).double()
-    gates = adapter.router(x)
+    gates = adapter.router(x).dense(adapter.router.num_experts)
     updates = torch.stack([adapter.experts.delta_weight(e) for e in range(4)])
     expected = adapter.base(x) + torch.einsum("te,emn,tn->tm", gates, updates, x)
     torch.testing.assert_close(adapter(x), expected, rtol=1e-10, atol=1e-10)

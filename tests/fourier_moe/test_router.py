@@ -11,8 +11,15 @@ from fourier_moe import TopKRouter, adapters, inject, recording
 E, N = 4, 6
 
 
+class DenseRouter(TopKRouter):
+    """Gives the gates of all experts, 0 for the inactive ones."""
+
+    def forward(self, x):
+        return super().forward(x).dense(self.num_experts)
+
+
 def router(top_k=2, num_experts=E, in_features=N, seed=0, **arguments):
-    return TopKRouter(in_features, num_experts, top_k, generator=torch.Generator().manual_seed(seed), **arguments)
+    return DenseRouter(in_features, num_experts, top_k, generator=torch.Generator().manual_seed(seed), **arguments)
 
 
 def transparent_router(top_k, num_experts):

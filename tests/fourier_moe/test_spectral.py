@@ -8,13 +8,19 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fourier_moe.spectral import dense_delta_weight, dense_spectrum, product_backward, product_forward, routed_spectral_product
+from fourier_moe import Routing, spectral
+from fourier_moe.spectral import dense_delta_weight, dense_spectrum, product_backward, product_forward
 
 SHAPES = [
     *((1, 1), (1, 2), (2, 1), (2, 2), (1, 5), (5, 1), (3, 4), (4, 3), (5, 5), (4, 4), (7, 8), (8, 7), (8, 8)),
     *((9, 16), (16, 9), (33, 16), (16, 33), (2, 33), (33, 33), (1, 16), (16, 1)),
 ]
 E, P, T = 3, 9, 5
+
+
+def routed_spectral_product(x: Tensor, gates: Tensor, *arguments) -> Tensor:
+    """The product with gates (T, E) of all experts."""
+    return spectral.routed_spectral_product(x, *Routing.to_all(gates), *arguments)
 
 
 def hard_frequencies(M: int, N: int, seed: int = 0) -> Tensor:
@@ -81,6 +87,19 @@ def test_product_equals_dense_definition_in_values_and_all_gradients(M, N, hermi
     alpha = 3.0
     fast = routed_spectral_product(x, gates, coefficients, frequencies, M, (1 + hermitian) * alpha / (M * N))
     dense = dense_product(x, gates, coefficients, frequencies, M, alpha, hermitian)
+    compare(fast, dense, (x, gates, coefficients))
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 3])
+@pytest.mark.parametrize(("M", "N"), [(7, 8), (8, 7), (33, 16), (1, 16)])
+def test_some_experts_per_token_equal_the_dense_definition_in_values_and_all_gradients(M, N, top_k):
+    x, gates, coefficients, frequencies = arguments(M, N, tokens=11)
+    generator = torch.Generator().manual_seed(0)
+    experts = torch.stack([torch.randperm(E, generator=generator)[:top_k] for _ in range(11)])
+    experts[:4] = experts[0]  # some tokens share their experts
+    gates = gates.detach()[:, :top_k].clone().requires_grad_()
+    fast = spectral.routed_spectral_product(x, gates, experts, coefficients, frequencies, M, 2 * 3.0 / (M * N))
+    dense = dense_product(x, Routing(gates, experts).dense(E), coefficients, frequencies, M, 3.0, True)
     compare(fast, dense, (x, gates, coefficients))
 
 
@@ -230,7 +249,8 @@ def test_autocast_does_not_lower_the_precision_of_the_product():
 
 def test_nothing_but_the_arguments_is_saved_for_backward():
     x, gates, coefficients, frequencies = arguments(64, 48)
-    inputs = (x, gates, coefficients, frequencies)
+    routing = Routing.to_all(gates)
+    inputs = (x, *routing, coefficients, frequencies)
     saved: list[Tensor] = []
 
     def pack(tensor: Tensor) -> Tensor:
@@ -238,8 +258,8 @@ def test_nothing_but_the_arguments_is_saved_for_backward():
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        y = routed_spectral_product(x, gates, coefficients, frequencies, 64, 1.0)
-    assert len(saved) == 4
+        y = spectral.routed_spectral_product(x, *routing, coefficients, frequencies, 64, 1.0)
+    assert len(saved) == 5
     assert {t.data_ptr() for t in saved} == {t.data_ptr() for t in inputs}
     y.sum().backward()
 
@@ -269,7 +289,7 @@ def test_no_tensor_of_the_size_of_the_weight_exists_in_forward_or_backward():
     coefficients = torch.randn(experts, pairs, 2, generator=generator, requires_grad=True)
     frequencies = torch.randint(-255, 257, (experts, pairs, 2), generator=generator).to(torch.int32)
     # The operator hides what runs inside it from dispatch modes: look at what it calls.
-    tensors = [t.detach() for t in (x, gates, coefficients, frequencies)]
+    tensors = [t.detach() for t in (x, *Routing.to_all(gates), coefficients, frequencies)]
     with _LargestOutput() as forward:
         y = product_forward(*tensors, M, 1.0)
     with _LargestOutput() as backward:

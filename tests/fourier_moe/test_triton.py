@@ -20,15 +20,16 @@ torch.set_num_threads(1)
 assert use_triton(torch.zeros(1)) and not use_triton(torch.zeros(1, dtype=torch.float64))
 shapes = [(1, 7, 5, 1, 2), (5, 8, 6, 2, 3), (17, 33, 16, 3, 7), (40, 64, 70, 4, 40), (3, 2, 9, 2, 5), (16, 96, 31, 2, 33)]
 for T, N, M, E, P in shapes:
-    x, gates, coefficients = torch.randn(T, N), torch.rand(T, E), torch.randn(E, P, 2)
-    gates[torch.arange(T), torch.randint(E, (T,))] = 0
-    if E > 2:
-        gates[:, 1] = 0  # an expert without a token
+    K = max(1, E - 1)
+    x, gates, coefficients = torch.randn(T, N), torch.rand(T, K), torch.randn(E, P, 2)
+    experts = torch.stack([torch.randperm(E)[:K] for _ in range(T)])
+    if E > 2:  # an expert without a token
+        experts = torch.arange(E)[torch.arange(E) != 1].expand(T, K).contiguous()
     u = torch.randint(-(M // 2), M // 2 + 1, (E, P))
     v = torch.randint(-(N // 2), N // 2 + 1, (E, P))
     u[0, 0], v[0, 0], u[-1, -1], v[-1, -1] = 0, 0, M // 2, N // 2
     frequencies = torch.stack([u, v], -1).to(torch.int32)
-    arguments = (x, gates, coefficients, frequencies)
+    arguments = (x, gates, experts, coefficients, frequencies)
     y = spectral.product_forward(*arguments, M, 0.3)
     torch.testing.assert_close(triton_product.product_forward(*arguments, M, 0.3), y, rtol=1e-5, atol=1e-5)
     grad = torch.randn(T, M)
@@ -37,14 +38,14 @@ for T, N, M, E, P in shapes:
         actual = triton_product.product_backward(grad, *arguments, 0.3, needs)
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
     # The public operator takes this path, also after other positions were loaded into the same tensor.
-    leaves = [t.clone().requires_grad_() for t in arguments[:3]]
+    leaves = [t.clone().requires_grad_() for t in (x, gates, coefficients)]
     for _ in range(2):
-        y = spectral.routed_spectral_product(*leaves, frequencies, M, 0.3)
+        y = spectral.routed_spectral_product(*leaves[:2], experts, leaves[2], frequencies, M, 0.3)
         torch.testing.assert_close(y, spectral.product_forward(*arguments, M, 0.3), rtol=1e-5, atol=1e-5)
         y.square().sum().backward()
         frequencies.copy_(frequencies.flip(0))
     assert hasattr(frequencies, "_fourier_moe_row_lists")
-    half = spectral.routed_spectral_product(x.bfloat16(), gates, coefficients, frequencies, M, 0.3)
+    half = spectral.routed_spectral_product(x.bfloat16(), *arguments[1:], M, 0.3)
     assert half.dtype == torch.float32
 print("kernels equal")
 """

@@ -1,0 +1,115 @@
+"""Peak memory of a training step, per method, with nothing else in memory.
+
+On CPU each method runs in a process of its own, and what is reported is the growth of the resident set from before the model is
+built (all libraries imported) to the peak during two training steps: weights, adapters, gradients, optimiser state, activations
+and the scratch space of FFT and matrix libraries, which a tracker of PyTorch's own allocations would miss. Two measures make
+the figure reproducible to about 1 %: the kernel's high-water mark is reset after the model is built, so that transients of
+construction do not count, and glibc's allocator is told to hand large blocks back at once, so that free memory does not count.
+The processes are forked from a server that has imported the libraries and computed nothing.
+
+On CUDA it is torch.cuda.max_memory_allocated in this process, frozen model included; run it while no other method exists.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import multiprocessing
+import os
+import resource
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+import torch
+
+from benchmarks.models import Classifier
+from benchmarks.steps import Setting, Trial, build_base
+
+_ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "131072", "MALLOC_ARENA_MAX": "2"}
+_STEPS = 2  # the first makes the optimiser's state, the second runs with it
+
+
+def peak_memory(base: Classifier | None, method: str, setting: Setting) -> int | None:
+    """Peak bytes of `method`, or None where memory runs out. `base` is needed on CUDA only."""
+    if setting.device != "cpu":
+        assert base is not None
+        return _peak_on_cuda(base, method, setting)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["benchmarks.preload"])
+    with _environment(_ALLOCATOR), ProcessPoolExecutor(1, mp_context=context) as pool:
+        try:
+            return pool.submit(_peak_on_cpu, method, setting).result()
+        except BrokenProcessPool:  # killed by the kernel
+            return None
+
+
+def _peak_on_cpu(method: str, setting: Setting) -> int | None:
+    torch.set_num_threads(setting.threads)
+    torch.ones(256, 256) @ torch.ones(256, 256)  # threads and their buffers belong to no method
+    gc.collect()
+    before = _resident("VmRSS")
+    try:
+        trial = Trial(build_base(setting), method, setting)
+        _reset_peak()
+        for _ in range(_STEPS):
+            trial.training_step()
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "allocate" not in str(error):
+            raise
+        return None
+    return _resident("VmHWM") - before
+
+
+def _peak_on_cuda(base: Classifier, method: str, setting: Setting) -> int | None:
+    release_memory()
+    torch.cuda.reset_peak_memory_stats()
+    try:
+        trial = Trial(base, method, setting)
+        for _ in range(_STEPS):
+            trial.training_step()
+        return torch.cuda.max_memory_allocated()
+    except torch.OutOfMemoryError:
+        return None
+    finally:
+        trial = None  # type: ignore[assignment]
+        release_memory()
+
+
+def release_memory() -> None:
+    """Collect garbage, and give a GPU's free blocks back."""
+    gc.collect()
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+
+
+def _resident(field: str) -> int:
+    """VmRSS (now) or VmHWM (peak) in bytes; where /proc lacks them, the peak of the process's whole life."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
+    except (OSError, StopIteration):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _reset_peak() -> None:
+    # Where the kernel refuses, the peak includes the model's construction, which takes less than a step.
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+@contextlib.contextmanager
+def _environment(values: dict[str, str]) -> Iterator[None]:
+    """For the fork server, which starts inside and keeps what it finds."""
+    previous = {key: os.environ.get(key) for key in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for key, value in previous.items():
+            if value is None:
+                del os.environ[key]
+            else:
+                os.environ[key] = value

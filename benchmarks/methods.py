@@ -1,0 +1,91 @@
+"""The methods in the table: each turns a frozen Classifier into one that trains its head and its adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from benchmarks.dense import DenseFourierMoEConfig
+from benchmarks.models import Classifier, ModelEntry
+from benchmarks.routing import balance_routing
+from fourier_moe import FourierMoEConfig, TopKRouter, inject
+
+_INIT_STD = 0.01  # coefficients that are not zero, as after some training
+
+
+def _head_only(model: Classifier, entry: ModelEntry) -> None:
+    """The floor. Nothing in front of the head asks for a gradient, so that its backward pass ends at the head."""
+
+
+def _lora(model: Classifier, entry: ModelEntry) -> None:
+    from peft import LoraConfig
+
+    _adapt_with_peft(model, LoraConfig(r=entry.lora_rank, target_modules=list(entry.targets)))
+
+
+def _fourierft(model: Classifier, entry: ModelEntry) -> None:
+    from peft import FourierFTConfig
+
+    _adapt_with_peft(model, FourierFTConfig(n_frequency=entry.num_coefficients, target_modules=list(entry.targets)))
+
+
+def _adapt_with_peft(model: Classifier, config: Any) -> None:
+    """PEFT's public way, float32 adapters over half-precision weights included; its layers are put into `model` in place."""
+    from peft import get_peft_model
+
+    get_peft_model(model, config)  # type: ignore[arg-type]
+
+
+def _fourier_moe(model: Classifier, entry: ModelEntry, config_class: type[FourierMoEConfig] = FourierMoEConfig) -> None:
+    inject(
+        model,
+        config_class(
+            targets=entry.targets,
+            head=["head"],
+            num_coefficients=entry.num_coefficients,
+            num_experts=entry.num_experts,
+            top_k=entry.top_k,
+            init_std=_INIT_STD,
+        ),
+    )
+
+
+def _dense(model: Classifier, entry: ModelEntry) -> None:
+    _fourier_moe(model, entry, DenseFourierMoEConfig)
+
+
+METHODS: dict[str, Callable[[Classifier, ModelEntry], None]] = {
+    "head_only": _head_only,
+    "lora": _lora,
+    "fourierft": _fourierft,
+    "dense": _dense,
+    "fourier_moe": _fourier_moe,
+}
+FLOOR, LORA = "head_only", "lora"
+
+
+def adapt(model: Classifier, method: str, entry: ModelEntry, *, balanced: bool) -> Classifier:
+    """Adapt `model` in place; `balanced` forces balanced routing where the method routes."""
+    METHODS[method](model, entry)
+    model.head.requires_grad_(True)
+    if balanced:
+        balance_routing(model)
+    return model
+
+
+def trained_parameters(model: Classifier) -> dict[str, int]:
+    """Trained scalars by kind: adapters (experts, where the method has them), router, head."""
+    head = {id(parameter) for parameter in model.head.parameters()}
+    routers = {id(p) for module in model.modules() if isinstance(module, TopKRouter) for p in module.parameters()}
+    counts = {"adapters": 0, "router": 0, "head": 0}
+    for parameter in trainable(model):
+        kind = "head" if id(parameter) in head else "router" if id(parameter) in routers else "adapters"
+        counts[kind] += parameter.numel()
+    return counts
+
+
+def trainable(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that an optimiser is given."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]

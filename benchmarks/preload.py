@@ -1,0 +1,8 @@
+"""Imported by the fork server of memory.py before it forks: every library that some method or model needs."""
+
+import open_clip.transformer  # noqa: F401
+import peft  # noqa: F401
+import transformers.models.llama.modeling_llama
+import transformers.models.roberta.modeling_roberta  # noqa: F401
+
+import benchmarks.memory  # noqa: F401

@@ -1,0 +1,47 @@
+"""Forced-balance routing: every expert serves the same number of tokens, whatever the router's weights are.
+
+Shape legend: T tokens, E experts, K active experts per token.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fourier_moe import Routing, TopKRouter, adapters
+
+
+class BalancedRouter(TopKRouter):
+    """Token t goes to experts t*K, t*K + 1, ... (mod E) with gates 1/K, at the cost of the router that it stands in for.
+
+    Logits, softmax and top-K are computed as ever, and the gates hang on the probabilities of the forced experts, so that the
+    backward pass through the router costs what it costs in training.
+
+    Args:
+        router: the router whose weight and settings are taken over.
+    """
+
+    def __init__(self, router: TopKRouter) -> None:
+        in_features, generator = router.weight.shape[1], torch.Generator()
+        super().__init__(in_features, router.num_experts, router.top_k, generator=generator)
+        self.weight = router.weight
+
+    def forward(self, x: Tensor) -> Routing:
+        with torch.autocast(x.device.type, enabled=False):
+            dtype = torch.promote_types(self.weight.dtype, torch.float32)
+            probabilities = torch.softmax(nn.functional.linear(x.to(dtype), self.weight.to(dtype)), -1)
+        chosen = torch.topk(probabilities, self.top_k, -1).indices
+        forced = torch.arange(chosen.numel(), device=x.device).remainder(self.num_experts).view_as(chosen)
+        if self._recording:
+            self._record(probabilities, forced)
+        values = probabilities.gather(-1, forced)
+        return Routing(values / values.detach() / self.top_k, forced)
+
+
+def balance_routing(model: nn.Module) -> None:
+    """Put a BalancedRouter in the place of every adapter's router; a router shared by several adapters stays shared."""
+    balanced: dict[int, BalancedRouter] = {}
+    for adapter in adapters(model).values():
+        router = getattr(adapter, "router", None)
+        if isinstance(router, TopKRouter) and not isinstance(router, BalancedRouter):
+            adapter.router = balanced.setdefault(id(router), BalancedRouter(router))

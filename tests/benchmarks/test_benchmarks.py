@@ -1,0 +1,159 @@
+"""Both commands run end to end on tiny settings, and the methods that are compared are the same function. No test of speed."""
+
+import csv
+import json
+import math
+from functools import partial
+from pathlib import Path
+from statistics import median
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("peft")
+pytest.importorskip("matplotlib")
+
+from benchmarks import adapters as adapters_command
+from benchmarks import scaling as scaling_command
+from benchmarks.methods import METHODS, adapt
+from benchmarks.models import MODELS, build_model, copy_with_shared_backbone, make_batch
+from benchmarks.routing import BalancedRouter
+from benchmarks.timing import paired_ratio, time_interleaved
+from fourier_moe import TopKRouter, recording
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("adapters")
+    adapters_command.main(["--model", "tiny", "--repeats", "3", "--threads", "1", "--output", str(output)])
+    return output
+
+
+def test_table_holds_every_method_with_finite_positive_numbers(table: Path) -> None:
+    methods = json.loads((table / "results.json").read_text())["methods"]
+    assert list(methods) == list(METHODS)
+    for method in methods.values():
+        for column in ("training_step", "inference"):
+            assert len(method[column]["samples"]) == 3
+            assert all(math.isfinite(value) and value > 0 for value in method[column]["samples"])
+        assert method["peak_memory"] > 0
+        assert method["trained_parameters"]["head"] == 64 * 64 + 64 + 64 * 2 + 2
+
+
+def test_table_ratios_are_medians_of_the_rounds_ratios(table: Path) -> None:
+    methods = json.loads((table / "results.json").read_text())["methods"]
+    for reference in ("lora", "head_only"):
+        for method in methods.values():
+            for column in ("training_step", "inference"):
+                pairs = zip(method[column]["samples"], methods[reference][column]["samples"], strict=True)
+                assert method["ratios"][reference][column]["median"] == pytest.approx(median(a / b for a, b in pairs))
+            expected = method["peak_memory"] / methods[reference]["peak_memory"]
+            assert method["ratios"][reference]["peak_memory"] == pytest.approx(expected)
+
+
+def test_table_counts_each_method_s_parameters(table: Path) -> None:
+    counts = {m: v["trained_parameters"] for m, v in json.loads((table / "results.json").read_text())["methods"].items()}
+    projections, n, routers = 4, 64, 4 * 64
+    assert counts["head_only"]["adapters"] == counts["head_only"]["router"] == 0
+    assert counts["lora"]["adapters"] == projections * 8 * (64 + 64)
+    assert counts["fourierft"]["adapters"] == projections * n
+    assert counts["fourier_moe"] == counts["dense"]
+    assert (counts["fourier_moe"]["adapters"], counts["fourier_moe"]["router"]) == (projections * n, projections * routers)
+
+
+def test_markdown_table_has_a_row_per_method(table: Path) -> None:
+    lines = [line for line in (table / "results.md").read_text().splitlines() if line.startswith("|")]
+    assert len({line.count("|") for line in lines}) == 1
+    assert [line.split("|")[1].strip() for line in lines[2:]] == list(METHODS)
+
+
+def test_machine_and_setting_are_stored(table: Path) -> None:
+    results = json.loads((table / "results.json").read_text())
+    assert results["setting"]["model"] == "tiny"
+    assert {"torch", "peft"} <= results["machine"]["versions"].keys()
+    assert results["rounds"] == 3
+
+
+def test_an_option_without_effect_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        adapters_command.main(["--model", "clip-vit-b-32", "--length", "128"])
+    assert "--length has no effect" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("balanced", [True, False])
+def test_dense_and_ours_are_the_same_function(balanced: bool) -> None:
+    entry = MODELS["tiny"]
+    base = build_model(entry, 2, CPU, torch.float32)
+    inputs, labels = make_batch(entry, 2, 16, CPU)
+    plain = base(inputs)
+    results = []
+    for method in ("dense", "fourier_moe"):
+        model = adapt(copy_with_shared_backbone(base), method, entry, balanced=balanced)
+        for name, parameter in model.named_parameters():
+            if name.endswith("coefficients"):
+                parameter.data.mul_(50)  # an update that matters
+        logits = model(inputs)
+        nn.functional.cross_entropy(logits, labels).backward()
+        results.append((logits, {n: p.grad for n, p in model.named_parameters() if p.requires_grad}))
+    (dense, dense_grads), (ours, our_grads) = results
+    assert (ours - plain).abs().max() > 1e-3
+    torch.testing.assert_close(ours, dense, rtol=1e-4, atol=1e-5)
+    assert dense_grads.keys() == our_grads.keys()
+    for name, grad in our_grads.items():
+        torch.testing.assert_close(grad, dense_grads[name], rtol=1e-3, atol=1e-5, msg=f"gradient of {name} differs")
+
+
+def test_methods_share_the_backbone_and_train_their_own_head() -> None:
+    entry = MODELS["tiny"]
+    base = build_model(entry, 1, CPU, torch.float32)
+    copies = [copy_with_shared_backbone(base) for _ in range(2)]
+    first, second = (adapt(m, name, entry, balanced=False) for m, name in zip(copies, ("lora", "fourier_moe"), strict=True))
+    embeddings = [model.backbone.get_submodule("embeddings.word_embeddings").weight for model in (base, first, second)]
+    assert embeddings[0] is embeddings[1] is embeddings[2]
+    assert not any(p.requires_grad for p in base.parameters())
+    heads = [next(model.head.parameters()) for model in (base, first, second)]
+    assert len({id(parameter) for parameter in heads}) == 3
+    assert torch.equal(heads[1], heads[2])
+
+
+def test_balanced_router_serves_all_experts_alike_and_keeps_its_gradient() -> None:
+    router = TopKRouter(16, 8, 2, generator=torch.Generator().manual_seed(0))
+    balanced = BalancedRouter(router)
+    x = torch.randn(4, 8, 16)
+    with recording(balanced):
+        gates = balanced(x).dense(8)
+        assert balanced.balance_loss().item() == pytest.approx(2.0, abs=1e-5)
+    assert torch.equal((gates > 0).sum((0, 1)), torch.full((8,), 8))
+    torch.testing.assert_close(gates[gates > 0], torch.full((64,), 0.5))
+    gates.square().sum().backward()
+    assert balanced.weight is router.weight
+    assert router.weight.grad is not None
+    assert router.weight.grad.abs().max() > 0
+
+
+def test_interleaving_times_every_task_once_per_round_in_changing_order() -> None:
+    calls: list[str] = []
+    samples = time_interleaved({name: partial(calls.append, name) for name in "abc"}, 3)
+    rounds = ["".join(calls[i : i + 3]) for i in (0, 3, 6)]
+    assert [sorted(r) for r in rounds] == [["a", "b", "c"]] * 3
+    assert len({r[0] for r in rounds}) > 1
+    assert all(len(values) == 3 for values in samples.values())
+    assert paired_ratio([2.0, 9.0, 4.0], [1.0, 3.0, 2.0])["median"] == 2.0
+
+
+def test_scaling_writes_numbers_and_pictures(tmp_path: Path) -> None:
+    scaling_command.main(["--studies", "tiny", "--repeats", "3", "--threads", "1", "--output", str(tmp_path)])
+    points = json.loads((tmp_path / "scaling.json").read_text())["studies"]["tiny"]["points"]
+    assert [point["width"] for point in points] == [32, 64]
+    for point in points:
+        samples = {part: point[part]["samples"] for part in ("frozen", "product", "adapted")}
+        assert all(math.isfinite(value) and value > 0 for values in samples.values() for value in values)
+        ratios = [a / b for a, b in zip(samples["product"], samples["frozen"], strict=True)]
+        assert point["product_to_frozen"]["median"] == pytest.approx(median(ratios))
+    with (tmp_path / "scaling.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["product_median"]) for row in rows] == pytest.approx([point["product"]["median"] for point in points])
+    assert (tmp_path / "tiny.png").read_bytes().startswith(b"\x89PNG")
