@@ -104,10 +104,7 @@ class AdaptationModule(L.LightningModule):
         """A new head knows nothing: its test results and predictions would be noise that looks like results."""
         command = self.trainer.state.fn
         if self._untrained and command is not None and command != "fit":
-            raise ValueError(
-                f"{command.value} needs a trained adapter: give --model.adapter_path DIR (what fit wrote to RUN/adapter) or "
-                "--ckpt_path FILE"
-            )
+            raise untrained(command.value)
 
     on_test_start = on_predict_start = on_validation_start  # in configure_model the checkpoint is not known yet
 
@@ -191,6 +188,13 @@ class AdaptationModule(L.LightningModule):
         self._untrained = False
         if self.optimization is not None:
             self.optimization.override(checkpoint)
+
+
+def untrained(command: str) -> ValueError:
+    """What to say when `command` is asked for with nothing trained."""
+    return ValueError(
+        f"{command} needs a trained adapter: give --model.adapter_path DIR (what fit wrote to RUN/adapter) or --ckpt_path FILE"
+    )
 
 
 def _batch_size(batch: Mapping[str, Any]) -> int:

@@ -12,7 +12,7 @@ from jsonargparse import set_parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from fourier_moe import AdapterConfig
-from lightning_modules.adaptation import AdaptationModule
+from lightning_modules.adaptation import AdaptationModule, untrained
 
 _OUR_PACKAGES = ("fourier_moe", "lightning_modules", "datamodules")
 
@@ -54,6 +54,14 @@ class AdaptationCLI(LightningCLI):
         if path and path not in ("best", "last", "hpc") and "://" not in path and not Path(path).exists():
             near = ", ".join(sorted(str(file) for file in Path(path).parent.glob("*.ckpt"))) or "none"
             raise ValueError(f"ckpt_path={path!r} does not exist; checkpoints beside it: {near}")
+
+    def before_test(self) -> None:
+        """Refuse to evaluate a new head before data and weights are fetched."""
+        trained = self.model.adapter_path or self.config[self.subcommand].ckpt_path or self.model.task.works_untrained
+        if not trained:
+            raise untrained(self.subcommand)
+
+    before_validate = before_predict = before_test
 
     def _parse_ckpt_path(self) -> None:
         """Nothing: Lightning would let hyper-parameters found in the checkpoint win over the command line, silently."""
