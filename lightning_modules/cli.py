@@ -59,7 +59,7 @@ class AdaptationCLI(LightningCLI):
         """Refuse to evaluate a new head before data and weights are fetched."""
         trained = self.model.adapter_path or self.config[self.subcommand].ckpt_path or self.model.task.works_untrained
         if not trained:
-            raise untrained(self.subcommand)
+            raise untrained(str(self.subcommand))
 
     before_validate = before_predict = before_test
 
