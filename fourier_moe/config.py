@@ -117,6 +117,9 @@ class FourierMoEConfig(ProjectionAdapterConfig):
             coefficient counts.
         dropout: dropout on the experts' input.
         balance_weight: lambda, weight of the load-balancing loss, which is summed over the adapted projections.
+        router_scope: `projection`: every projection has its own router. `input`: projections that read the same input (q, k
+            and v; gate and up) share one. `block`: all adapted projections of a transformer block share the router of the
+            first one, and its decisions.
         normalize_gates: divide the K gates of a token by their sum (always off for top_k = 1).
         init_std: standard deviation of the initial coefficients; 0 starts exactly at the pretrained model.
         seed: seed of positions and of the router's start; together with a projection's name it fixes both. None is the run's
@@ -138,6 +141,7 @@ class FourierMoEConfig(ProjectionAdapterConfig):
     scaling: float | Literal["relative"] = "relative"
     dropout: float = 0.0
     balance_weight: float = 1e-3
+    router_scope: Literal["projection", "input", "block"] = "projection"
     normalize_gates: bool = True
     init_std: float = 0.0
     seed: int | None = None
@@ -168,7 +172,11 @@ class FourierMoEConfig(ProjectionAdapterConfig):
         for field in ("balance_weight", "init_std"):
             if not (getattr(self, field) >= 0 and math.isfinite(getattr(self, field))):
                 problems.append(f"{field}={getattr(self, field)} must be 0 or more")
-        for field, choices in (("band_layout", ("cover", "stack")), ("coefficients", ("complex", "real", "imaginary"))):
+        for field, choices in (
+            ("band_layout", ("cover", "stack")),
+            ("coefficients", ("complex", "real", "imaginary")),
+            ("router_scope", ("projection", "input", "block")),
+        ):
             if getattr(self, field) not in choices:
                 problems.append(f"{field}={getattr(self, field)!r} must be one of {', '.join(choices)}")
         if problems:
@@ -192,6 +200,16 @@ class FourierMoEConfig(ProjectionAdapterConfig):
         from fourier_moe.linear import FourierMoELinear
 
         return FourierMoELinear(base, self, name)
+
+    def inject(self, model: nn.Module) -> InjectionReport:
+        from fourier_moe.inject import count_parameters
+        from fourier_moe.sharing import share_routers
+
+        report = super().inject(model)
+        if self.router_scope == "projection":
+            return report
+        share_routers(model, self.router_scope)
+        return count_parameters(model, self)
 
 
 def _set_names(config: AdapterConfig, field: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from itertools import chain
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
@@ -12,6 +13,9 @@ from fourier_moe.config import FourierMoEConfig
 from fourier_moe.experts import SpectralExperts
 from fourier_moe.frequencies import named_generator
 from fourier_moe.router import TopKRouter
+
+if TYPE_CHECKING:
+    from fourier_moe.sharing import FollowingRouter
 
 
 class FourierMoELinear(Adapter):
@@ -31,7 +35,7 @@ class FourierMoELinear(Adapter):
         device = next(chain(base.parameters(), base.buffers())).device
         generator = named_generator(config.seed or 0, name)
         self.balance_weight = config.balance_weight
-        self.router = TopKRouter(
+        self.router: TopKRouter | FollowingRouter = TopKRouter(
             self.in_features,
             config.num_experts,
             config.top_k,
@@ -50,7 +54,8 @@ class FourierMoELinear(Adapter):
         return y + self.experts(self.dropout(x), self.router(x)).to(y.dtype)
 
     def parameter_groups(self) -> Mapping[str, list[nn.Parameter]]:
-        return {"experts": [self.experts.coefficients], "router": [self.router.weight]}
+        return {"experts": [self.experts.coefficients], "router": list(self.router.parameters())}
 
     def balance_loss(self) -> Tensor | None:
-        return self.balance_weight * self.router.balance_loss()
+        loss = self.router.balance_loss()
+        return None if loss is None else self.balance_weight * loss
