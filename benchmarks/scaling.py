@@ -22,7 +22,7 @@ from benchmarks.machine import describe_machine
 from benchmarks.plots import plot_study
 from benchmarks.routing import BalancedRouter
 from benchmarks.timing import paired_ratio, summarize, time_interleaved
-from fourier_moe import FourierMoEConfig, FourierMoELinear, Routing
+from fourier_moe import FourierMoEConfig, FourierMoELinear, Routing, TopKRouter
 
 PARTS = ("frozen", "product", "adapted")
 _WARM_UP = 2
@@ -129,6 +129,7 @@ def _tasks(point: Point, options: argparse.Namespace) -> dict[str, Callable[[], 
     )
     layer = FourierMoELinear(base, config, "projection")
     if options.routing == "balanced":
+        assert isinstance(layer.router, TopKRouter)
         layer.router = BalancedRouter(layer.router)
     x = torch.randn(point.tokens, point.width, device=device, dtype=stored, requires_grad=True)
     gradient = torch.randn(point.tokens, point.width, device=device)
