@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sized
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch.utils.data import Sampler
 
 
@@ -38,4 +39,6 @@ def evaluation_sampler(dataset: Sized, trainer: Trainer | None) -> Sampler[int] 
     """On several processes, a share of the examples for each without the usual repetition, which would count some twice."""
     if trainer is None or trainer.world_size == 1:
         return None
+    if isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy):
+        return None  # every forward is a collective there: all processes need equally many batches, repetition included
     return UnrepeatedDistributedSampler(dataset, num_replicas=trainer.world_size, rank=trainer.global_rank, shuffle=False)

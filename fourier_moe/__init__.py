@@ -17,7 +17,7 @@ from fourier_moe.files import (
     load_adapter,
     save_adapter,
 )
-from fourier_moe.inject import InjectionReport, adapters, inject
+from fourier_moe.inject import InjectionReport, adapters, balance_loss, inject
 from fourier_moe.linear import FourierMoELinear
 from fourier_moe.router import Routing, TopKRouter, recording
 
@@ -36,6 +36,7 @@ __all__ = [
     "TopKRouter",
     "adapter_state_dict",
     "adapters",
+    "balance_loss",
     "describe_adapter",
     "inject",
     "load_adapter",

@@ -118,8 +118,8 @@ class FourierMoEConfig(ProjectionAdapterConfig):
         dropout: dropout on the experts' input.
         balance_weight: lambda, weight of the load-balancing loss, which is summed over the adapted projections.
         router_scope: `projection`: every projection has its own router. `input`: projections that read the same input (q, k
-            and v; gate and up) share one. `block`: all adapted projections of a transformer block share the router of the
-            first one, and its decisions.
+            and v; gate and up) share one. `block`: the adapted projections of a transformer block share one for each width
+            of input.
         normalize_gates: divide the K gates of a token by their sum (always off for top_k = 1).
         init_std: standard deviation of the initial coefficients; 0 starts exactly at the pretrained model.
         seed: seed of positions and of the router's start; together with a projection's name it fixes both. None is the run's

@@ -7,7 +7,8 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from fourier_moe.adapter import Adapter, projection_shape
 from fourier_moe.attention import FUSED_PROJECTIONS, is_fused_attention, split_attention
@@ -115,6 +116,12 @@ def adapter_config(model: nn.Module) -> AdapterConfig:
 def adapters(model: nn.Module) -> dict[str, Adapter]:
     """All adapted projections of a model by name, in the model's order."""
     return {name: module for name, module in model.named_modules() if isinstance(module, Adapter)}
+
+
+def balance_loss(model: nn.Module) -> Tensor:
+    """Sum of the load-balancing losses of all adapters, times their weights; 0 if none routes. Read it inside `recording`."""
+    terms = [term for adapter in adapters(model).values() if (term := adapter.balance_loss()) is not None]
+    return torch.stack(terms).sum() if terms else torch.zeros(())
 
 
 def head_modules(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Module]:

@@ -15,7 +15,7 @@ from fourier_moe.frequencies import named_generator
 from fourier_moe.router import TopKRouter
 
 if TYPE_CHECKING:
-    from fourier_moe.sharing import FollowingRouter
+    from fourier_moe.sharing import SharedRouter
 
 
 class FourierMoELinear(Adapter):
@@ -35,7 +35,7 @@ class FourierMoELinear(Adapter):
         device = next(chain(base.parameters(), base.buffers())).device
         generator = named_generator(config.seed or 0, name)
         self.balance_weight = config.balance_weight
-        self.router: TopKRouter | FollowingRouter = TopKRouter(
+        self.router: TopKRouter | SharedRouter = TopKRouter(
             self.in_features,
             config.num_experts,
             config.top_k,

@@ -42,7 +42,7 @@ class Routing(NamedTuple):
     def dense(self, num_experts: int) -> Tensor:
         """Gates (..., E) of all experts, 0 for the inactive ones."""
         shape = (*self.gates.shape[:-1], num_experts)
-        return self.gates.new_zeros(shape).scatter(-1, self.experts, self.gates)
+        return self.gates.new_zeros(shape).scatter_add(-1, self.experts, self.gates)
 
 
 class TopKRouter(nn.Module):

@@ -27,6 +27,8 @@ from torch import Tensor
 
 from fourier_moe.kernels import use_triton
 
+_POSITIONS_AT_ONCE = 2**19  # token-position pairs in flight; bounds what the product holds beside its arguments and results
+
 
 def routed_spectral_product(
     x_TN: Tensor,
@@ -40,12 +42,13 @@ def routed_spectral_product(
     """sum_k gates[t, k] dW_experts[t, k] x[t], exact, without building any dW_e.
 
     Cost per token: one FFT of length N, K*P complex multiply-adds, one inverse FFT of length M; the number of experts does not
-    enter. Saved for the backward pass: the arguments, nothing else.
+    enter. Saved for the backward pass: the arguments, nothing else. First derivatives in reverse mode only (torch gives zero
+    tangents for operators without a forward-mode rule).
 
     Args:
         x_TN: input, any floating dtype; half precisions are computed in float32.
         gates_TK: gates of the active experts.
-        experts_TK: int64, which experts these are.
+        experts_TK: int64, which experts these are, none twice for a token.
         coefficients_EPC: real and imaginary part of every coefficient c_j, float32 or float64.
         frequencies_EPC: signed integer (u_j, v_j), |u| <= M/2, |v| <= N/2.
         out_features: M.
@@ -67,7 +70,7 @@ def _product(
     out_features: int,
     scale: float,
 ) -> Tensor:
-    path = _path(x_TN)
+    path = _path(x_TN, coefficients_EPC)
     return path.product_forward(x_TN, gates_TK, experts_TK, coefficients_EPC, frequencies_EPC, out_features, scale)
 
 
@@ -95,7 +98,7 @@ def _product_backward(
     scale: float,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    path = _path(x_TN)
+    path = _path(x_TN, coefficients_EPC)
     return path.product_backward(grad_TM, x_TN, gates_TK, experts_TK, coefficients_EPC, frequencies_EPC, scale, needs)
 
 
@@ -111,13 +114,13 @@ def _(
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     inputs = (x_TN, gates_TK, coefficients_EPC)
-    x, gates, coefficients = (torch.empty_like(t) if need else t.new_empty(0) for t, need in zip(inputs, needs, strict=True))
+    x, gates, coefficients = (t.new_empty(t.shape if need else 0) for t, need in zip(inputs, needs, strict=True))
     return x, gates, coefficients
 
 
-def _path(x_TN: Tensor) -> ModuleType:
+def _path(x_TN: Tensor, coefficients_EPC: Tensor) -> ModuleType:
     """The module whose `product_forward` and `product_backward` compute this input: the Triton path, or this one."""
-    if use_triton(x_TN):
+    if use_triton(x_TN) and coefficients_EPC.dtype == torch.float32:
         from fourier_moe.kernels import triton_product
 
         return triton_product
@@ -183,10 +186,14 @@ def product_forward(
 ) -> Tensor:
     """The product itself, without its place in torch's operators and autograd; see `routed_spectral_product`."""
     dtype = coefficients_EPC.dtype
-    active = _Active.of(Positions.of(frequencies_EPC, dtype), experts_TK, coefficients_EPC)
-    values_TKP = _read(torch.fft.rfft(x_TN.to(dtype)), active.columns_TKP, active.negative_v_TKP)
-    values_TKP.mul_(active.c_TKP).mul_(gates_TK.to(dtype).unsqueeze(-1))
-    return _accumulate(values_TKP, active.rows_TKP, out_features, scale)
+    positions = Positions.of(frequencies_EPC, dtype)
+    y_TM = coefficients_EPC.new_empty(len(x_TN), out_features)
+    for part in _parts(experts_TK, positions):
+        active = _Active.of(positions, experts_TK[part], coefficients_EPC)
+        values_TKP = _read(torch.fft.rfft(x_TN[part].to(dtype)), active.columns_TKP, active.negative_v_TKP)
+        values_TKP.mul_(active.c_TKP).mul_(gates_TK[part].to(dtype).unsqueeze(-1))
+        y_TM[part] = _accumulate(values_TKP, active.rows_TKP, out_features, scale)
+    return y_TM
 
 
 def product_backward(
@@ -203,25 +210,36 @@ def product_backward(
     needs_x, needs_gates, needs_coefficients = needs
     dtype = coefficients_EPC.dtype
     positions = Positions.of(frequencies_EPC, dtype)
-    active = _Active.of(positions, experts_TK, coefficients_EPC)
-    gates_TK1 = gates_TK.to(dtype).unsqueeze(-1)
-    grad_x, grad_gates, grad_coefficients = x_TN.new_empty(0), gates_TK.new_empty(0), coefficients_EPC.new_empty(0)
-    # h_j = sum_p grad[p] exp(2 pi i u_j p/M): what an increment of position j's bracket earns.
-    h_TKP = _read(torch.fft.rfft(grad_TM.to(dtype)), active.rows_TKP, None)
-    if needs_gates or needs_coefficients:
-        products_TKP = _read(torch.fft.rfft(x_TN.to(dtype)), active.columns_TKP, active.negative_v_TKP).mul_(h_TKP)
-        if needs_gates:
-            grad_gates = (scale * (products_TKP * active.c_TKP).real.sum(-1)).to(gates_TK.dtype)
-        if needs_coefficients:
-            sums_EP = products_TKP.new_zeros(positions.rows_EP.shape)
-            sums_EP.index_add_(0, experts_TK.flatten(), products_TKP.mul_(gates_TK1).flatten(0, 1))
-            grad_coefficients = scale * torch.stack([sums_EP.real, -sums_EP.imag * positions.conjugate_c_EP], -1)
-    if needs_x:
-        h_TKP.mul_(active.c_TKP).mul_(gates_TK1)
-        # Re(q exp(-i|v|t)) = Re(conj(q) exp(i|v|t)): positions with v < 0 are accumulated at |v|.
-        torch.view_as_real(h_TKP)[..., 1].mul_(-active.negative_v_TKP)
-        grad_x = _accumulate(h_TKP, active.columns_TKP, x_TN.shape[1], scale).to(x_TN.dtype)
-    return grad_x, grad_gates, grad_coefficients
+    grads = [t.new_empty(t.shape if need else 0) for t, need in zip((x_TN, gates_TK), (needs_x, needs_gates), strict=True)]
+    grad_x, grad_gates = grads
+    sums_EP = torch.zeros_like(positions.conjugate_c_EP, dtype=dtype.to_complex())
+    for part in _parts(experts_TK, positions):
+        active = _Active.of(positions, experts_TK[part], coefficients_EPC)
+        gates_TK1 = gates_TK[part].to(dtype).unsqueeze(-1)
+        # h_j = sum_p grad[p] exp(2 pi i u_j p/M): what an increment of position j's bracket earns.
+        h_TKP = _read(torch.fft.rfft(grad_TM[part].to(dtype)), active.rows_TKP, None)
+        if needs_gates or needs_coefficients:
+            x_TF = torch.fft.rfft(x_TN[part].to(dtype))
+            products_TKP = _read(x_TF, active.columns_TKP, active.negative_v_TKP).mul_(h_TKP)
+            if needs_gates:
+                grad_gates[part] = scale * (products_TKP * active.c_TKP).real.sum(-1)
+            if needs_coefficients:
+                sums_EP.index_add_(0, experts_TK[part].flatten(), products_TKP.mul_(gates_TK1).flatten(0, 1))
+        if needs_x:
+            h_TKP.mul_(active.c_TKP).mul_(gates_TK1)
+            # Re(q exp(-i|v|t)) = Re(conj(q) exp(i|v|t)): positions with v < 0 are accumulated at |v|.
+            torch.view_as_real(h_TKP)[..., 1].mul_(-active.negative_v_TKP)
+            grad_x[part] = _accumulate(h_TKP, active.columns_TKP, x_TN.shape[1], scale)
+    if not needs_coefficients:
+        return grad_x, grad_gates, coefficients_EPC.new_empty(0)
+    return grad_x, grad_gates, scale * torch.stack([sums_EP.real, -sums_EP.imag * positions.conjugate_c_EP], -1)
+
+
+def _parts(experts_TK: Tensor, positions: Positions) -> list[slice]:
+    """Tokens in parts whose positions, a few numbers each, take tens of megabytes at the most."""
+    num_tokens, top_k = experts_TK.shape
+    size = max(1, _POSITIONS_AT_ONCE // max(1, top_k * positions.rows_EP.shape[1]))
+    return [slice(start, start + size) for start in range(0, num_tokens, size)]
 
 
 def _read(spectrum_TF: Tensor, rows_TKP: Tensor, signs_TKP: Tensor | None) -> Tensor:

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import lightning as L
-import torch
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
@@ -19,6 +18,7 @@ from fourier_moe import (
     InjectionReport,
     adapter_state_dict,
     adapters,
+    balance_loss,
     describe_adapter,
     inject,
     load_adapter,
@@ -118,13 +118,11 @@ class AdaptationModule(L.LightningModule):
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         with recording(self.model, self.task.token_mask(batch)):
             task_loss = self.task.loss(batch)
-            terms = [term for adapter in adapters(self.model).values() if (term := adapter.balance_loss()) is not None]
-        loss = task_loss
+            balance = balance_loss(self.model)
+        loss = task_loss + balance
         logs = {"train/loss": task_loss.detach()}
-        if terms:
-            balance_loss = torch.stack(terms).sum()
-            loss = task_loss + balance_loss
-            logs |= {"train/balance_loss": balance_loss.detach(), "train/total_loss": loss.detach()}
+        if adapters(self.model):
+            logs |= {"train/balance_loss": balance.detach(), "train/total_loss": loss.detach()}
         self.log_dict(logs, batch_size=_batch_size(batch))
         self.log("loss", task_loss.detach(), prog_bar=True, logger=False, batch_size=_batch_size(batch))
         return loss

@@ -45,7 +45,7 @@ class RowLists(NamedTuple):
         counts_F = torch.bincount(rows_R, minlength=num_rows)
         order_R = torch.argsort(rows_R, stable=True)
         starts_F = counts_F.cumsum(0) - counts_F
-        width = int(counts_F.max())
+        width = triton.next_power_of_2(int(counts_F.max()))  # few different kernels for many projections
         place_R = torch.arange(len(rows_R), device=rows_R.device) - starts_F[rows_R[order_R]]
         positions_FW = torch.full((num_rows, width), -1, dtype=torch.int32, device=rows_R.device)
         positions_FW[rows_R[order_R], place_R] = order_R.to(torch.int32)

@@ -8,16 +8,21 @@ from fourier_moe import FourierMoEConfig, adapters, inject
 from fourier_moe.spectral import routed_spectral_product
 
 
-def adapted() -> nn.Sequential:
+def adapted(scope: str) -> nn.Sequential:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(32, 48), nn.GELU(), nn.Linear(48, 15))
-    inject(model, FourierMoEConfig(targets=["0", "2"], num_coefficients=16, num_experts=4, bandwidth=0.5, init_std=1.0))
+    model = nn.Sequential(nn.Linear(32, 48), nn.GELU(), nn.Linear(48, 32), nn.Linear(32, 15))
+    inject(
+        model,
+        FourierMoEConfig(
+            targets=["0", "2", "3"], num_coefficients=16, num_experts=4, bandwidth=0.5, init_std=1.0, router_scope=scope
+        ),
+    )
     return model
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_adapted_model_compiles_into_one_graph_with_the_same_gradients(backend):
-    model, x = adapted(), torch.randn(7, 32)
+@pytest.mark.parametrize(("backend", "scope"), [("eager", "projection"), ("aot_eager", "projection"), ("aot_eager", "block")])
+def test_adapted_model_compiles_into_one_graph_with_the_same_gradients(backend, scope):
+    model, x = adapted(scope), torch.randn(32, 7).T  # not contiguous
     expected = model(x)
     expected.square().sum().backward()
     gradients = [p.grad.clone() for layer in adapters(model).values() for g in layer.parameter_groups().values() for p in g]
@@ -34,7 +39,11 @@ def test_adapted_model_compiles_into_one_graph_with_the_same_gradients(backend):
 def test_operator_passes_torchs_own_checks(needs):
     frequencies = torch.tensor([[[1, 2], [2, -1]], [[0, 1], [-1, 3]]], dtype=torch.int32)
     tensors = [torch.randn(5, 7), torch.rand(5, 1), torch.randn(2, 2, 2)]
+    tensors[0] = torch.randn(7, 5).T  # not contiguous
     x, gates, coefficients = (tensor.double().requires_grad_(need) for tensor, need in zip(tensors, needs, strict=True))
     arguments = (x, gates, torch.tensor([[0], [1], [1], [0], [1]]), coefficients, frequencies, 6, 0.5)
     assert torch.library.opcheck(torch.ops.fourier_moe.routed_spectral_product, arguments)
     assert routed_spectral_product(*arguments).shape == (5, 6)
+    detached = [argument.detach() if isinstance(argument, torch.Tensor) else argument for argument in arguments]
+    backward = (torch.randn(6, 5).double().T, *detached[:5], 0.5, list(needs))
+    assert torch.library.opcheck(torch.ops.fourier_moe.routed_spectral_product_backward, backward)

@@ -302,6 +302,17 @@ def test_no_tensor_of_the_size_of_the_weight_exists_in_forward_or_backward():
     assert backward.largest <= bound
 
 
+def test_many_tokens_are_computed_in_parts_with_the_same_result(monkeypatch):
+    x, gates, coefficients, frequencies = arguments(16, 9, tokens=23)
+    whole = routed_spectral_product(x, gates, coefficients, frequencies, 16, 0.7)
+    monkeypatch.setattr(spectral, "_POSITIONS_AT_ONCE", 5 * E * P)  # 5 tokens at once
+    parts = routed_spectral_product(x, gates, coefficients, frequencies, 16, 0.7)
+    compare(parts, whole, (x, gates, coefficients), 1e-13)
+    with _LargestOutput() as forward:
+        product_forward(x.detach(), *Routing.to_all(gates.detach()), coefficients.detach(), frequencies, 16, 0.7)
+    assert forward.largest <= max(5 * E * P * 2, 23 * 16)
+
+
 @pytest.mark.parametrize(("M", "N"), [(12, 15), (16, 16), (15, 12)])
 def test_rank_is_twice_the_number_of_pairs(M, N):
     coefficients = torch.randn(3, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
