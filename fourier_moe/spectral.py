@@ -187,13 +187,13 @@ def product_forward(
     """The product itself, without its place in torch's operators and autograd; see `routed_spectral_product`."""
     dtype = coefficients_EPC.dtype
     positions = Positions.of(frequencies_EPC, dtype)
-    y_TM = coefficients_EPC.new_empty(len(x_TN), out_features)
+    y_parts = []
     for part in _parts(experts_TK, positions):
         active = _Active.of(positions, experts_TK[part], coefficients_EPC)
         values_TKP = _read(torch.fft.rfft(x_TN[part].to(dtype)), active.columns_TKP, active.negative_v_TKP)
         values_TKP.mul_(active.c_TKP).mul_(gates_TK[part].to(dtype).unsqueeze(-1))
-        y_TM[part] = _accumulate(values_TKP, active.rows_TKP, out_features, scale)
-    return y_TM
+        y_parts.append(_accumulate(values_TKP, active.rows_TKP, out_features, scale))
+    return _join(y_parts)
 
 
 def product_backward(
@@ -210,8 +210,7 @@ def product_backward(
     needs_x, needs_gates, needs_coefficients = needs
     dtype = coefficients_EPC.dtype
     positions = Positions.of(frequencies_EPC, dtype)
-    grads = [t.new_empty(t.shape if need else 0) for t, need in zip((x_TN, gates_TK), (needs_x, needs_gates), strict=True)]
-    grad_x, grad_gates = grads
+    x_parts, gates_parts = [], []
     sums_EP = torch.zeros_like(positions.conjugate_c_EP, dtype=dtype.to_complex())
     for part in _parts(experts_TK, positions):
         active = _Active.of(positions, experts_TK[part], coefficients_EPC)
@@ -222,24 +221,31 @@ def product_backward(
             x_TF = torch.fft.rfft(x_TN[part].to(dtype))
             products_TKP = _read(x_TF, active.columns_TKP, active.negative_v_TKP).mul_(h_TKP)
             if needs_gates:
-                grad_gates[part] = scale * (products_TKP * active.c_TKP).real.sum(-1)
+                gates_parts.append((scale * (products_TKP * active.c_TKP).real.sum(-1)).to(gates_TK.dtype))
             if needs_coefficients:
                 sums_EP.index_add_(0, experts_TK[part].flatten(), products_TKP.mul_(gates_TK1).flatten(0, 1))
         if needs_x:
             h_TKP.mul_(active.c_TKP).mul_(gates_TK1)
             # Re(q exp(-i|v|t)) = Re(conj(q) exp(i|v|t)): positions with v < 0 are accumulated at |v|.
             torch.view_as_real(h_TKP)[..., 1].mul_(-active.negative_v_TKP)
-            grad_x[part] = _accumulate(h_TKP, active.columns_TKP, x_TN.shape[1], scale)
-    if not needs_coefficients:
-        return grad_x, grad_gates, coefficients_EPC.new_empty(0)
-    return grad_x, grad_gates, scale * torch.stack([sums_EP.real, -sums_EP.imag * positions.conjugate_c_EP], -1)
+            x_parts.append(_accumulate(h_TKP, active.columns_TKP, x_TN.shape[1], scale).to(x_TN.dtype))
+    sums_EPC = torch.stack([sums_EP.real, -sums_EP.imag * positions.conjugate_c_EP], -1)
+    return (
+        _join(x_parts) if needs_x else x_TN.new_empty(0),
+        _join(gates_parts) if needs_gates else gates_TK.new_empty(0),
+        scale * sums_EPC if needs_coefficients else coefficients_EPC.new_empty(0),
+    )
 
 
 def _parts(experts_TK: Tensor, positions: Positions) -> list[slice]:
     """Tokens in parts whose positions, a few numbers each, take tens of megabytes at the most."""
     num_tokens, top_k = experts_TK.shape
     size = max(1, _POSITIONS_AT_ONCE // max(1, top_k * positions.rows_EP.shape[1]))
-    return [slice(start, start + size) for start in range(0, num_tokens, size)]
+    return [slice(start, start + size) for start in range(0, max(1, num_tokens), size)]
+
+
+def _join(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _read(spectrum_TF: Tensor, rows_TKP: Tensor, signs_TKP: Tensor | None) -> Tensor:
