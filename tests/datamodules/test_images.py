@@ -8,6 +8,7 @@ import lightning as L
 import pytest
 import torch
 from jsonargparse import ArgumentParser
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from PIL import Image
 
 from datamodules import ImageDataModule, images
@@ -358,10 +359,16 @@ def test_order_of_an_epoch_is_the_same_whether_or_not_earlier_ones_were_seen(dir
 def test_every_example_is_evaluated_once_on_however_many_processes(size, processes):
     seen = []
     for rank in range(processes):
-        sampler = evaluation_sampler(range(size), SimpleNamespace(world_size=processes, global_rank=rank))
+        trainer = SimpleNamespace(world_size=processes, global_rank=rank, strategy=DDPStrategy())
+        sampler = evaluation_sampler(range(size), trainer)
         assert (sampler is None) == (processes == 1)
         seen += range(size) if sampler is None else sampler
     assert sorted(seen) == list(range(size))
+
+
+def test_sharded_processes_keep_lightnings_sampler_with_equally_many_batches():
+    trainer = SimpleNamespace(world_size=2, global_rank=0, strategy=ModelParallelStrategy())
+    assert evaluation_sampler(range(9), trainer) is None
 
 
 def test_module_can_be_sent_to_another_process(directory):
