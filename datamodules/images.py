@@ -127,12 +127,14 @@ class ImageDataModule(L.LightningDataModule):
     def setup(self, stage: str) -> None:
         """Loads what the stage needs, once; the train and validation splits for "fit", one split for the others.
 
+        "fit" checks the images of the test split, too.
+
         Raises:
             ValueError: Image files are broken, a class to be evaluated has no train images, or there are no images.
             RuntimeError: The hub cannot be reached.
         """
         missing = [split for split in _SPLITS_OF_STAGE[stage] if split not in self._datasets]
-        if stage == "fit":  # a broken test image should not come to light after the training
+        if stage == "fit" and missing:  # a broken test image should not come to light after the training
             images, indices = self._select(TEST)
             images.check(indices)
         for split in missing:

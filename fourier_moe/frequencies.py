@@ -163,7 +163,6 @@ def _draw_by_enumeration(
     frequencies = torch.stack([u, v], -1)[_admissible(u, v, *shape, half_plane)]
     weights = _weights(frequencies, shape, center, bandwidth)
     arrivals = torch.empty_like(weights).exponential_(generator=generator) / weights
-    count = min(count, int((weights > 0).sum()))
     return frequencies[torch.topk(arrivals, count, largest=False).indices]
 
 
@@ -184,17 +183,20 @@ def _draw_by_rejection(
     proposals = max(64 * count, 4096)
     for _ in range(max(1, out_features * in_features // proposals)):
         flat = torch.randint(out_features * in_features, (proposals,), generator=generator, device="cpu")
-        u = signed_frequency(flat // in_features, out_features)
-        v = signed_frequency(flat % in_features, in_features)
-        frequencies = torch.stack([u, v], -1)
+        frequencies = _signed_positions(flat, shape)
+        u, v = frequencies.unbind(-1)
         accept = torch.rand(proposals, generator=generator, dtype=torch.float64, device="cpu")
         keep = _admissible(u, v, *shape, half_plane) & (accept < _weights(frequencies, shape, center, bandwidth))
         seen.update(dict.fromkeys(flat[keep].tolist()))
         if len(seen) >= count:
             flat = torch.tensor(list(seen)[:count], device="cpu")
-            u, v = (
-                signed_frequency(flat // in_features, out_features),
-                signed_frequency(flat % in_features, in_features),
-            )
-            return torch.stack([u, v], -1)
+            return _signed_positions(flat, shape)
     return None
+
+
+def _signed_positions(flat: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Row-major indices (...) into an M x N plane as signed (u, v), (..., 2)."""
+    out_features, in_features = shape
+    return torch.stack(
+        [signed_frequency(flat // in_features, out_features), signed_frequency(flat % in_features, in_features)], -1
+    )

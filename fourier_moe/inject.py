@@ -153,7 +153,7 @@ def replace_targets(model: nn.Module, config: ProjectionAdapterConfig) -> Inject
     _split_fused(model, fused, matches)
     _check_projections(model, matches)
 
-    model.requires_grad_(False)
+    train_only(model, head.values())
     layers: dict[int, Adapter] = {}  # by identity of the base: a projection shared by two parents stays shared
     for name in (name for name, _ in list(model.named_modules(remove_duplicate=False)) if name in matches):
         base = model.get_submodule(name)
@@ -162,9 +162,14 @@ def replace_targets(model: nn.Module, config: ProjectionAdapterConfig) -> Inject
         if id(base) not in layers:
             layers[id(base)] = config.build_layer(base, name).train(base.training)
         _replace(model, name, layers[id(base)])
-    for module in head.values():
-        module.requires_grad_(True)
     return count_parameters(model, config)
+
+
+def train_only(model: nn.Module, modules: Iterable[nn.Module]) -> None:
+    """Freeze the model but for some of its modules."""
+    model.requires_grad_(False)
+    for module in modules:
+        module.requires_grad_(True)
 
 
 def _split_fused(model: nn.Module, fused: set[str], matches: set[str]) -> None:

@@ -17,7 +17,6 @@ from fourier_moe import (
     AdapterDescription,
     InjectionReport,
     adapter_state_dict,
-    adapters,
     balance_loss,
     describe_adapter,
     inject,
@@ -121,7 +120,7 @@ class AdaptationModule(L.LightningModule):
             balance = balance_loss(self.model)
         loss = task_loss + balance
         logs = {"train/loss": task_loss.detach()}
-        if adapters(self.model):
+        if self.report is not None and self.report.projections:
             logs |= {"train/balance_loss": balance.detach(), "train/total_loss": loss.detach()}
         self.log_dict(logs, batch_size=_batch_size(batch))
         self.log("loss", task_loss.detach(), prog_bar=True, logger=False, batch_size=_batch_size(batch))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from fourier_moe.config import AdapterConfig
-from fourier_moe.inject import InjectionReport, count_parameters, head_modules
+from fourier_moe.inject import InjectionReport, count_parameters, head_modules, train_only
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,7 +15,5 @@ class HeadOnly(AdapterConfig):
     """Train the head on frozen features; the floor that any adapter has to beat."""
 
     def inject(self, model: nn.Module) -> InjectionReport:
-        model.requires_grad_(False)
-        for module in head_modules(model, self).values():
-            module.requires_grad_(True)
+        train_only(model, head_modules(model, self).values())
         return count_parameters(model, self)

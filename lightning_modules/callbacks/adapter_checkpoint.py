@@ -35,7 +35,7 @@ class AdapterCheckpoint(L.Callback):
             self.best = None
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.sanity_checking or (not trainer.training and trainer.state.fn != "fit"):
+        if trainer.sanity_checking or trainer.state.fn != "fit":
             return
         if self.monitor not in trainer.callback_metrics:
             known = ", ".join(sorted(trainer.callback_metrics))
