@@ -1,5 +1,6 @@
-"""GLUE: sentence and sentence pair classification, read by one LightningDataModule."""
+"""GLUE, or sentences of one's own: classification of sentences and sentence pairs, one task or several together."""
 
 from datamodules.glue.data_module import GlueDataModule
+from datamodules.glue.mixture import GlueMixtureDataModule, MixtureTask
 
-__all__ = ["GlueDataModule"]
+__all__ = ["GlueDataModule", "GlueMixtureDataModule", "MixtureTask"]

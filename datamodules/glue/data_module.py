@@ -19,6 +19,7 @@ from datamodules.generated import generated_directory
 from datamodules.glue.dataset import PadBatch, TextDataset
 from datamodules.glue.directory import open_directory
 from datamodules.glue.hub import open_hub
+from datamodules.glue.own import OWN, own_task
 from datamodules.glue.source import Examples, GlueSource
 from datamodules.glue.summary import SetSummary, summarise
 from datamodules.glue.synthetic import write_tsv_files
@@ -28,14 +29,14 @@ from datamodules.sampling import ShuffledSampler, evaluation_sampler, hold_out, 
 from datamodules.tokenizers import check_max_length, load_tokenizer
 
 MAX_SELECTION = 5000
-_SELECTION, _PREDICT = "selection", "predict"
+SELECTION, PREDICT = "selection", "predict"  # parts of the data beside the splits
 _PARTS_OF_STAGE = {
-    "fit": (TRAIN, _SELECTION, VALIDATION),  # the last to be read before hours of training rather than after
-    "validate": (_SELECTION,),
+    "fit": (TRAIN, SELECTION, VALIDATION),  # the last to be read before hours of training rather than after
+    "validate": (SELECTION,),
     "test": (VALIDATION,),
-    "predict": (_PREDICT,),
+    "predict": (PREDICT,),
 }
-_ROLES = {TRAIN: "train", _SELECTION: "val", VALIDATION: "test", _PREDICT: "predict"}
+_ROLES = {TRAIN: "train", SELECTION: "val", VALIDATION: "test", PREDICT: "predict"}
 
 
 class GlueDataModule(L.LightningDataModule):
@@ -50,7 +51,8 @@ class GlueDataModule(L.LightningDataModule):
     train, unless ``selection`` says otherwise. ``predict`` goes through the test split.
 
     Args:
-        dataset: cola, sst2, mrpc, qqp, mnli, qnli or rte.
+        dataset: cola, sst2, mrpc, qqp, mnli, qnli or rte; or own, for labelled sentences of one's own in ``directory``
+            (``train.tsv`` and ``dev.tsv`` with columns ``sentence``, or ``sentence1`` and ``sentence2``, and ``label``).
         tokenizer: Name or directory of a Hugging Face model whose tokenizer is taken, or bytes (a token per byte).
         directory: Local directory to read instead of the hub: the task's folder, or the parent of one called like the task
             (``CoLA``). It has GLUE's official files (``train.tsv``, ``dev.tsv``, perhaps ``test.tsv``) or the hub's parquet
@@ -87,7 +89,6 @@ class GlueDataModule(L.LightningDataModule):
         synthetic: bool = False,
     ) -> None:
         super().__init__()
-        self.dataset, self._task = find_task(dataset)
         if tokenizer is None:
             raise ValueError("tokenizer is None; give the name or directory of a Hugging Face model, or bytes")
         require("max_length", max_length, max_length >= 8, "8 or more")
@@ -98,6 +99,12 @@ class GlueDataModule(L.LightningDataModule):
         require("seed", seed, seed >= 0, "0 or more")
         require("predict_split", predict_split, predict_split in (None, TEST, VALIDATION), "test, validation or null")
         require_one_origin(directory, synthetic)
+        if dataset == OWN:
+            if directory is None:
+                raise ValueError(f"dataset '{OWN}' needs directory, the folder of its train.tsv and dev.tsv")
+            self.dataset, self._task = OWN, own_task(Path(directory).expanduser())
+        else:
+            self.dataset, self._task = find_task(dataset)
 
         self.max_length = max_length
         self.batch_size = batch_size
@@ -163,27 +170,31 @@ class GlueDataModule(L.LightningDataModule):
             self._splits.clear()
             self._datasets.clear()
 
+    def datasets(self, part: str) -> dict[str, TextDataset]:
+        """After ``setup``: the sets of ``train``, ``selection``, ``validation`` or ``predict``; more than one for mnli."""
+        return self._datasets[part]
+
     def train_dataloader(self) -> DataLoader[dict[str, Any]]:
-        dataset = self._datasets[TRAIN][TRAIN]
+        dataset = self.datasets(TRAIN)[TRAIN]
         batch_size = self.batch_size * num_shares(self.trainer)
         # Seeded by the run, not by what a model has drawn before: all methods see the same order under the same seed.
         sampler = ShuffledSampler(dataset, run_seed(self.trainer), lengths=dataset.lengths, batch_size=batch_size)
         return self._loader(dataset, sampler=process_share(sampler, self.trainer), generator=sampler.generator)
 
     def val_dataloader(self) -> Any:
-        return self._evaluation_loaders(_SELECTION)
+        return self._evaluation_loaders(SELECTION)
 
     def test_dataloader(self) -> Any:
         return self._evaluation_loaders(VALIDATION)
 
     def predict_dataloader(self) -> Any:
-        return self._evaluation_loaders(_PREDICT)
+        return self._evaluation_loaders(PREDICT)
 
     def _evaluation_loaders(self, part: str) -> Any:
         """A loader, or a dict of loaders where there is more than one evaluation set."""
         loaders = {
             name: self._loader(dataset, sampler=evaluation_sampler(dataset, self.trainer))
-            for name, dataset in self._datasets[part].items()
+            for name, dataset in self.datasets(part).items()
         }
         return loaders if len(loaders) > 1 else next(iter(loaders.values()))
 
@@ -194,7 +205,7 @@ class GlueDataModule(L.LightningDataModule):
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
-            collate_fn=PadBatch(self._load_tokenizer().pad_token_id),
+            collate_fn=PadBatch(self.load_tokenizer().pad_token_id),
             **options,
         )
 
@@ -218,7 +229,8 @@ class GlueDataModule(L.LightningDataModule):
         write_tsv_files(folder, self._task)
         return folder
 
-    def _load_tokenizer(self) -> PreTrainedTokenizerBase:
+    def load_tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer, read once."""
         if self._tokenizer is None:
             tokenizer = load_tokenizer(self._tokenizer_name)
             check_max_length(self.max_length, tokenizer, self._tokenizer_name)
@@ -232,15 +244,15 @@ class GlueDataModule(L.LightningDataModule):
                 raise ValueError(f"{self.dataset} has no {split} split in {source.origin}; {source.missing(split)}")
             examples = source.load(split)
             cache = self._cache_directory or Path(datasets.config.HF_DATASETS_CACHE, "fourier_moe_tokens")
-            tokens = tokenize(examples, self._load_tokenizer(), self.max_length, cache)
+            tokens = tokenize(examples, self.load_tokenizer(), self.max_length, cache)
             self._splits[split] = replace(examples, sentences=()), tokens  # the text, hundreds of megabytes, is done with
         return self._splits[split]
 
     def _splits_of(self, part: str) -> dict[str, str]:
         """The splits that a part of the data is taken from, by the name of the evaluation set."""
-        if part == _SELECTION:
+        if part == SELECTION:
             part = self.selection
-        elif part == _PREDICT:
+        elif part == PREDICT:
             has_test = self._open().splits >= set(self._task.splits(TEST).values())
             part = self._predict_split or (TEST if has_test else VALIDATION)
         return self._task.splits(part)
@@ -251,7 +263,7 @@ class GlueDataModule(L.LightningDataModule):
         if split == TRAIN and self.selection == TRAIN:
             assert examples.labels is not None
             fraction = min(self.selection_fraction, MAX_SELECTION / len(examples))
-            indices = hold_out(examples.labels, fraction, self.seed)[part == _SELECTION]
+            indices = hold_out(examples.labels, fraction, self.seed)[part == SELECTION]
         return TextDataset(examples, tokens, indices)
 
     def _summary(self, parts: list[str]) -> str:
@@ -261,7 +273,8 @@ class GlueDataModule(L.LightningDataModule):
                 _ROLES[part] if name == split else f"{_ROLES[part]}/{name}",
                 split,
                 len(self._datasets[part][name]),
-                is_selection=part == _SELECTION,
+                is_selection=part == SELECTION,
+                owner="its own" if self.dataset == OWN else "GLUE's",
             )
             for part in parts
             for name, split in self._splits_of(part).items()

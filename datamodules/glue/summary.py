@@ -16,23 +16,25 @@ class SetSummary:
 
     Attributes:
         role: What it is for: train, val, test or predict, with the set's name where there is more than one.
-        split: The split of GLUE that it is from.
+        split: The split that it is from.
         size: Number of its examples.
         is_selection: Whether it decides on the best checkpoint.
+        owner: Whose splits they are.
     """
 
     role: str
     split: str
     size: int
     is_selection: bool
+    owner: str = "GLUE's"
 
     def __str__(self) -> str:
         if not self.is_selection:
-            origin = f"GLUE's {self.split.replace('_', ' ')} split"
+            origin = f"{self.owner} {self.split.replace('_', ' ')} split"
         elif self.split == TRAIN:
             origin = "held out of train"
         else:
-            origin = "GLUE's validation split, the one that is tested"
+            origin = f"{self.owner} validation split, the one that is tested"
         return f"{self.role} {self.size:,} ({origin})"
 
 

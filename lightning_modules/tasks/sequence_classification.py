@@ -22,6 +22,9 @@ _MODEL_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 class SequenceClassification(Task):
     """Classify sentences, or pairs of them, with a frozen encoder (RoBERTa, BERT) or decoder (LLaMA).
 
+    Of several tasks at once (a batch with `classes`, see GlueMixtureDataModule) each example is classified among the classes of
+    its own task, as with a head per task; metrics count a task's classes from 0.
+
     Args:
         model: name on the Hugging Face hub, or directory of a model.
         metrics: what is reported beside accuracy: `f1` (of class 1 if there are two classes, else the mean over the classes),
@@ -73,10 +76,15 @@ class SequenceClassification(Task):
         return model
 
     def forward(self, batch: Batch) -> Tensor:
-        """Logits (B, classes) in float32."""
+        """Logits (B, classes) in float32; -infinity for classes of other tasks than the example's."""
         assert self.model is not None, "build() comes first"
         inputs = {name: batch[name] for name in _MODEL_INPUTS if name in batch}
-        return self.model(**inputs).logits.float()
+        logits = self.model(**inputs).logits.float()
+        if "classes" not in batch:
+            return logits
+        classes = torch.arange(logits.shape[-1], device=logits.device)
+        first, end = batch["classes"].split(1, -1)
+        return logits.masked_fill((classes < first) | (classes >= end), -torch.inf)
 
     def loss(self, batch: Batch) -> Tensor:
         return F.cross_entropy(self(batch), batch["label"])
@@ -93,7 +101,8 @@ class SequenceClassification(Task):
     def evaluate(self, batch: Batch) -> Evaluation:
         logits = self(batch)
         loss = F.cross_entropy(logits, batch["label"], reduction="none")
-        return Evaluation({"preds": logits.argmax(-1), "target": batch["label"]}, loss)
+        first = batch["classes"][:, 0] if "classes" in batch else 0
+        return Evaluation({"preds": logits.argmax(-1) - first, "target": batch["label"] - first}, loss)
 
     def predict(self, batch: Batch) -> list[dict[str, Any]]:
         probabilities = self(batch).softmax(-1)

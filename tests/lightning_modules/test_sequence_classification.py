@@ -222,3 +222,28 @@ def test_pooler_that_the_files_lack_is_said(bert):
     without(bert, "pooler")
     with pytest.warns(UserWarning, match="its pooler is random and stays so"):
         load_sequence_classifier(str(bert), 2)
+
+
+def test_examples_of_several_tasks_choose_among_their_own_classes(bert):
+    task = SequenceClassification(str(bert), metrics=["matthews"])
+    task.build(5)
+    task.model.eval()
+    mixed = {**batch(), "classes": torch.tensor([[0, 2], [2, 5], [2, 5]]), "label": torch.tensor([1, 4, 2])}
+    logits = task(mixed)
+    assert torch.isfinite(logits).tolist() == [[True] * 2 + [False] * 3] + [[False] * 2 + [True] * 3] * 2
+    everything = task({key: value for key, value in mixed.items() if key != "classes"})
+    expected = torch.stack(
+        [-everything[0, :2].log_softmax(-1)[1], -everything[1, 2:].log_softmax(-1)[2], -everything[2, 2:].log_softmax(-1)[0]]
+    )
+    evaluation = task.evaluate(mixed)
+    torch.testing.assert_close(evaluation.loss, expected)
+    torch.testing.assert_close(task.loss(mixed), expected.mean())
+    assert evaluation.metric_inputs["target"].tolist() == [1, 2, 0]
+    assert evaluation.metric_inputs["preds"].tolist() == [
+        int(everything[0, :2].argmax()),
+        int(everything[1, 2:].argmax()),
+        int(everything[2, 2:].argmax()),
+    ]
+    rows = task.predict(mixed)
+    assert rows[0]["probabilities"][2:] == [0, 0, 0]
+    assert sum(rows[1]["probabilities"][2:]) == pytest.approx(1)

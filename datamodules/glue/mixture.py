@@ -1,0 +1,175 @@
+"""Several text classification tasks at once, through one model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from torch.utils.data import ConcatDataset, DataLoader
+
+from datamodules.arguments import require
+from datamodules.glue.data_module import PREDICT, SELECTION, GlueDataModule
+from datamodules.glue.dataset import PadBatch, TaskDataset
+from datamodules.glue.tasks import TRAIN, VALIDATION
+from datamodules.sampling import ShuffledSampler, evaluation_sampler, num_shares, process_share, run_seed
+
+
+@dataclass(frozen=True)
+class MixtureTask:
+    """One task of a mixture.
+
+    Args:
+        dataset: As for GlueDataModule (``own`` for sentences of one's own); None for what the task is called.
+        directory: As for GlueDataModule: local data instead of the hub's; None for the mixture's.
+        weight: How often each of its training examples comes in an epoch, on average.
+    """
+
+    dataset: str | None = None
+    directory: str | None = None
+    weight: float = 1.0
+
+
+class GlueMixtureDataModule(L.LightningDataModule):
+    """Several tasks of GLUE, or of one's own, trained together and tested one by one.
+
+    A batch is that of GlueDataModule with examples of all tasks: ``task`` names the task of each, ``label`` counts the classes
+    of all tasks one after the other, and ``classes`` int64 (B, 2) has the first class of an example's task and the one after
+    its last. ``SequenceClassification`` lets an example choose among its own task's classes only: one head per task.
+
+    Every task has evaluation sets of its own (``cola``; ``mnli/matched`` and ``mnli/mismatched``).
+
+    Args:
+        tasks: The tasks by name, in the order of their classes.
+        tokenizer: As for GlueDataModule, like all that follow.
+        directory: Local directory with a folder for every task that names no directory of its own; None for the hub.
+        max_length: Most tokens of an example; longer ones are cut.
+        batch_size: Examples a batch and process.
+        num_workers: Loading processes of each loader; 0 loads in the main process.
+        selection: What the validation loaders go through: train (a part held out of it) or validation (what is tested).
+        selection_fraction: Share of each task's train that is held out, at most 5,000 examples.
+        seed: Decides which examples are held out.
+        cache_directory: Where token ids are kept from run to run; None for the cache of the ``datasets`` library.
+        predict_split: test or validation; None for test where a task has one, else validation.
+        synthetic: Generate tiny data sets and read those. Not for ``own``.
+
+    Raises:
+        ValueError: An argument is invalid, or a directory holds nothing of its task.
+    """
+
+    def __init__(
+        self,
+        tasks: Mapping[str, MixtureTask],
+        tokenizer: str | None = None,
+        directory: str | None = None,
+        max_length: int = 128,
+        batch_size: int = 32,
+        num_workers: int = 0,
+        selection: Literal["train", "validation"] = "train",
+        selection_fraction: float = 0.1,
+        seed: int = 0,
+        cache_directory: str | None = None,
+        predict_split: Literal["test", "validation"] | None = None,
+        synthetic: bool = False,
+    ) -> None:
+        super().__init__()
+        if not tasks:
+            raise ValueError("tasks is empty; give one or more, such as {cola: {}, rte: {}}")
+        for name, task in tasks.items():
+            require(f"the weight of task '{name}'", task.weight, task.weight > 0, "positive")
+        self._tasks = {
+            name: GlueDataModule(
+                task.dataset or name,
+                tokenizer,
+                directory=task.directory or directory,
+                max_length=max_length,
+                batch_size=batch_size,
+                selection=selection,
+                selection_fraction=selection_fraction,
+                seed=seed,
+                cache_directory=cache_directory,
+                predict_split=predict_split,
+                synthetic=synthetic,
+            )
+            for name, task in tasks.items()
+        }
+        self._weights = {name: task.weight for name, task in tasks.items()}
+        self.batch_size, self.num_workers = batch_size, num_workers
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    @property
+    def class_names(self) -> list[str]:
+        """The classes of all tasks, one task after the other: ``cola/acceptable``."""
+        return [f"{name}/{class_name}" for name, task in self._tasks.items() for class_name in task.class_names]
+
+    def prepare_data(self) -> None:
+        for task in self._tasks.values():
+            task.trainer = self.trainer
+            task.prepare_data()
+
+    def setup(self, stage: str) -> None:
+        """Loads what the stage needs, once; errors as for GlueDataModule."""
+        for task in self._tasks.values():
+            task.trainer = self.trainer
+            task.setup(stage)
+
+    def teardown(self, stage: str) -> None:
+        for task in self._tasks.values():
+            task.teardown(stage)
+
+    def train_dataloader(self) -> DataLoader[dict[str, Any]]:
+        sets = self._sets(TRAIN)
+        lengths = [length for dataset in sets.values() for length in dataset.lengths]
+        weights = [self._weights[name] for name, dataset in sets.items() for _ in range(len(dataset))]
+        everything: ConcatDataset[dict[str, Any]] = ConcatDataset(sets.values())
+        sampler = ShuffledSampler(
+            everything,
+            run_seed(self.trainer),
+            lengths=lengths,
+            batch_size=self.batch_size * num_shares(self.trainer),
+            weights=weights,
+        )
+        return self._loader(everything, sampler=process_share(sampler, self.trainer), generator=sampler.generator)
+
+    def val_dataloader(self) -> dict[str, DataLoader[dict[str, Any]]]:
+        return self._evaluation_loaders(SELECTION)
+
+    def test_dataloader(self) -> dict[str, DataLoader[dict[str, Any]]]:
+        return self._evaluation_loaders(VALIDATION)
+
+    def predict_dataloader(self) -> dict[str, DataLoader[dict[str, Any]]]:
+        return self._evaluation_loaders(PREDICT)
+
+    def _sets(self, part: str) -> dict[str, TaskDataset]:
+        """A part of all tasks; a task's set has its name, with the set's own behind it if the task has several."""
+        sets, first_class = {}, 0
+        for name, task in self._tasks.items():
+            of_task = task.datasets(part)
+            for set_name, dataset in of_task.items():
+                full_name = name if len(of_task) == 1 else f"{name}/{set_name}"
+                sets[full_name] = TaskDataset(dataset, name, first_class, task.num_classes)
+            first_class += task.num_classes
+        return sets
+
+    def _evaluation_loaders(self, part: str) -> dict[str, DataLoader[dict[str, Any]]]:
+        return {
+            name: self._loader(dataset, sampler=evaluation_sampler(dataset, self.trainer))
+            for name, dataset in self._sets(part).items()
+        }
+
+    def _loader(self, dataset: Any, **options: Any) -> DataLoader[dict[str, Any]]:
+        tokenizer = next(iter(self._tasks.values())).load_tokenizer()
+        return DataLoader(
+            dataset,
+            batch_size=self.batch_size,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+            collate_fn=PadBatch(tokenizer.pad_token_id),
+            **options,
+        )
