@@ -1,0 +1,34 @@
+"""BoolQ's questions as labelled sentences of one's own: python examples/boolq_questions/convert.py LLM_ADAPTERS/boolq OUTPUT
+
+Reads train.json and test.json in LLM-Adapters' layout and writes train.tsv and dev.tsv for `dataset: own`. The passages are not
+in those files: a model answers from what it knows, which is little better than always "true".
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+
+QUESTION = re.compile(r"question: (.*?)\s*Answer format", re.DOTALL)
+
+
+def convert(source: Path, output: Path) -> None:
+    """Write both files; questions without a match are an error, not left out."""
+    output.mkdir(parents=True, exist_ok=True)
+    for read, written in (("train.json", "train.tsv"), ("test.json", "dev.tsv")):
+        lines = ["sentence\tlabel"]
+        for record in json.loads((source / read).read_text(encoding="utf-8")):
+            match = QUESTION.search(record["instruction"])
+            if match is None:
+                raise ValueError(f"{source / read}: no question in {record['instruction'][:60]!r}")
+            lines.append(f"{' '.join(match[1].split())}\t{record['answer']}")
+        (output / written).write_text("\n".join(lines) + "\n", encoding="utf-8")
+        print(f"{output / written}: {len(lines) - 1:,} questions")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit(__doc__)
+    convert(Path(sys.argv[1]), Path(sys.argv[2]))
