@@ -3,13 +3,32 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 
-from torch import nn
-
-from fourier_moe.inject import adapter_config, adapters, head_modules, is_adapted
+import torch
+from torch import Tensor, nn
 
 _SAMPLES, _VALUES = 8, 16  # parameters, and values of each: over whole matrices all initialisations look alike
 _TOLERANCE = 4e-3  # relative; rounding a backbone to bfloat16 changes a value by less than 2^-8
+_SMALLEST = 2**-24  # absolute; the step between float16's smallest numbers
+_PRECISIONS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # float8 is too coarse to be compared
+_ATTRIBUTE = "fourier_moe_backbone_fingerprint"
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """Root mean squares of a few values of every pretrained parameter that is not quantised, measured before training.
+
+    Attributes:
+        values: by the parameter's name before adaptation, of its first values; of an embedding also of those of its middle
+            row, as `name[row]`, since the first may be padding.
+        sample: the names that files keep: evenly spread over all, and over those that stay as they are when a model is
+            quantised (norms, biases, embeddings).
+    """
+
+    values: Mapping[str, float] = field(default_factory=dict)
+    sample: tuple[str, ...] = ()
 
 
 def backbone_name(model: nn.Module) -> str | None:
@@ -18,47 +37,82 @@ def backbone_name(model: nn.Module) -> str | None:
     return str(name) if name else None
 
 
-def backbone_fingerprint(model: nn.Module) -> dict[str, float]:
-    """Root mean squares of the first values of a few pretrained parameters, by the parameter's name before adaptation.
-
-    Sampled evenly over the model's floating-point parameters outside of head and adapters. Empty on the meta device, and
-    where the pretrained weights themselves are trained.
-    """
-    if is_adapted(model) and adapter_config(model).trains_backbone():
-        return {}
-    own: set[int] = set()
-    if is_adapted(model):
-        for adapter in adapters(model).values():
-            own.update(id(p) for group in adapter.parameter_groups().values() for p in group)
-        for module in head_modules(model, adapter_config(model)).values():
-            own.update(map(id, module.parameters()))
-    frozen = [
-        (name.replace(".base.", "."), parameter)
-        for name, parameter in model.named_parameters()
-        if id(parameter) not in own and parameter.is_floating_point() and not parameter.is_meta
-    ]
-    step = max(1, len(frozen) // _SAMPLES)
-    sample = sorted(frozen, key=lambda pair: pair[0])[::step]
-    return {name: float(parameter.detach().flatten()[:_VALUES].double().square().mean().sqrt()) for name, parameter in sample}
-
-
-def check_backbone(model: nn.Module, name: str | None, fingerprint: dict[str, float], source: str) -> None:
-    """Refuse what was trained on other weights than `model` has, whatever these are called.
+def measure_backbone(model: nn.Module, own: Collection[int] = ()) -> Fingerprint:
+    """Measure the weights as they are now. Empty on the meta device.
 
     Args:
+        own: ids of the parameters that are not the pretrained model's: those of adapters and head.
+    """
+    embeddings = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
+    values: dict[str, float] = {}
+    unquantised: list[str] = []
+    always: list[str] = []
+    for name, parameter in sorted(model.named_parameters(), key=lambda pair: pair[0]):
+        # A quantised weight is a subclass with a type of its own, or no floating-point number.
+        comparable = type(parameter) is nn.Parameter and parameter.dtype in _PRECISIONS
+        if id(parameter) in own or parameter.is_meta or not comparable:
+            continue
+        key = name.replace(".base.", ".")
+        values[key] = _root_mean_square(parameter)
+        if name in embeddings:
+            row = len(parameter) // 2
+            values[f"{key}[{row}]"] = _root_mean_square(parameter[row])
+            always += [key, f"{key}[{row}]"]
+        elif parameter.ndim != 2:
+            unquantised.append(key)
+    sample = {*_evenly([*values]), *_evenly(unquantised), *always}
+    return Fingerprint(values, tuple(name for name in values if name in sample))
+
+
+def keep_fingerprint(model: nn.Module, fingerprint: Fingerprint) -> None:
+    """Remember it on the model, whatever becomes of the weights. `inject` does; where the weights are on the meta device, hand
+    over what `kept_fingerprint` gives in the process that has them.
+    """
+    setattr(model, _ATTRIBUTE, fingerprint)
+
+
+def kept_fingerprint(model: nn.Module) -> Fingerprint:
+    """What `inject` measured, empty if the model is not adapted."""
+    return getattr(model, _ATTRIBUTE, Fingerprint())
+
+
+def backbone_fingerprint(model: nn.Module) -> dict[str, float]:
+    """The part of the kept fingerprint that goes into files.
+
+    Empty on the meta device, and where the pretrained weights themselves are trained.
+    """
+    kept = kept_fingerprint(model)
+    return {name: kept.values[name] for name in kept.sample}
+
+
+def check_backbone(model: nn.Module, name: str | None, fingerprint: Mapping[str, float], source: str) -> None:
+    """Refuse what was trained on other weights than `model` has, whatever these are called.
+
+    Parameters that only one of the two has unquantised are not compared. Where nothing can be compared, or only constants of
+    initialisation, names must be equal.
+
+    Args:
+        model: an adapted model.
         name: backbone name that was stored with the adapter.
-        fingerprint: fingerprint that was stored with it; where it cannot be compared, names must be equal.
+        fingerprint: `backbone_fingerprint` that was stored with it.
         source: what it was stored in, for the message.
 
     Raises:
         ValueError: naming both backbones.
     """
-    present = backbone_fingerprint(model)
-    common = present.keys() & fingerprint.keys()
-    if common:
-        same = all(math.isclose(present[key], fingerprint[key], rel_tol=_TOLERANCE, abs_tol=1e-12) for key in common)
-    else:
-        same = None in (name, backbone_name(model)) or name == backbone_name(model)
+    present, present_name = kept_fingerprint(model).values, backbone_name(model)
+    common = [key for key in fingerprint if key in present]
+    same = all(math.isclose(present[key], fingerprint[key], rel_tol=_TOLERANCE, abs_tol=_SMALLEST) for key in common)
+    if all(fingerprint[key] in (0.0, 1.0) for key in common):
+        same = same and (None in (name, present_name) or name == present_name)
     if not same:
-        weights = "whose weights are others" if name == backbone_name(model) else f"this model is {backbone_name(model)!r}"
+        weights = "whose weights are others" if name == present_name else f"this model is {present_name!r}"
         raise ValueError(f"{source} was trained on backbone {name!r}, {weights}; load the same pretrained weights")
+
+
+def _root_mean_square(tensor: Tensor) -> float:
+    return float(tensor.detach().flatten()[:_VALUES].double().square().mean().sqrt())
+
+
+def _evenly(names: list[str]) -> list[str]:
+    return names[:: max(1, math.ceil(len(names) / _SAMPLES))]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fourier_moe.adapter import Adapter, projection_shape
 from fourier_moe.attention import FUSED_PROJECTIONS, is_fused_attention, split_attention
+from fourier_moe.backbone import Fingerprint, keep_fingerprint, measure_backbone
 from fourier_moe.config import AdapterConfig, ProjectionAdapterConfig
 from fourier_moe.undo import unchanged_on_error
 
@@ -78,6 +79,8 @@ def inject(model: nn.Module, config: AdapterConfig) -> InjectionReport:
             v_proj and out_proj where a target names one of these.
         config: for example `FourierMoEConfig(targets=["q_proj", "v_proj"], num_coefficients=3008)`.
 
+    The weights are measured before anything becomes of them: see `kept_fingerprint` in backbone.py.
+
     Returns:
         A report that prints as a table.
 
@@ -92,6 +95,7 @@ def inject(model: nn.Module, config: AdapterConfig) -> InjectionReport:
         if report.total == 0:
             raise ValueError(f"{type(config).__name__} would train nothing of this model; name a head, or another method")
     setattr(model, _CONFIG_ATTRIBUTE, config)
+    keep_fingerprint(model, Fingerprint() if config.trains_backbone() else measure_backbone(model, _own(model, config)))
     return report
 
 
@@ -134,6 +138,14 @@ def head_modules(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Module
     modules = {name: module for name, module in model.named_modules() if name and not name.startswith(inside)}
     matches = _match(config.head, modules, "head", by_suffix=False)
     return {name: modules[name] for name in modules if name in matches}
+
+
+def _own(model: nn.Module, config: AdapterConfig) -> set[int]:
+    """Ids of the parameters that are not the pretrained model's: of the adapters around their bases, and of the head."""
+    own: set[int] = set()
+    for adapter in adapters(model).values():
+        own |= {id(p) for p in adapter.parameters()} - {id(p) for p in adapter.base.parameters()}
+    return own | {id(p) for module in head_modules(model, config).values() for p in module.parameters()}
 
 
 def replace_targets(model: nn.Module, config: ProjectionAdapterConfig) -> InjectionReport:

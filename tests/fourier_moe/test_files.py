@@ -20,7 +20,6 @@ from fourier_moe import (
     save_adapter,
 )
 from fourier_moe import experts as experts_module
-from fourier_moe.backbone import backbone_fingerprint, check_backbone
 from fourier_moe.inject import is_adapted
 
 TENSORS, DESCRIPTION = "adapter.safetensors", "adapter.json"
@@ -252,55 +251,6 @@ def test_fine_tuned_backbone_is_another_backbone(saved_with_name):
             parameter.mul_(1 + 0.05 * torch.randn(parameter.shape, generator=generator))
     with pytest.raises(ValueError, match="whose weights are others"):
         load_adapter(model, saved_with_name)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_backbone_in_another_precision_is_the_same_backbone(saved_with_name, dtype):
-    model = backbone("clip/a").to(dtype)
-    load_adapter(model, saved_with_name)
-    assert len(adapters(model)) == 4
-
-
-def test_constant_parameters_may_be_rounded_to_bfloat16(tmp_path):
-    """1 + 2^-8 lies as far from its neighbours in bfloat16 as a number can; in a constant parameter nothing averages it out."""
-    models = [Transformer() for _ in range(2)]
-    for model in models:
-        for block in model.layers:
-            nn.init.constant_(block.norm.weight, 1 + 2**-8)
-            nn.init.constant_(block.norm.bias, 1 + 2**-8)
-    inject(models[0], config())
-    load_adapter(models[1].to(torch.bfloat16), save_adapter(models[0], tmp_path))
-
-
-def test_large_matrices_of_another_initialisation_are_another_backbone():
-    """Over a whole matrix of this size the root mean squares of two initialisations are equal to 0.1 %."""
-
-    def model(seed):
-        torch.manual_seed(seed)
-        return nn.ModuleDict({f"q_proj_{i}": nn.Linear(768, 768, bias=False) for i in range(4)})
-
-    prints = []
-    for seed in (0, 1):
-        prints.append(backbone_fingerprint(model(seed)))
-    assert prints[0].keys() == prints[1].keys() != set()
-    check_backbone(model(0), "x", prints[0], "adapter")
-    with pytest.raises(ValueError, match="adapter was trained on backbone 'x'"):
-        check_backbone(model(0), "x", prints[1], "adapter")
-
-
-def test_fingerprint_is_that_of_the_pretrained_weights_alone():
-    model = Transformer()
-    inject(model, config(head=["classifier"]))
-    before = backbone_fingerprint(model)
-    assert before
-    assert not any("classifier" in name or ".base." in name or "experts" in name for name in before)
-    assert before.keys() <= {name for name, _ in Transformer().named_parameters()}
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(1)
-    assert backbone_fingerprint(model) == before
-    assert backbone_fingerprint(Transformer().to("meta")) == {}
 
 
 def test_full_fine_tuning_has_no_frozen_weights_to_compare_and_goes_by_the_name(tmp_path):
