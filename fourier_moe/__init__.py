@@ -7,6 +7,7 @@ load_adapter(fresh_model, "adapter")
 """
 
 from fourier_moe.adapter import Adapter
+from fourier_moe.adapter_format import AdapterDescription
 from fourier_moe.analysis import ExpertSpectra
 from fourier_moe.baselines import (
     DoRAConfig,
@@ -20,18 +21,14 @@ from fourier_moe.baselines import (
 )
 from fourier_moe.config import AdapterConfig, FourierMoEConfig, ProjectionAdapterConfig
 from fourier_moe.experts import SpectralExperts
-from fourier_moe.files import (
-    AdapterDescription,
-    adapter_state_dict,
-    describe_adapter,
-    load_adapter,
-    save_adapter,
-)
+from fourier_moe.files import adapter_state_dict, describe_adapter, load_adapter, save_adapter
+from fourier_moe.hub import push_adapter
 from fourier_moe.inject import InjectionReport, adapters, balance_loss, inject
 from fourier_moe.linear import FourierMoELinear
 from fourier_moe.router import Routing, TopKRouter, recording, routers
 from fourier_moe.router_statistics import RouterStatistics
 from fourier_moe.statistics_reader import StatisticsReader
+from fourier_moe.version import __version__
 
 __all__ = [
     "Adapter",
@@ -55,12 +52,14 @@ __all__ = [
     "SpectralExperts",
     "StatisticsReader",
     "TopKRouter",
+    "__version__",
     "adapter_state_dict",
     "adapters",
     "balance_loss",
     "describe_adapter",
     "inject",
     "load_adapter",
+    "push_adapter",
     "recording",
     "routers",
     "save_adapter",

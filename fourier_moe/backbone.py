@@ -37,6 +37,11 @@ def backbone_name(model: nn.Module) -> str | None:
     return str(name) if name else None
 
 
+def backbone_revision(model: nn.Module) -> str | None:
+    """The commit that transformers fetched the model from on the Hugging Face hub; None if it came from elsewhere."""
+    return getattr(getattr(model, "config", None), "_commit_hash", None)
+
+
 def measure_backbone(model: nn.Module, own: Collection[int] = ()) -> Fingerprint:
     """Measure the weights as they are now. Empty on the meta device.
 

@@ -1,45 +1,22 @@
-"""Adapter files: a directory of adapter.safetensors (what was trained, and the positions) and adapter.json (what it is)."""
+"""Adapter files: what was trained, and the positions, in a directory that is also a repository of the Hugging Face hub."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import load as parse_safetensors
-from safetensors.torch import save as serialize_safetensors
+import torch.distributed
 from torch import Tensor, nn
 
-from fourier_moe.backbone import backbone_fingerprint, backbone_name, check_backbone
+from fourier_moe.adapter_format import CARD, DESCRIPTION, TENSORS, AdapterDescription, encode, has_version_1, read, tensors
+from fourier_moe.backbone import backbone_fingerprint, backbone_name, backbone_revision, check_backbone
 from fourier_moe.config import AdapterConfig
+from fourier_moe.file_writing import FileParts, replace_files
+from fourier_moe.hub import local_directory
 from fourier_moe.inject import adapter_config, adapters, count_parameters, head_modules, inject, is_adapted
+from fourier_moe.model_card import is_edited, loading_code, model_card
 from fourier_moe.undo import unchanged_on_error
-
-FORMAT_VERSION = 1
-_TENSORS, _DESCRIPTION = "adapter.safetensors", "adapter.json"
-
-
-@dataclass(frozen=True)
-class AdapterDescription:
-    """What adapter.json says.
-
-    Attributes:
-        config: how the model was adapted.
-        backbone: name of the pretrained model, None where it had none.
-        fingerprint: see `backbone_fingerprint`.
-        class_names: label names in the order of the head's outputs, or None.
-        metrics: results at the time of saving.
-    """
-
-    config: AdapterConfig
-    backbone: str | None = None
-    fingerprint: dict[str, float] = field(default_factory=dict)
-    class_names: list[str] | None = None
-    metrics: dict[str, float] = field(default_factory=dict)
 
 
 def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -68,18 +45,25 @@ def save_adapter(
     *,
     class_names: Sequence[str] | None = None,
     metrics: Mapping[str, float] | None = None,
+    task: Mapping[str, str | None] | None = None,
+    code: str | None = None,
 ) -> Path:
     """Write the adapter of `model` to `directory` (made if missing; an adapter in it is replaced).
+
+    An interruption at any moment leaves the old adapter or the new one. Of several processes the first one writes.
 
     Args:
         class_names: label names in the order of the head's outputs.
         metrics: results to keep beside the adapter.
+        task: what trained it; see AdapterDescription.
+        code: Python that makes the pretrained model as `model`, for the model card.
 
     Returns:
         The directory.
 
     Raises:
         ValueError: if the model is not adapted, or the adapter holds values that are not finite.
+        OSError: with the path, if it cannot be written; the old adapter is kept.
     """
     config = adapter_config(model)
     state: dict[str, Tensor] = {}
@@ -93,59 +77,80 @@ def save_adapter(
     broken = [key for key, value in state.items() if value.is_floating_point() and not value.isfinite().all()]
     if broken:
         raise ValueError(f"the adapter holds NaN or infinity in {', '.join(broken[:3])}; it is not saved")
-    tensors = serialize_safetensors(state)
-    description = {
-        "format": "fourier_moe adapter",
-        "format_version": FORMAT_VERSION,
-        "backbone": backbone_name(model),
-        "backbone_fingerprint": backbone_fingerprint(model),
-        "config": config.to_dict(),
-        "class_names": None if class_names is None else list(class_names),
-        "metrics": dict(metrics or {}),
-        "trained_parameters": count_parameters(model, config).trained,
-        "sha256": hashlib.sha256(tensors).hexdigest(),
-    }
-    text = json.dumps(description, indent=2, ensure_ascii=False) + "\n"  # before the first write: it may fail
+    description = AdapterDescription(
+        config,
+        backbone_name(model),
+        backbone_fingerprint(model),
+        None if class_names is None else list(class_names),
+        dict(metrics or {}),
+        backbone_revision(model),
+        dict(task or {}),
+        count_parameters(model, config).trained,
+    )
     directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    _write(directory / _TENSORS, tensors)
-    _write(directory / _DESCRIPTION, text.encode())
+    if torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
+        return directory
+    data, text = encode(description, state)
+    files: dict[str, FileParts] = {TENSORS: data, DESCRIPTION: [text]}
+    if not is_edited(directory / CARD):
+        files[CARD] = [model_card(description, code or loading_code(model)).encode()]
+    # The old copy of the description would not fit the new tensors; version 1 needs it until then.
+    replace_files(directory, files, remove_first=() if has_version_1(directory) else (DESCRIPTION,))
     return directory
 
 
-def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> AdapterDescription:
-    """Put the adapter in `directory` on `model`: inject as its config says (unless it is so already) and load what was trained.
+def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> AdapterDescription:
+    """Put an adapter on `model`: inject as its config says (unless it is so already) and load what was trained.
 
     Args:
         model: the same pretrained model, fresh or adapted with the same config.
+        path: the directory that `save_adapter` wrote, or `hf://owner/name[@revision]` on the Hugging Face hub.
 
     Raises:
-        ValueError: if the directory holds no adapter, a damaged one, or one for another backbone, shape or config.
+        ValueError: if there is no adapter, a damaged one, or one for another backbone, shape or config.
     """
-    description, state = _read(Path(directory))
-    source = f"adapter {directory}"
+    directory = local_directory(path)
+    description, data = read(directory)
+    state = tensors(data, directory)
     with unchanged_on_error(model):
         if not is_adapted(model):
             inject(model, description.config)
-        difference = adapter_config(model).difference(description.config)
-        if difference:
-            raise ValueError(f"{source} does not fit this model: file and model differ in {difference}")
-        _check_fit(state, adapter_state_dict(model), source)
-        check_backbone(model, description.backbone, description.fingerprint, source)
+        check_fit(model, f"adapter {path}", state, description.config, description.backbone, description.fingerprint)
     model.load_state_dict(state, strict=False)
     return description
 
 
-def describe_adapter(directory: str | os.PathLike[str]) -> AdapterDescription:
-    """Read adapter.json without loading tensors or needing a model.
+def describe_adapter(path: str | os.PathLike[str]) -> AdapterDescription:
+    """What an adapter says of itself; no model is needed. `path` as in `load_adapter`.
 
     Raises:
-        ValueError: if the directory holds no adapter, or one of a newer format.
+        ValueError: if there is no adapter, a damaged one, or one of a newer format.
     """
-    return _parse_description(Path(directory))[0]
+    return read(local_directory(path))[0]
 
 
-def _check_fit(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], source: str) -> None:
+def check_fit(
+    model: nn.Module,
+    source: str,
+    state: Mapping[str, Tensor],
+    config: AdapterConfig,
+    backbone: str | None,
+    fingerprint: Mapping[str, float],
+) -> None:
+    """Refuse what was trained on another model, or in another way, than the adapted `model`.
+
+    Args:
+        source: what it was stored in, for the message.
+        state: the stored tensors, by their names in `adapter_state_dict`.
+        config: stored with them, as are the name and fingerprint of the backbone.
+
+    Raises:
+        ValueError: naming what differs.
+    """
+    difference = adapter_config(model).difference(config)
+    if difference:
+        raise ValueError(f"{source} does not fit this model: file and model differ in {difference}")
+    expected = adapter_state_dict(model)
     problems = [f"missing {key}" for key in expected if key not in state]
     problems += [f"unexpected {key}" for key in state if key not in expected]
     problems += [
@@ -156,46 +161,4 @@ def _check_fit(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], sour
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise ValueError(f"{source} does not fit this model: {'; '.join(problems[:5])}{more}")
-
-
-def _read(directory: Path) -> tuple[AdapterDescription, dict[str, Tensor]]:
-    description, checksum = _parse_description(directory)
-    try:
-        data = (directory / _TENSORS).read_bytes()
-    except FileNotFoundError as error:
-        raise ValueError(f"{directory} has no {_TENSORS}; the adapter is incomplete") from error
-    if hashlib.sha256(data).hexdigest() != checksum:
-        raise ValueError(f"{directory / _TENSORS} is damaged: its checksum differs from the one in {_DESCRIPTION}")
-    try:
-        return description, parse_safetensors(data)
-    except SafetensorError as error:
-        raise ValueError(f"{directory / _TENSORS} is no valid safetensors file: {error}") from error
-
-
-def _parse_description(directory: Path) -> tuple[AdapterDescription, str]:
-    path = directory / _DESCRIPTION
-    if not path.is_file():
-        raise ValueError(f"no adapter in {directory}: {_DESCRIPTION} not found; give the directory that save_adapter wrote")
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-        version, checksum = raw["format_version"], raw["sha256"]
-        if version > FORMAT_VERSION:
-            raise ValueError(
-                f"format_version {version} is newer than this package reads ({FORMAT_VERSION}); upgrade fourier_moe"
-            )
-        config = AdapterConfig.from_dict(raw["config"])
-        return AdapterDescription(
-            config, raw["backbone"], raw["backbone_fingerprint"], raw["class_names"], raw["metrics"]
-        ), checksum
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read as an adapter description: {error}") from error
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Write to a neighbour first, so that an interruption leaves the old file or the new one, never half of one."""
-    temporary = path.with_name(path.name + ".part")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    check_backbone(model, backbone, fingerprint, source)

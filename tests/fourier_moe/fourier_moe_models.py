@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fourier_moe import FourierMoEConfig
+from fourier_moe import AdapterConfig, FourierMoEConfig, inject
 
 
 def config(**changes: Any) -> FourierMoEConfig:
@@ -48,3 +48,19 @@ class Transformer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.classifier(self.norm(self.layers(x).mean(1)))
+
+
+def tokens(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+
+
+def trained(settings: AdapterConfig | None = None, **changes: Any) -> Transformer:
+    """An adapted model whose trained parameters and head are random."""
+    model = Transformer()
+    inject(model, settings or config(head=["classifier"], **changes))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(0, 0.3, generator=generator)
+    return model.eval()
