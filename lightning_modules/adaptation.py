@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
@@ -21,9 +22,13 @@ from fourier_moe import (
     inject,
     load_adapter,
     recording,
+    save_adapter,
 )
-from fourier_moe.backbone import backbone_fingerprint, backbone_name, check_backbone
+from fourier_moe.backbone import backbone_fingerprint, backbone_name
+from fourier_moe.files import check_fit
+from fourier_moe.hub import local_directory
 from fourier_moe.inject import adapter_config
+from lightning_modules.building_code import building_code
 from lightning_modules.evaluation_sets import EvaluationSets, each_loader, num_own, set_names
 from lightning_modules.optimization import Optimization
 from lightning_modules.tasks import Task
@@ -39,7 +44,8 @@ class AdaptationModule(L.LightningModule):
         adapter: how it is adapted.
         optimization: learning rates by kind of parameters, and their schedule. Not needed to validate, test or predict.
         num_classes: outputs of the head; the command line takes it from the data.
-        adapter_path: directory of a saved adapter to start from (fit) or to use (validate, test, predict).
+        adapter_path: saved adapter to start from (fit) or to use (validate, test, predict): its directory, or
+            `hf://owner/name[@revision]` on the Hugging Face hub.
 
     Raises:
         ValueError: if adapter_path holds no adapter.
@@ -65,7 +71,8 @@ class AdaptationModule(L.LightningModule):
         self.val_sets: EvaluationSets | None = None
         self.test_sets: EvaluationSets | None = None
         self._untrained = False
-        self._stored: AdapterDescription | None = describe_adapter(adapter_path) if adapter_path else None
+        self._adapter_directory = local_directory(adapter_path) if adapter_path else None
+        self._stored: AdapterDescription | None = describe_adapter(self._adapter_directory) if self._adapter_directory else None
 
     @property
     def model(self) -> nn.Module:
@@ -90,8 +97,8 @@ class AdaptationModule(L.LightningModule):
         num_classes = len(self.class_names) if self.class_names else self.num_classes
         model = self.task.build(num_classes, self.class_names)
         self.report = inject(model, dataclasses.replace(self.adapter, head=self.task.head_names))
-        if self.adapter_path:
-            load_adapter(model, self.adapter_path)
+        if self._adapter_directory:
+            load_adapter(model, self._adapter_directory)
         self._untrained = not (self.adapter_path or self.task.works_untrained)
         rank_zero_info(f"\n{backbone_name(model)}, {type(self.adapter).__name__}\n{self.report}\n")
 
@@ -190,6 +197,18 @@ class AdaptationModule(L.LightningModule):
         scheduler = self.optimization.build_scheduler(optimizer, int(num_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
+    def save_adapter(self, directory: Path, metrics: Mapping[str, float]) -> None:
+        """Write the adapter, and what a user of it needs to know of this run; see `fourier_moe.save_adapter`."""
+        data = getattr(self._trainer, "datamodule", None)
+        task = {
+            "class": type(self.task).__name__,
+            "pipeline_tag": self.task.pipeline_tag,
+            "main_metric": self.task.main_metric,
+            "data": getattr(data, "dataset", None) or (type(data).__name__ if data is not None else None),
+        }
+        code = building_code(self.task, self.num_classes, self.class_names)
+        save_adapter(self.model, directory, class_names=self.class_names, metrics=metrics, task=task, code=code)
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what is trained, drop the frozen model, remember what it belongs to."""
         trained = {f"task.model.{key}" for key in adapter_state_dict(self.model)}
@@ -210,16 +229,10 @@ class AdaptationModule(L.LightningModule):
         if "adaptation" not in checkpoint:
             raise ValueError("the checkpoint was not written by AdaptationModule")
         stored = checkpoint["adaptation"]
-        check_backbone(self.model, stored["backbone"], stored["backbone_fingerprint"], "the checkpoint")
         self.class_names = _agree("the checkpoint", stored["class_names"], "this run", self.class_names)
-        difference = adapter_config(self.model).difference(AdapterConfig.from_dict(stored["adapter"]))
-        if difference:
-            raise ValueError(f"checkpoint and this run's adapter differ in {difference}")
-        trained = {f"task.model.{key}": tensor for key, tensor in adapter_state_dict(self.model).items()}
-        loaded = checkpoint["state_dict"]
-        wrong = [key for key, tensor in trained.items() if key not in loaded or loaded[key].shape != tensor.shape]
-        if wrong:
-            raise ValueError(f"the checkpoint lacks or has another shape of {', '.join(wrong[:3])}; it belongs to another run")
+        state = {key.removeprefix("task.model."): tensor for key, tensor in checkpoint["state_dict"].items()}
+        config = AdapterConfig.from_dict(stored["adapter"])
+        check_fit(self.model, "the checkpoint", state, config, stored["backbone"], stored["backbone_fingerprint"])
         self._untrained = False
         if self.optimization is not None:
             self.optimization.override(checkpoint)

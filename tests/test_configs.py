@@ -110,7 +110,7 @@ def test_smoke_overlay_fits_and_the_adapter_file_alone_tests_and_predicts(run, p
     assert list(directory.glob("events.out.tfevents.*"))
     assert (directory / "checkpoints/last.ckpt").is_file()
     for name in ("adapter", "adapter_last"):
-        assert {file.name for file in (directory / name).iterdir()} == {"adapter.json", "adapter.safetensors"}
+        assert {file.name for file in (directory / name).iterdir()} == {"adapter.json", "adapter.safetensors", "README.md"}
 
     use = (*words, "--model.adapter_path", str(directory / "adapter"))
     accuracy = run("test", *use).trainer.callback_metrics["test/accuracy"]

@@ -176,7 +176,7 @@ def test_error_of_ours_is_a_mistake_of_the_user_through_whatever_was_raised_from
 
 
 def test_error_that_ours_was_raised_from_is_not_the_one_shown(tmp_path):
-    (tmp_path / "adapter.json").write_text("{")
+    (tmp_path / "adapter.safetensors").write_bytes(b"\1" + bytes(7) + b"{")
     error = caught(describe_adapter, tmp_path)
     assert isinstance(error.__cause__, json.JSONDecodeError)
     assert user_mistake(error) is error
@@ -193,7 +193,7 @@ def test_missing_adapter_is_one_line_and_no_traceback_in_the_real_process(tmp_pa
     assert done.returncode == 1
     assert "Traceback" not in done.stderr + done.stdout
     last_line = done.stderr.strip().splitlines()[-1]
-    assert last_line.startswith(f"error: no adapter in {tmp_path / 'nowhere'}: adapter.json not found")
+    assert last_line.startswith(f"error: no adapter in {tmp_path / 'nowhere'}: adapter.safetensors not found")
 
 
 # ---------------------------------------------------------------- what is trained

@@ -8,7 +8,6 @@ from typing import Any, Literal
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_info
 
-from fourier_moe import save_adapter
 from lightning_modules.adaptation import AdaptationModule
 from lightning_modules.callbacks.run_directory import run_directory
 
@@ -16,7 +15,8 @@ from lightning_modules.callbacks.run_directory import run_directory
 class AdapterCheckpoint(L.Callback):
     """Write the adapter to `<run directory>/adapter` whenever validation improves, and to `adapter_last` beside it at the end.
 
-    At the end the values of both are said.
+    At the end the values of both are said. Where one cannot be written, or holds NaN, the run ends with the step and the cause,
+    and the one before is kept.
 
     Without validation only `adapter_last` is written, with fast_dev_run nothing. A run that resumes in another directory starts
     its own record, as ModelCheckpoint does.
@@ -77,9 +77,9 @@ class AdapterCheckpoint(L.Callback):
             logged = trainer.callback_metrics.items()
             metrics = {key: float(value) for key, value in logged if key.startswith(("train/", "val/"))}
             try:
-                save_adapter(pl_module.model, directory, class_names=pl_module.class_names, metrics=metrics)
-            except ValueError as error:
-                problem = str(error)
+                pl_module.save_adapter(directory, metrics)
+            except (ValueError, OSError) as error:
+                problem = f"the adapter of step {trainer.global_step} was not written: {error}"
         problem = trainer.strategy.broadcast(problem)  # all ranks stop, not one while the others wait for it
         if problem:
             raise ValueError(problem)

@@ -42,12 +42,14 @@ class Task(nn.Module, ABC):
     Attributes:
         head_names: modules in `model` that are trained in full, beside the adapters; known after `build`.
         main_metric: the metric that progress bars and tables show.
+        pipeline_tag: what the Hugging Face hub calls this kind of task.
         model: None until `build`.
         split: `val`, `test` or `predict`, what is being read now; a task may do less in validation.
     """
 
     head_names: tuple[str, ...] = ()
     main_metric: ClassVar[str]
+    pipeline_tag: ClassVar[str | None] = None
 
     def __init__(self) -> None:
         super().__init__()
@@ -62,6 +64,10 @@ class Task(nn.Module, ABC):
     @abstractmethod
     def build(self, num_classes: int | None, class_names: Sequence[str] | None = None) -> nn.Module:
         """Load the pretrained model, add the head, keep the result as `model` and return it."""
+
+    def arguments(self) -> dict[str, Any] | None:
+        """The constructor's arguments that make `model` what it is, for model cards; None leaves them out of it."""
+        return None
 
     def check(self, loaders: Sequence[Any]) -> None:
         """Before anything is read of this split's sets, one loader each.

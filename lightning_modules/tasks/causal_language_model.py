@@ -47,6 +47,7 @@ class CausalLanguageModel(Task):
     """
 
     main_metric = "accuracy"
+    pipeline_tag = "text-generation"
 
     def __init__(
         self,
@@ -70,6 +71,9 @@ class CausalLanguageModel(Task):
     @property
     def works_untrained(self) -> bool:
         return True
+
+    def arguments(self) -> dict[str, Any]:
+        return {"model": self.model_name, "dtype": self.dtype, "tiny": self.tiny}
 
     def build(self, num_classes: int | None = None, class_names: Sequence[str] | None = None) -> PreTrainedModel:
         """Load the model and its tokenizer; see Task.

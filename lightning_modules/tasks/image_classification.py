@@ -69,6 +69,7 @@ class ImageClassification(Task):
 
     head_names = ("head",)
     main_metric = "accuracy"
+    pipeline_tag = "image-classification"
 
     def __init__(
         self,
@@ -120,6 +121,11 @@ class ImageClassification(Task):
         weights = "tiny" if self.tiny else Path(self.pretrained).name if self.pretrained else "untrained"
         self.model = ImageClassifier(backbone, head, f"{Path(self.model_name).stem}/{weights}")
         return self.model
+
+    def arguments(self) -> dict[str, Any]:
+        prompts = {"templates": self.templates} if self.head_kind == "zero_shot" else {}
+        names = {"model": self.model_name, "pretrained": self.pretrained, "head": self.head_kind}
+        return {**names, **prompts, "image_size": self.image_size, "tiny": self.tiny}
 
     @torch.no_grad()
     def _zero_shot_head(self, clip: Any, class_names: Sequence[str]) -> CosineHead:

@@ -37,6 +37,7 @@ class SequenceClassification(Task):
     """
 
     main_metric = "accuracy"
+    pipeline_tag = "text-classification"
 
     def __init__(
         self,
@@ -53,6 +54,9 @@ class SequenceClassification(Task):
         self.model_name, self.dtype, self.tiny = model, dtype, tiny
         self.metric_names = dict.fromkeys(["accuracy", *metrics])
         self.num_classes = 0
+
+    def arguments(self) -> dict[str, Any]:
+        return {"model": self.model_name, "dtype": self.dtype, "tiny": self.tiny}
 
     def build(self, num_classes: int | None, class_names: Sequence[str] | None = None) -> PreTrainedModel:
         """Load the model with a new head; see Task.

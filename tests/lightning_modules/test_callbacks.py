@@ -1,6 +1,8 @@
 """AdapterCheckpoint and PredictionsWriter."""
 
 import csv
+import errno
+import os
 
 import lightning as L
 import pytest
@@ -91,6 +93,53 @@ def test_closing_line_says_the_best_value_and_that_of_the_last_weights(tmp_path,
     caplog.clear()
     fit(tmp_path, 0.25, 0.75, check_val_every_n_epoch=1, max_steps=5)  # stopped two steps after the last validation
     assert f"best val/score 0.2500: {tmp_path / 'adapter'}; last, not validated: {tmp_path / 'adapter_last'}" in caplog.text
+
+
+class Spoil(L.Callback):
+    """Makes the trained parameters NaN at the end of an epoch, after its validation."""
+
+    def __init__(self, epoch):
+        self.epoch = epoch
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        if trainer.current_epoch == self.epoch:
+            with torch.no_grad():
+                for parameter in pl_module.parameters():
+                    if parameter.requires_grad:
+                        parameter.fill_(torch.nan)
+
+
+def test_adapter_with_nan_is_refused_with_its_step_and_the_last_good_one_stays(tmp_path):
+    trainer = token_trainer(tmp_path, Score(0.5, 0.75), Spoil(0), AdapterCheckpoint("val/score"), max_epochs=2)
+    with pytest.raises(ValueError, match=r"the adapter of step 6 was not written: the adapter holds NaN or infinity in"):
+        trainer.fit(token_module(), TokenData())
+    assert score(tmp_path) == 0.5
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith("adapter")] == ["adapter"]
+
+
+def test_full_disk_ends_the_run_with_step_and_file_and_the_last_good_one_stays(tmp_path, monkeypatch):
+    fsync, calls = os.fsync, []
+
+    def full(descriptor):
+        calls.append(descriptor)
+        if len(calls) > 3:  # the three files of the first adapter
+            raise OSError(errno.ENOSPC, "No space left on device")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    trainer = token_trainer(tmp_path, Score(0.5, 0.75), AdapterCheckpoint("val/score"), max_epochs=2)
+    with pytest.raises(
+        ValueError, match=r"the adapter of step 6 was not written: .*No space left on device; .*adapter.safetens"
+    ):
+        trainer.fit(token_module(), TokenData())
+    assert score(tmp_path) == 0.5
+    assert not list(tmp_path.rglob("*.part"))
+
+
+def test_adapter_file_says_what_trained_it(tmp_path):
+    fit(tmp_path, 0.5)
+    task = describe_adapter(tmp_path / "adapter").task
+    assert task == {"class": "TokenTask", "pipeline_tag": None, "main_metric": "accuracy", "data": "TokenData"}
 
 
 def test_mode_that_is_neither_is_an_error():
