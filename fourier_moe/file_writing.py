@@ -22,23 +22,28 @@ def replace_files(directory: Path, files: Mapping[str, FileParts], *, remove_fir
         OSError: with the path, if something cannot be written; what was being written is removed.
     """
     temporary = {directory / name: directory / f"{name}.part" for name in files}
-    path = directory
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        for path, chunks in zip(temporary, files.values(), strict=True):
-            with open(temporary[path], "wb") as file:
-                for chunk in chunks:
-                    file.write(chunk)
-                file.flush()
-                os.fsync(file.fileno())
-        for path in (directory / name for name in remove_first):
-            path.unlink(missing_ok=True)
+        _write_beside(directory, temporary, files)
+        for name in remove_first:
+            (directory / name).unlink(missing_ok=True)
         for path, part in temporary.items():
             os.replace(part, path)
-    except BaseException as error:
+    except BaseException:
         for part in temporary.values():
             if part.exists():
                 part.unlink()
-        if isinstance(error, OSError):
-            raise OSError(error.errno, f"{error.strerror}; what was there before is kept", str(path)) from error
         raise
+
+
+def _write_beside(directory: Path, temporary: Mapping[Path, Path], files: Mapping[str, FileParts]) -> None:
+    path = directory
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        for path, parts in zip(temporary, files.values(), strict=True):
+            with open(temporary[path], "wb") as file:
+                for part in parts:
+                    file.write(part)
+                file.flush()
+                os.fsync(file.fileno())
+    except OSError as error:
+        raise OSError(error.errno, f"{error.strerror}; what was there before is kept", str(path)) from error

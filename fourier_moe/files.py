@@ -88,7 +88,7 @@ def save_adapter(
         count_parameters(model, config).trained,
     )
     directory = Path(directory)
-    if torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
+    if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
         return directory
     data, text = encode(description, state)
     files: dict[str, FileParts] = {TENSORS: data, DESCRIPTION: [text]}

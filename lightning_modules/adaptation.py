@@ -200,11 +200,12 @@ class AdaptationModule(L.LightningModule):
     def save_adapter(self, directory: Path, metrics: Mapping[str, float]) -> None:
         """Write the adapter, and what a user of it needs to know of this run; see `fourier_moe.save_adapter`."""
         data = getattr(self._trainer, "datamodule", None)
+        dataset = getattr(data, "dataset", None)
         task = {
             "class": type(self.task).__name__,
             "pipeline_tag": self.task.pipeline_tag,
             "main_metric": self.task.main_metric,
-            "data": getattr(data, "dataset", None) or (type(data).__name__ if data is not None else None),
+            "data": dataset if isinstance(dataset, str) or data is None else type(data).__name__,
         }
         code = building_code(self.task, self.num_classes, self.class_names)
         save_adapter(self.model, directory, class_names=self.class_names, metrics=metrics, task=task, code=code)

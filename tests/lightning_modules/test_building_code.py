@@ -1,10 +1,12 @@
 """The Python in model cards builds the very model that an adapter belongs to."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from token_task import TokenTask
 
-from fourier_moe import FourierMoEConfig, HeadOnly, inject, load_adapter
+from fourier_moe import FourierMoEConfig, HeadOnly, describe_adapter, inject, load_adapter
 from lightning_modules import AdaptationModule
 from lightning_modules.building_code import building_code
 from lightning_modules.tasks import CausalLanguageModel, ImageClassification, SequenceClassification
@@ -51,6 +53,16 @@ def test_snippet_of_the_card_gives_a_model_that_the_adapter_fits(tmp_path, monke
 
 def test_task_that_does_not_say_its_arguments_leaves_the_code_to_the_model():
     assert building_code(TokenTask(), 2, None) is None
+
+
+@pytest.mark.parametrize(("dataset", "says"), [("rte", "rte"), (None, "Data"), (object(), "Data")])
+def test_data_is_called_by_its_name_or_its_class(tmp_path, dataset, says):
+    task = CausalLanguageModel("llama", tiny=True)
+    module = AdaptationModule(task, HeadOnly())
+    inject(task.build(), HeadOnly(head=["lm_head"]))
+    module._trainer = SimpleNamespace(datamodule=type("Data", (), {"dataset": dataset})())
+    module.save_adapter(tmp_path, {})
+    assert describe_adapter(tmp_path).task["data"] == says
 
 
 def test_adapter_path_on_the_hub_is_fetched_once(tmp_path, monkeypatch):
