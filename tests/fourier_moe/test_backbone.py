@@ -76,10 +76,10 @@ def test_another_precision_is_the_same_backbone(dtype):
 
 
 def test_numbers_below_the_normal_range_of_float16_may_be_rounded():
-    """Rows of rare tokens in pretrained models hold values around 1e-6."""
+    """Rows of rare tokens in pretrained models can be as good as zero."""
     models = [LanguageModel() for _ in range(2)]
     for model in models:
-        nn.init.normal_(model.embedding.weight, 0, 2e-6, generator=torch.Generator().manual_seed(0))
+        nn.init.normal_(model.embedding.weight, 0, 2e-7, generator=torch.Generator().manual_seed(0))
     check_backbone(adapted(models[1].half()), "lm", prints_of(models[0]), "adapter")
 
 
