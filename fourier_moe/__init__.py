@@ -25,6 +25,7 @@ from fourier_moe.files import adapter_state_dict, describe_adapter, load_adapter
 from fourier_moe.hub import push_adapter
 from fourier_moe.inject import InjectionReport, adapters, balance_loss, inject
 from fourier_moe.linear import FourierMoELinear
+from fourier_moe.quantization import is_quantized
 from fourier_moe.router import Routing, TopKRouter, recording, routers
 from fourier_moe.router_statistics import RouterStatistics
 from fourier_moe.statistics_reader import StatisticsReader
@@ -58,6 +59,7 @@ __all__ = [
     "balance_loss",
     "describe_adapter",
     "inject",
+    "is_quantized",
     "load_adapter",
     "push_adapter",
     "recording",

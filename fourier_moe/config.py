@@ -83,6 +83,8 @@ class ProjectionAdapterConfig(AdapterConfig):
 
     targets: Sequence[str]
 
+    reads_weights: ClassVar[bool] = False  # whether the method computes with pretrained weights, which then cannot be quantised
+
     def __post_init__(self) -> None:
         super().__post_init__()
         _set_names(self, "targets")

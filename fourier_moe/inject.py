@@ -14,6 +14,7 @@ from fourier_moe.adapter import Adapter, projection_shape
 from fourier_moe.attention import FUSED_PROJECTIONS, is_fused_attention, split_attention
 from fourier_moe.backbone import Fingerprint, keep_fingerprint, measure_backbone
 from fourier_moe.config import AdapterConfig, ProjectionAdapterConfig
+from fourier_moe.quantization import is_quantized, num_scalars
 from fourier_moe.undo import unchanged_on_error
 
 _CONFIG_ATTRIBUTE = "fourier_moe_adapter_config"
@@ -163,7 +164,7 @@ def replace_targets(model: nn.Module, config: ProjectionAdapterConfig) -> Inject
             "name projections outside of the head"
         )
     _split_fused(model, fused, matches)
-    _check_projections(model, matches)
+    _check_projections(model, matches, config)
 
     train_only(model, head.values())
     layers: dict[int, Adapter] = {}  # by identity of the base: a projection shared by two parents stays shared
@@ -213,7 +214,7 @@ def count_parameters(model: nn.Module, config: AdapterConfig) -> InjectionReport
             trained[kind] = trained.get(kind, 0) + count
     head = {id(p): p for module in head_modules(model, config).values() for p in module.parameters()}
     trained["head"] = sum(parameter.numel() for parameter in head.values())
-    total = sum(parameter.numel() for parameter in model.parameters())
+    total = sum(map(num_scalars, model.parameters()))
     rest = total - sum(trained.values())
     trained["backbone"] = rest if config.trains_backbone() else 0
     return InjectionReport(tuple(projections), trained, rest - trained["backbone"])
@@ -238,12 +239,18 @@ def _near_names(entry: str, names: list[str]) -> str:
     return f"near names: {', '.join(near)}" if near else f"its modules are called: {', '.join(last_parts[:30])}"
 
 
-def _check_projections(model: nn.Module, names: Iterable[str]) -> None:
+def _check_projections(model: nn.Module, names: Iterable[str], config: ProjectionAdapterConfig) -> None:
     for name in sorted(names):
+        projection = model.get_submodule(name)
         try:
-            projection_shape(model.get_submodule(name))
+            projection_shape(projection)
         except ValueError as error:
             raise ValueError(f"targets match {name!r}: {error}") from error
+        if config.reads_weights and is_quantized(projection):
+            raise ValueError(
+                f"{type(config).__name__} computes with the pretrained weights, and those of {name!r} are quantised; load the "
+                "model without quantization, or take a method that only adds to the output (FourierMoEConfig, LoRAConfig)"
+            )
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:

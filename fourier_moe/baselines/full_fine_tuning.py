@@ -8,6 +8,7 @@ from torch import nn
 
 from fourier_moe.config import AdapterConfig
 from fourier_moe.inject import InjectionReport, count_parameters
+from fourier_moe.quantization import is_quantized
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,6 +19,8 @@ class FullFineTuning(AdapterConfig):
     """
 
     def inject(self, model: nn.Module) -> InjectionReport:
+        if is_quantized(model):
+            raise ValueError("full fine-tuning trains the pretrained weights, and these are quantised; load them without")
         model.float().requires_grad_(True)
         return count_parameters(model, self)
 

@@ -116,6 +116,7 @@ class PiSSAConfig(LoRAConfig):
     The rest is computed anew wherever the adapter is loaded, from the same pretrained weight; the seed has no effect.
     """
 
+    reads_weights = True
     _options = {"init_lora_weights": "pissa"}  # noqa: RUF012
 
     def build_layer(self, base: nn.Module, name: str) -> Adapter:
@@ -170,6 +171,8 @@ class PEANuTConfig(PeftConfig):
     r: int = 32
     depth: int = 0
     scaling: float = 1.0
+
+    reads_weights = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
-from fourier_moe import Adapter, FourierMoEConfig, adapters
+from fourier_moe import Adapter, FourierMoEConfig, adapters, is_quantized
 from fourier_moe.sensitivity import Sensitivity, dense_gradients, measure
 from lightning_modules.adaptation import AdaptationModule
 from lightning_modules.callbacks.run_directory import run_directory
@@ -167,9 +167,9 @@ def group_by_memory(projections: Mapping[str, Adapter], num_bytes: float) -> Ite
 
 def _frozen_weight(adapter: Adapter) -> Tensor | None:
     """W0 (M, N) in float32; None for a quantised one."""
-    weight = adapter.weight.detach()
-    if not weight.is_floating_point():
+    if is_quantized(adapter.base):
         return None
+    weight = adapter.weight.detach()
     return (weight.T if hasattr(adapter.base, "nf") else weight).float()  # transformers' Conv1D stores (N, M)
 
 

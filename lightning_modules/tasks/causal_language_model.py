@@ -37,13 +37,15 @@ class CausalLanguageModel(Task):
         generate_in_validation: write and grade answers in validation, too, which takes long; otherwise validation gives the
             loss of the known responses and the share of their tokens that are predicted right.
         dtype: of the frozen weights: float32, bfloat16 or float16. Adapters stay in float32.
+        quantization: `int8` or `nf4` (4 bits) for the linear layers of the frozen model, null for none; embeddings, norms, the
+            output layer and what is computed keep `dtype`. Needs bitsandbytes.
         tiny: replace the model by an untrained one of 2 layers and width 256 that reads bytes (configs/smoke.yaml).
 
     Attributes:
         finished: rows of an interrupted evaluation by id; these examples are not answered again.
 
     Raises:
-        ValueError: for an unknown scoring or dtype, or a directory without a model.
+        ValueError: for an unknown scoring, dtype or quantization, a missing package, or a directory without a model.
     """
 
     main_metric = "accuracy"
@@ -57,13 +59,14 @@ class CausalLanguageModel(Task):
         scoring: Literal["generate", "likelihood"] = "generate",
         generate_in_validation: bool = False,
         dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+        quantization: Literal["int8", "nf4"] | None = None,
         tiny: bool = False,
     ) -> None:
         super().__init__()
-        check_model(model, dtype)
+        check_model(model, dtype, quantization)
         if scoring not in ("generate", "likelihood"):
             raise ValueError(f"scoring={scoring!r} must be 'generate' or 'likelihood'")
-        self.model_name, self.dtype, self.tiny = model, dtype, tiny
+        self.model_name, self.dtype, self.quantization, self.tiny = model, dtype, quantization, tiny
         self.tokenizer_name = tokenizer or tokenizer_name(model, tiny)
         self.evaluation, self.scoring, self.generate_in_validation = evaluation, scoring, generate_in_validation
         self.finished: Mapping[str, dict[str, Any]] = {}
@@ -82,7 +85,8 @@ class CausalLanguageModel(Task):
             ValueError: if one of them cannot be loaded, or the tokenizer has tokens that the model does not know.
         """
         self.tokenizer = load_tokenizer(self.tokenizer_name)
-        self.model = load_causal_language_model(self.model_name, dtype=self.dtype, tiny=self.tiny)
+        options: Any = {"dtype": self.dtype, "quantization": self.quantization, "tiny": self.tiny}
+        self.model = load_causal_language_model(self.model_name, **options)
         embeddings: Any = self.model.get_input_embeddings()
         known = len(embeddings.weight)
         if len(self.tokenizer) > known:
@@ -152,7 +156,7 @@ class CausalLanguageModel(Task):
 
     def settings(self) -> dict[str, Any]:
         """What the answers depend on, beside the weights."""
-        names = ("model_name", "dtype", "tiny", "tokenizer_name", "scoring")
+        names = ("model_name", "dtype", "quantization", "tiny", "tokenizer_name", "scoring")
         return {name: getattr(self, name) for name in names} | {"evaluation": asdict(self.evaluation)}
 
     @property

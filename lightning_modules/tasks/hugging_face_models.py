@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import tempfile
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,22 +23,25 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import logging as transformers_logging
 
 from datamodules.tokenizers import BYTES, is_path
+from lightning_modules.tasks.quantization import check_quantization, prepare_training, quantization_config
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 _UNTRAINED_SEED = 0  # a tiny model is the same one everywhere, so that an adapter of it can be used again
 
 
-def check_model(model: str, dtype: str) -> None:
-    """Check name and dtype without loading anything.
+def check_model(model: str, dtype: str, quantization: str | None = None) -> None:
+    """Check name, dtype and quantization without loading anything.
 
     Raises:
-        ValueError: for a path without a model's config.json, or an unknown dtype.
+        ValueError: for a path without a model's config.json, an unknown dtype, or a quantization that is unknown or needs a
+            package that is not installed.
     """
     if is_path(model) and not (Path(model).expanduser() / "config.json").is_file():
         raise ValueError(f"model={model!r} has no config.json; give a name on the hub, or a Hugging Face model's directory")
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r} must be one of {', '.join(DTYPES)}")
+    check_quantization(quantization)
 
 
 def tokenizer_name(model: str, tiny: bool) -> str:
@@ -45,48 +49,62 @@ def tokenizer_name(model: str, tiny: bool) -> str:
     return BYTES if tiny else model
 
 
-def load_sequence_classifier(model: str, num_labels: int, *, dtype: str = "float32", tiny: bool = False) -> PreTrainedModel:
+def load_sequence_classifier(
+    model: str, num_labels: int, *, dtype: str = "float32", quantization: str | None = None, tiny: bool = False
+) -> PreTrainedModel:
     """A pretrained encoder or decoder with a new classification head.
 
     Args:
         model: name on the hub, or directory.
         num_labels: outputs of the head.
-        dtype: of the pretrained weights.
+        dtype: of the pretrained weights; of the others and of what is computed where linear layers are quantised.
+        quantization: of the linear layers outside of the head: int8, nf4 or None.
         tiny: untrained, of the same architecture but 2 layers of width 256, with a vocabulary of bytes.
 
     Raises:
         ValueError: if it cannot be fetched, or is no model that classifies sequences.
     """
-    return _load(AutoModelForSequenceClassification, model, dtype, tiny, num_labels=num_labels)
+    return _load(AutoModelForSequenceClassification, model, dtype, quantization, tiny, num_labels=num_labels)
 
 
-def load_causal_language_model(model: str, *, dtype: str = "float32", tiny: bool = False) -> PreTrainedModel:
+def load_causal_language_model(
+    model: str, *, dtype: str = "float32", quantization: str | None = None, tiny: bool = False
+) -> PreTrainedModel:
     """A pretrained model that continues text; arguments as for `load_sequence_classifier`.
 
     Raises:
         ValueError: if it cannot be fetched, or was not trained to continue text (an encoder).
     """
-    return _load(AutoModelForCausalLM, model, dtype, tiny)
+    return _load(AutoModelForCausalLM, model, dtype, quantization, tiny)
 
 
-def _load(auto_class: Any, model: str, dtype: str, tiny: bool, **options: Any) -> PreTrainedModel:
-    check_model(model, dtype)
+def _load(auto_class: Any, model: str, dtype: str, quantization: str | None, tiny: bool, **options: Any) -> PreTrainedModel:
+    check_model(model, dtype, quantization)
     if tiny:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(_UNTRAINED_SEED)
             loaded = auto_class.from_config(_tiny_config(model, **options), dtype=DTYPES[dtype])
+        if quantization:
+            with tempfile.TemporaryDirectory() as directory:  # weights are quantised as they are read from files
+                loaded.save_pretrained(directory)
+                loaded = _load(auto_class, directory, dtype, quantization, False)
         loaded.config._name_or_path = f"{Path(model).name}/tiny"
         return loaded
     config = _config(model, **options)
     if auto_class is AutoModelForCausalLM:
         _check_continues_text(model, config)
+    reading: dict[str, Any] = {"config": config, "dtype": DTYPES[dtype]}
+    if quantization:
+        with torch.device("meta"):
+            skeleton = auto_class.from_config(config, dtype=DTYPES[dtype])
+        reading["quantization_config"] = quantization_config(quantization, skeleton)
     try:
         with _quiet():  # the new head is reported as "newly initialized", as it should be
-            loaded, info = auto_class.from_pretrained(
-                _source(model), config=config, dtype=DTYPES[dtype], output_loading_info=True
-            )
+            loaded, info = auto_class.from_pretrained(_source(model), **reading, output_loading_info=True)
     except Exception as error:  # each file format has its own
         raise _not_loaded(model, error) from error
+    if quantization:
+        prepare_training(loaded)
     _check_complete(model, loaded, info["missing_keys"], may_have_new_head=auto_class is not AutoModelForCausalLM)
     loaded.config._name_or_path = Path(model).name if is_path(model) else model  # what adapter files remember
     return loaded.train()  # Lightning keeps the mode it finds; from_pretrained gives eval

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from datamodules.tokenizers import load_tokenizer
 from lightning_modules.tasks.base import Batch, Evaluation, Task
 from lightning_modules.tasks.hugging_face_models import check_model, load_sequence_classifier, tokenizer_name
+from lightning_modules.tasks.quantization import modules_outside_body
 
 _MODEL_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
@@ -30,10 +31,12 @@ class SequenceClassification(Task):
         metrics: what is reported beside accuracy: `f1` (of class 1 if there are two classes, else the mean over the classes),
             `matthews` (correlation coefficient).
         dtype: of the frozen weights: float32, bfloat16 or float16. Adapters and head stay in float32.
+        quantization: `int8` or `nf4` (4 bits) for the linear layers of the frozen model, null for none; embeddings, norms and
+            what is computed keep `dtype`. Needs bitsandbytes.
         tiny: replace the model by an untrained one of 2 layers and width 256 that reads bytes (configs/smoke.yaml).
 
     Raises:
-        ValueError: for an unknown metric or dtype, or a directory without a model.
+        ValueError: for an unknown metric, dtype or quantization, a missing package, or a directory without a model.
     """
 
     main_metric = "accuracy"
@@ -44,14 +47,15 @@ class SequenceClassification(Task):
         model: str = "roberta-large",
         metrics: Sequence[Literal["accuracy", "f1", "matthews"]] = ("accuracy",),
         dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+        quantization: Literal["int8", "nf4"] | None = None,
         tiny: bool = False,
     ) -> None:
         super().__init__()
-        check_model(model, dtype)
+        check_model(model, dtype, quantization)
         unknown = set(metrics) - {"accuracy", "f1", "matthews"}
         if unknown:
             raise ValueError(f"metrics={list(metrics)} must be some of accuracy, f1, matthews")
-        self.model_name, self.dtype, self.tiny = model, dtype, tiny
+        self.model_name, self.dtype, self.quantization, self.tiny = model, dtype, quantization, tiny
         self.metric_names = dict.fromkeys(["accuracy", *metrics])
         self.num_classes = 0
 
@@ -67,13 +71,11 @@ class SequenceClassification(Task):
         self.num_classes = num_classes or len(class_names or ())
         if not self.num_classes:
             raise ValueError("num_classes is unknown; give data with classes, or the adapter file that keeps them")
-        model = load_sequence_classifier(self.model_name, self.num_classes, dtype=self.dtype, tiny=self.tiny)
+        options: Any = {"dtype": self.dtype, "quantization": self.quantization, "tiny": self.tiny}
+        model = load_sequence_classifier(self.model_name, self.num_classes, **options)
         if model.config.pad_token_id is None:  # decoders look for the last token that is no padding
             model.config.pad_token_id = load_tokenizer(tokenizer_name(self.model_name, self.tiny)).pad_token_id
-        body = model.base_model_prefix
-        self.head_names = tuple(
-            name for name, child in model.named_children() if name != body and any(True for _ in child.parameters())
-        )
+        self.head_names = modules_outside_body(model)
         for name in self.head_names:
             model.get_submodule(name).float().register_forward_pre_hook(_in_float32)
         self.model = model

@@ -424,6 +424,7 @@ def test_config_names_what_it_evaluates_with():
     assert task.settings() == {
         "model_name": "org/llama",
         "dtype": "float32",
+        "quantization": None,
         "tiny": True,
         "tokenizer_name": "bytes",
         "scoring": "likelihood",
