@@ -14,16 +14,21 @@ from fourier_moe.baselines import (
     FourierFTConfig,
     FullFineTuning,
     HeadOnly,
+    KaSAConfig,
     LoRAConfig,
+    LoRADashConfig,
+    MELoRAConfig,
+    MiLoRAConfig,
     PEANuTConfig,
     PiSSAConfig,
     RsLoRAConfig,
+    TopLoRAConfig,
 )
 from fourier_moe.config import AdapterConfig, FourierMoEConfig, ProjectionAdapterConfig
 from fourier_moe.experts import SpectralExperts
 from fourier_moe.files import adapter_state_dict, describe_adapter, load_adapter, save_adapter
 from fourier_moe.hub import push_adapter
-from fourier_moe.inject import InjectionReport, adapters, balance_loss, inject
+from fourier_moe.inject import InjectionReport, adapters, after_step, balance_loss, inject, regularization
 from fourier_moe.linear import FourierMoELinear
 from fourier_moe.quantization import is_quantized
 from fourier_moe.router import Routing, TopKRouter, recording, routers
@@ -43,7 +48,11 @@ __all__ = [
     "FullFineTuning",
     "HeadOnly",
     "InjectionReport",
+    "KaSAConfig",
     "LoRAConfig",
+    "LoRADashConfig",
+    "MELoRAConfig",
+    "MiLoRAConfig",
     "PEANuTConfig",
     "PiSSAConfig",
     "ProjectionAdapterConfig",
@@ -53,9 +62,11 @@ __all__ = [
     "SpectralExperts",
     "StatisticsReader",
     "TopKRouter",
+    "TopLoRAConfig",
     "__version__",
     "adapter_state_dict",
     "adapters",
+    "after_step",
     "balance_loss",
     "describe_adapter",
     "inject",
@@ -63,6 +74,7 @@ __all__ = [
     "load_adapter",
     "push_adapter",
     "recording",
+    "regularization",
     "routers",
     "save_adapter",
 ]

@@ -24,6 +24,13 @@ class Adapter(nn.Module, ABC):
         """Load-balancing loss of the recorded forward, already times its weight; None for a method without routing."""
         return None
 
+    def regularization(self) -> Tensor | None:
+        """A loss on the adapter's own parameters, already times its weight; None for a method without one."""
+        return None
+
+    def after_step(self) -> None:
+        """What a method does after every optimiser step, if anything."""
+
     # Code around a projection (dtype look-ups, fused kernels' checks) reads its weight: hand it on.
     @property
     def weight(self) -> Tensor:

@@ -129,6 +129,18 @@ def balance_loss(model: nn.Module) -> Tensor:
     return torch.stack(terms).sum() if terms else torch.zeros(())
 
 
+def regularization(model: nn.Module) -> Tensor:
+    """Sum of the losses that adapters put on their own parameters (KaSA); 0 if none does. Part of the training loss."""
+    terms = [term for adapter in adapters(model).values() if (term := adapter.regularization()) is not None]
+    return torch.stack(terms).sum() if terms else torch.zeros(())
+
+
+def after_step(model: nn.Module) -> None:
+    """Let adapters do what their method does after every optimiser step (LoRA-Dash chooses its directions after some)."""
+    for adapter in adapters(model).values():
+        adapter.after_step()
+
+
 def head_modules(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Module]:
     """The modules that are trained in full beside the adapters, by name.
 

@@ -27,7 +27,7 @@ from fourier_moe import (
 from fourier_moe.backbone import backbone_fingerprint, backbone_name
 from fourier_moe.files import check_fit
 from fourier_moe.hub import local_directory
-from fourier_moe.inject import adapter_config
+from fourier_moe.inject import adapter_config, regularization
 from lightning_modules.building_code import building_code
 from lightning_modules.evaluation_sets import EvaluationSets, each_loader, num_own, set_names
 from lightning_modules.optimization import Optimization
@@ -148,10 +148,13 @@ class AdaptationModule(L.LightningModule):
         with recording(self.model, self.task.token_mask(batch), batch.get("task")):
             task_loss = self.task.loss(batch)
             balance = balance_loss(self.model)
-        loss = task_loss + balance
+        penalty = regularization(self.model)
+        loss = task_loss + balance + penalty
         logs = {"train/loss": task_loss.detach()}
         if self.report is not None and self.report.trained.get("router"):
             logs |= {"train/balance_loss": balance.detach(), "train/total_loss": loss.detach()}
+        if penalty.requires_grad:
+            logs |= {"train/regularization": penalty.detach(), "train/total_loss": loss.detach()}
         self.log_dict(logs, batch_size=_batch_size(batch))
         self.log("loss", task_loss.detach(), prog_bar=True, logger=False, batch_size=_batch_size(batch))
         return loss

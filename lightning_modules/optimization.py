@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers.optimization import get_scheduler
 
 from fourier_moe import AdapterConfig, adapters
-from fourier_moe.inject import head_modules
+from fourier_moe.inject import after_step, head_modules
 
 _SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 
@@ -81,7 +81,9 @@ class Optimization:
                 groups.append({"params": parameters, "name": kind, "lr": group.lr, "weight_decay": group.weight_decay})
             elif getattr(self, kind) is not None:
                 raise ValueError(f"optimization.{kind} is given, but {method} trains no {kind} parameters; set it to null")
-        return AdamW(groups, betas=self.betas)
+        optimizer = AdamW(groups, betas=self.betas)
+        optimizer.register_step_post_hook(lambda *_: after_step(model))
+        return optimizer
 
     def build_scheduler(self, optimizer: AdamW, num_steps: int) -> LRScheduler:
         """The schedule over `num_steps` optimiser steps."""

@@ -2,22 +2,22 @@
 
 from fourier_moe.baselines.full_fine_tuning import FullFineTuning
 from fourier_moe.baselines.head_only import HeadOnly
-from fourier_moe.baselines.peft_methods import (
-    DoRAConfig,
-    FourierFTConfig,
-    LoRAConfig,
-    PEANuTConfig,
-    PiSSAConfig,
-    RsLoRAConfig,
-)
+from fourier_moe.baselines.low_rank_methods import LoRADashConfig, MELoRAConfig, TopLoRAConfig
+from fourier_moe.baselines.peft_methods import DoRAConfig, FourierFTConfig, LoRAConfig, PEANuTConfig, RsLoRAConfig
+from fourier_moe.baselines.singular_methods import KaSAConfig, MiLoRAConfig, PiSSAConfig
 
 __all__ = [
     "DoRAConfig",
     "FourierFTConfig",
     "FullFineTuning",
     "HeadOnly",
+    "KaSAConfig",
     "LoRAConfig",
+    "LoRADashConfig",
+    "MELoRAConfig",
+    "MiLoRAConfig",
     "PEANuTConfig",
     "PiSSAConfig",
     "RsLoRAConfig",
+    "TopLoRAConfig",
 ]

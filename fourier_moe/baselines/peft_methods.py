@@ -5,8 +5,6 @@ Trained from the same start on the same data, a model gets the same losses as on
 
 from __future__ import annotations
 
-import copy
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -14,6 +12,8 @@ import torch
 from torch import nn
 
 from fourier_moe.adapter import projection_shape
+from fourier_moe.baselines.checks import check_at_least_one, check_low_rank, check_positive, rank_problem
+from fourier_moe.baselines.peft_layer import PeftLinear
 from fourier_moe.config import ProjectionAdapterConfig
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ class PeftConfig(ProjectionAdapterConfig):
 
     seed: int | None = None
 
+    layer_class: ClassVar[type[PeftLinear]] = PeftLinear
     _training_only = frozenset({"dropout", "seed"})
 
     def to_peft(self, target: str) -> peft.PeftConfig:
@@ -50,13 +51,11 @@ class PeftConfig(ProjectionAdapterConfig):
             return super().inject(model)
 
     def build_layer(self, base: nn.Module, name: str) -> Adapter:
-        from fourier_moe.baselines.peft_layer import PeftLinear
-
         in_features, out_features = projection_shape(base)
         problem = self.check_fit(in_features, out_features)
         if problem:
             raise ValueError(f"{name} is {out_features} x {in_features}: {problem}")
-        return PeftLinear(base, self, name)
+        return self.layer_class(base, self, name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,10 +79,7 @@ class LoRAConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_at_least_one(self, "r")
-        _check_positive(self, "alpha")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout={self.dropout} must be in [0, 1)")
+        check_low_rank(self)
 
     def to_peft(self, target: str) -> peft.PeftConfig:
         from peft import LoraConfig
@@ -92,7 +88,7 @@ class LoRAConfig(PeftConfig):
         return LoraConfig(r=self.r, target_modules=[target], **options)
 
     def check_fit(self, in_features: int, out_features: int) -> str | None:
-        return _rank_problem(self.r, in_features, out_features)
+        return rank_problem(self.r, min(in_features, out_features))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,20 +103,6 @@ class DoRAConfig(LoRAConfig):
     """DoRA (arXiv 2402.09353): LoRA gives the direction of each row of the weight, a trained magnitude per row its length."""
 
     _options = {"use_dora": True}  # noqa: RUF012
-
-
-@dataclass(frozen=True, kw_only=True)
-class PiSSAConfig(LoRAConfig):
-    """PiSSA (arXiv 2404.02948): A and B start as the r largest singular triplets of the weight, which keeps the rest.
-
-    The rest is computed anew wherever the adapter is loaded, from the same pretrained weight; the seed has no effect.
-    """
-
-    reads_weights = True
-    _options = {"init_lora_weights": "pissa"}  # noqa: RUF012
-
-    def build_layer(self, base: nn.Module, name: str) -> Adapter:
-        return super().build_layer(copy.deepcopy(base), name)  # its weight is changed, and a failure must not show
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,8 +124,8 @@ class FourierFTConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_at_least_one(self, "num_coefficients")
-        _check_positive(self, "scaling")
+        check_at_least_one(self, "num_coefficients")
+        check_positive(self, "scaling")
 
     def to_peft(self, target: str) -> peft.PeftConfig:
         from peft import FourierFTConfig
@@ -176,8 +158,8 @@ class PEANuTConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_at_least_one(self, "r")
-        _check_positive(self, "scaling")
+        check_at_least_one(self, "r")
+        check_positive(self, "scaling")
         if self.depth < 0:
             raise ValueError(f"depth={self.depth} must be 0 or more")
 
@@ -187,21 +169,4 @@ class PEANuTConfig(PeftConfig):
         return PeanutConfig(r=self.r, depth=self.depth, scaling=self.scaling, target_modules=[target])
 
     def check_fit(self, in_features: int, out_features: int) -> str | None:
-        return _rank_problem(self.r, in_features, out_features)
-
-
-def _check_at_least_one(config: PeftConfig, field: str) -> None:
-    value = getattr(config, field)
-    if value < 1:
-        raise ValueError(f"{field}={value} must be at least 1")
-
-
-def _check_positive(config: PeftConfig, field: str) -> None:
-    value = getattr(config, field)
-    if not (value > 0 and math.isfinite(value)):
-        raise ValueError(f"{field}={value} must be a positive number")
-
-
-def _rank_problem(r: int, in_features: int, out_features: int) -> str | None:
-    largest = min(in_features, out_features)
-    return f"r={r} must be at most {largest}" if r > largest else None
+        return rank_problem(self.r, min(in_features, out_features))

@@ -1,0 +1,53 @@
+"""Layers of the methods that start from the singular value decomposition of the pretrained weight."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from fourier_moe.baselines.peft_layer import PeftLinear
+
+if TYPE_CHECKING:
+    from fourier_moe.baselines.singular_methods import KaSAConfig, MiLoRAConfig
+
+
+def pretrained_matrix(base: nn.Module) -> Tensor:
+    """W (out_features, in_features) of a projection in float32 (float64 stays); a view where nothing is to convert."""
+    weight: Any = base.weight
+    if hasattr(weight, "full_tensor"):
+        weight = weight.full_tensor()  # sharded over processes, which all ask
+    matrix = weight.detach().T if hasattr(base, "nf") else weight.detach()  # transformers' Conv1D stores (in, out)
+    return matrix.to(torch.promote_types(matrix.dtype, torch.float32))
+
+
+class MiLoRALinear(PeftLinear):
+    """LoRA that starts as the smallest singular triplets of its weight; see MiLoRAConfig."""
+
+    @torch.no_grad()
+    def __init__(self, base: nn.Module, config: MiLoRAConfig, name: str) -> None:
+        super().__init__(base, config, name)
+        weight, scaling, layer = pretrained_matrix(base), config.alpha / config.r, cast(Any, self.layer)
+        U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
+        root = (S[-config.r :] / scaling).sqrt()
+        A, B = root[:, None] * Vh[-config.r :], U[:, -config.r :] * root
+        layer.lora_A["default"].weight.copy_(A)
+        layer.lora_B["default"].weight.copy_(B)
+        rest = weight - scaling * B @ A
+        self.weight.copy_(rest.T if hasattr(base, "nf") else rest)
+
+
+class KaSALinear(PeftLinear):
+    """peft's KaSA layer with its penalties; see KaSAConfig."""
+
+    def __init__(self, base: nn.Module, config: KaSAConfig, name: str) -> None:
+        super().__init__(base, config, name)
+        self.beta, self.gamma = config.beta, config.gamma
+
+    def regularization(self) -> Tensor:
+        layer = cast(Any, self.layer)
+        A, B, d = layer.lora_A["default"].weight, layer.lora_B["default"].weight, layer.lora_diag["default"]
+        identity = torch.eye(len(d), device=d.device)
+        orthogonality = torch.linalg.norm(B.T @ B - identity) + torch.linalg.norm(A @ A.T - identity)
+        return self.beta * d.square().sum() + self.gamma * orthogonality
