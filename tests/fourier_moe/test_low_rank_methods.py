@@ -5,6 +5,7 @@ import json
 import math
 from dataclasses import replace
 
+import peft
 import pytest
 import torch
 from fourier_moe_models import Transformer
@@ -113,6 +114,20 @@ def test_kasa_penalty_is_peft_s_and_reaches_everything_that_is_trained():
     groups = [p for adapter in adapters(model).values() for p in adapter.parameter_groups()["adapter"]]
     assert len(groups) == 12
     assert all(p.grad.abs().max() > 0 for p in groups)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_kasa_losses_are_those_of_peft_itself(dtype):
+    ours, theirs = Transformer().to(dtype), Transformer().to(dtype)
+    inject(ours, KASA)
+    torch.manual_seed(KASA.seed)
+    kasa = peft.KasaConfig(beta=0.3, gamma=0.2)
+    wrapped = peft.get_peft_model(
+        theirs, peft.LoraConfig(r=4, lora_alpha=8, kasa_config=kasa, target_modules=["q_proj", "v_proj"])
+    )
+    theirs.classifier.requires_grad_(True)
+    expected = train(theirs, penalty=lambda _: wrapped.base_model._get_kasa_loss())
+    assert train(ours) == pytest.approx(expected, rel=1e-6)
 
 
 @of_each([MILORA, DASH, TOP, MELORA])
@@ -238,15 +253,15 @@ def test_parameters_are_counted_by_the_formula_and_nothing_else_is_trained(confi
     assert {tensor.device.type for tensor in model.state_dict().values()} == {device}
 
 
-def train(model, steps=12):
+def train(model, steps=12, penalty=regularization):
     model.train()
     model.norm.eval()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     losses = []
     for _ in range(steps):
         optimizer.zero_grad()
-        loss = nn.functional.cross_entropy(model(X), LABELS)
-        (loss + regularization(model)).backward()
+        loss = nn.functional.cross_entropy(model(X.to(model.classifier.weight.dtype)).float(), LABELS)
+        (loss + penalty(model)).backward()
         optimizer.step()
         after_step(model)
         losses.append(loss.item())

@@ -70,3 +70,16 @@ def test_lora_dash_resumes_from_a_checkpoint_before_and_after_its_choice(tmp_pat
         assert steps_of(resumed) == [9, 9]
         found = adapter_state_dict(resumed.model)
         assert {name: torch.equal(value, found[name]) for name, value in expected.items()} == dict.fromkeys(found, True)
+
+
+def test_every_method_trains_the_demo_further_than_the_head_alone(run):
+    losses = {}
+    for overlay in ("head_only", "kasa", "milora", "lora_dash", "toplora", "melora"):
+        words = ("--config", "configs/demo.yaml", "--config", f"configs/adapters/{overlay}.yaml", "--trainer.callbacks", "null")
+        rate = () if overlay == "head_only" else ("--model.optimization.adapter.lr", "1e-2")
+        start = ("--model.adapter.start", "5") if overlay == "lora_dash" else ()
+        once = ("--trainer.max_epochs", "1", "--trainer.num_sanity_val_steps", "0")
+        fitted = run("fit", *words, *rate, *start, *once)
+        losses[overlay] = float(fitted.trainer.callback_metrics["val/loss"])
+    alone = losses.pop("head_only")
+    assert {overlay: loss < 0.99 * alone for overlay, loss in losses.items()} == dict.fromkeys(losses, True), (losses, alone)
