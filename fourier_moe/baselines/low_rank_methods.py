@@ -77,7 +77,6 @@ class LoRADashConfig(LowRankConfig):
 
     reads_weights = True
     layer_class = LoRADashLinear
-    _training_only = frozenset({"dropout", "seed", "start"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
