@@ -76,7 +76,7 @@ class CausalLanguageModel(Task):
         return True
 
     def arguments(self) -> dict[str, Any]:
-        return {"model": self.model_name, "dtype": self.dtype, "tiny": self.tiny}
+        return {"model": self.model_name, "dtype": self.dtype, "quantization": self.quantization, "tiny": self.tiny}
 
     def build(self, num_classes: int | None = None, class_names: Sequence[str] | None = None) -> PreTrainedModel:
         """Load the model and its tokenizer; see Task.
@@ -85,8 +85,7 @@ class CausalLanguageModel(Task):
             ValueError: if one of them cannot be loaded, or the tokenizer has tokens that the model does not know.
         """
         self.tokenizer = load_tokenizer(self.tokenizer_name)
-        options: Any = {"dtype": self.dtype, "quantization": self.quantization, "tiny": self.tiny}
-        self.model = load_causal_language_model(self.model_name, **options)
+        self.model = load_causal_language_model(**self.arguments())
         embeddings: Any = self.model.get_input_embeddings()
         known = len(embeddings.weight)
         if len(self.tokenizer) > known:

@@ -60,7 +60,7 @@ class SequenceClassification(Task):
         self.num_classes = 0
 
     def arguments(self) -> dict[str, Any]:
-        return {"model": self.model_name, "dtype": self.dtype, "tiny": self.tiny}
+        return {"model": self.model_name, "dtype": self.dtype, "quantization": self.quantization, "tiny": self.tiny}
 
     def build(self, num_classes: int | None, class_names: Sequence[str] | None = None) -> PreTrainedModel:
         """Load the model with a new head; see Task.
@@ -71,8 +71,7 @@ class SequenceClassification(Task):
         self.num_classes = num_classes or len(class_names or ())
         if not self.num_classes:
             raise ValueError("num_classes is unknown; give data with classes, or the adapter file that keeps them")
-        options: Any = {"dtype": self.dtype, "quantization": self.quantization, "tiny": self.tiny}
-        model = load_sequence_classifier(self.model_name, self.num_classes, **options)
+        model = load_sequence_classifier(num_labels=self.num_classes, **self.arguments())
         if model.config.pad_token_id is None:  # decoders look for the last token that is no padding
             model.config.pad_token_id = load_tokenizer(tokenizer_name(self.model_name, self.tiny)).pad_token_id
         self.head_names = modules_outside_body(model)
