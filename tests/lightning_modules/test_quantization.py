@@ -35,6 +35,7 @@ from fourier_moe import (
     load_adapter,
     save_adapter,
 )
+from fourier_moe.quantization import num_scalars
 from lightning_modules import AdaptationModule
 from lightning_modules.optimization import Optimization, ParameterGroup
 from lightning_modules.tasks import CausalLanguageModel, SequenceClassification
@@ -148,6 +149,14 @@ def test_nf4_leaves_layers_alone_whose_rows_end_within_a_block_of_64(tmp_path):
 @pytest.mark.parametrize(("kind", "config"), [("llama", LLAMA), ("bert", BERT)])
 def test_report_counts_the_numbers_that_the_weights_stand_for(root, kind, config, quantization):
     assert str(inject(loaded(root, kind, quantization), config)) == str(inject(loaded(root, kind), config))
+
+
+@pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16])
+def test_four_bits_are_known_and_counted_whatever_they_are_stored_in(storage):
+    layer = bnb.nn.Linear4bit(64, 3, bias=False, quant_type="nf4", quant_storage=storage).to("cpu")
+    assert layer.weight.dtype == storage
+    assert is_quantized(layer)
+    assert num_scalars(layer.weight) == 3 * 64
 
 
 # ---------------------------------------------------------------- adapters over it
