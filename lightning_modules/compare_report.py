@@ -57,7 +57,7 @@ def write_csv(path: Path, results: Sequence[Result], metric: str) -> None:
     kinds = list(dict.fromkeys(kind for result in results for kind in result.parameters))
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        header = ["method", "adapter", "size", "seed", "metric", "last", "best", *kinds, "seconds", "peak_memory"]
+        header = ["method", "name", "size", "seed", "metric", "last", "best", *kinds, "seconds", "peak_memory"]
         writer.writerow([*header, "data_order", "config_hash", "commit", *results[0].versions])
         for result in results:
             best = result.best_metrics[metric] if result.best_metrics else ""

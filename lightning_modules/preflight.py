@@ -127,7 +127,7 @@ def unfair_differences(cells: Mapping[str, Cell]) -> list[str]:
         for key in sorted(settings.keys() | own.keys()):
             if settings.get(key) != own.get(key):
                 notes.append(f"{key} is {own.get(key)!r} for {name} and {settings.get(key)!r} for {first}")
-        targets = [getattr(config, "targets", None) for config in (reference.adapter, cell.adapter)]
+        targets: list[Any] = [getattr(config, "targets", None) for config in (reference.adapter, cell.adapter)]
         if None not in targets and targets[0] != targets[1]:
             notes.append(f"targets are {list(targets[1])} for {name} and {list(targets[0])} for {first}")
     return notes

@@ -37,11 +37,10 @@ def compare(main, output):
 
 @pytest.fixture
 def trained(monkeypatch):
-    """The (overlay, seed) pairs that are trained in this test; nothing is, in truth, but the model is built."""
+    """The (overlay, seed) pairs that would have been trained."""
     pairs = []
 
     def train_and_test(cli, overlay, seed):
-        cli.model.configure_model()
         pairs.append((overlay, seed))
         return replace(RESULT, overlay=overlay, seed=seed, metrics={"test/accuracy": 0.5 + len(pairs) / 100}), {}
 
@@ -117,33 +116,27 @@ def test_without_validation_there_is_no_best(compare, output):
 
 
 def test_every_method_sees_the_same_examples_in_the_same_order_and_every_row_says_where_it_is_from(compare, output):
-    words = ("--trainer.limit_train_batches", "3", "--trainer.limit_val_batches", "0", "--trainer.limit_test_batches", "6")
-    names = "fourier_moe,ablations/real_only,lora,fourierft,head_only"  # these draw unlike many random numbers
+    words = ("--trainer.limit_train_batches", "2", "--trainer.limit_val_batches", "0", "--trainer.limit_test_batches", "6")
+    names = "ablations/real_only,lora,head_only"  # these draw unlike many random numbers
     results = compare("--adapters", names, "--seeds", "2", "--trainer.max_epochs", "2", *words)
     orders = {seed: {result.data_order for result in results if result.seed == seed} for seed in (0, 1)}
     assert [len(order) for order in orders.values()] == [1, 1]
     assert orders[0] != orders[1]
-    assert len({result.config_hash for result in results}) == 10
+    assert len({result.config_hash for result in results}) == 6
     for result in results:
-        assert result.versions["torch"] == torch.__version__
+        assert torch.__version__.startswith(result.versions["torch"])
         assert result.peak_memory > 2**20
     with open(output / "results.csv", newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    assert [(row["adapter"], row["seed"]) for row in rows] == [(result.overlay, str(result.seed)) for result in results]
-    assert [row["size"] for row in rows[:5]] == [
-        "num_coefficients=512",
-        "num_coefficients=512",
-        "r=8",
-        "num_coefficients=512",
-        "",
-    ]
-    assert float(rows[3]["last"]) == results[3].metrics["test/accuracy"]
+    assert [(row["name"], row["seed"]) for row in rows] == [(result.overlay, str(result.seed)) for result in results]
+    assert [row["size"] for row in rows[:3]] == ["num_coefficients=512", "r=8", ""]
+    assert float(rows[1]["last"]) == results[1].metrics["test/accuracy"]
     assert (output / "plot.png").read_bytes().startswith(b"\x89PNG")
 
     text = (output / "results.md").read_text()
     assert "Note" not in text  # nothing unfair
     tests = [line for line in text.splitlines() if line.endswith("| seeds and examples |")]
-    assert len(tests) == 4
+    assert len(tests) == 2
     graded = [load_examples(output / f"cells/{name}/seed_1.npz")[""] for name in ("lora", "head_only")]
     assert len(graded[0].ids) == 6 * 32
     assert np.array_equal(graded[0].ids, graded[1].ids)
