@@ -54,6 +54,9 @@ def compare(args: list[str]) -> list[Result]:
     parts = [f"failed: {failure}" for failure in failures]
     if results:
         metric = f"test/{options.metric}" if options.metric else results[0].main_metric
+        missing = next((result for result in results if metric not in result.metrics), None)
+        if missing:
+            raise ValueError(f"--metric {options.metric!r}: {missing.overlay} was tested for {', '.join(missing.metrics)}")
         parts = [*_report(results, metric, next(iter(grid)), notes, output), *parts]
     if budget:
         parts.append(f"Parameters matched to {options.match_parameters}:\n\n{sizes}")
@@ -90,7 +93,10 @@ def _parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
         help="choose every adapter's size (rank, coefficients) such that it trains this many parameters beside the head: "
         "150000, or a share of the pretrained model's: 0.42%%",
     )
-    parser.add_argument("--metric", help="test metric to compare, for example matthews (default: the task's main metric)")
+    parser.add_argument(
+        "--metric",
+        help="test metric to compare: matthews, or cola/matthews of one of several test sets (default: the task's main metric)",
+    )
     parser.add_argument("--output", help="directory of the results (default runs/compare/<config's name>)")
     options, fit_args = parser.parse_known_args(args)
     if options.seeds < 1:

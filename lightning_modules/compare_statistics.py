@@ -69,7 +69,7 @@ def _resampled(
     by_name: Mapping[str, Mapping[int, Result]], metric: str, output: Path
 ) -> tuple[dict[tuple[str, int], np.ndarray], int, str | None]:
     """The metric on bootstrap samples by name and seed, the number of examples, and a problem instead if there is one."""
-    name = metric.removeprefix("test/")
+    of_set, _, name = metric.removeprefix("test/").rpartition("/")
     if name not in METRICS:
         return {}, 0, f"{metric} is not computed from single answers: intervals are over seeds alone"
     keys = [(overlay, seed) for overlay, seeds in by_name.items() for seed in seeds]
@@ -77,7 +77,7 @@ def _resampled(
     for overlay, seed in keys:
         path = cell_file(output, overlay, seed).with_suffix(".npz")
         sets = load_examples(path) if path.is_file() else {}
-        graded[overlay, seed] = [sets[key] for key in sorted(sets)]
+        graded[overlay, seed] = [sets[key] for key in sorted(sets) if not of_set or key == of_set]
         values = [METRICS[name](one.given, one.right, np.ones(len(one.ids))) for one in graded[overlay, seed]]
         if not values or abs(np.mean(values) - by_name[overlay][seed].metrics[metric]) > _SAME:
             return {}, 0, f"{overlay}, seed {seed}: its answers do not give its {metric}: intervals are over seeds alone"

@@ -97,7 +97,7 @@ def _parse(words: Sequence[str], metric: str | None, outlines: dict[str, tuple[n
     if key not in outlines:
         built = model.task.build(num_classes, names or [f"class {index}" for index in range(num_classes or 0)])
         known = list(model.task.new_metrics())
-        if metric and metric not in known:
+        if metric and metric.rpartition("/")[2] not in known:
             raise ValueError(f"--metric {metric!r} is no metric of the task; known: {', '.join(map(str, known))}")
         outlines[key] = outline(built), [*model.task.head_names]
     return Cell(model.adapter, model.optimization, *outlines[key], config)

@@ -330,6 +330,13 @@ def test_problems_of_all_cells_are_told_together(compare, tmp_path, capsys):
     assert "usage:" not in capsys.readouterr().err
 
 
+def test_metric_of_a_test_set_that_is_not_there_costs_no_run(compare, trained):
+    with pytest.raises(ValueError, match=r"--metric 'cola/accuracy': lora was tested for test/accuracy"):
+        compare("--adapters", "lora", "--seeds", "1", "--metric", "cola/accuracy")
+    compare("--adapters", "lora", "--seeds", "1")
+    assert len(trained) == 1
+
+
 @pytest.mark.usefixtures("_no_run")
 def test_no_seed_is_a_wrong_command_line(compare, capsys):
     with pytest.raises(SystemExit) as stop:

@@ -201,6 +201,22 @@ def test_differences_are_against_the_named_method_on_common_seeds(tmp_path):
     assert differences(runs, "test/accuracy", "d", tmp_path) == ({}, ["d has no run to compare the others with"])
 
 
+def test_one_of_several_test_sets_is_tested_by_itself(tmp_path):
+    runs, answers = [], {"a": [True] * 6 + [False] * 2, "b": [True] * 8}
+    for name, correct in answers.items():
+        sets = {"cola": graded(np.array(correct)), "rte": graded(np.zeros(5, bool))}
+        (tmp_path / f"cells/{name}").mkdir(parents=True)
+        save_examples(tmp_path / f"cells/{name}/seed_0.npz", sets)
+        share = np.mean(correct)
+        runs.append(result(name, 0, share / 2))
+        runs[-1].metrics["test/cola/accuracy"] = share
+    of_one, problems = differences(runs, "test/cola/accuracy", "a", tmp_path)
+    of_all, _ = differences(runs, "test/accuracy", "a", tmp_path)
+    assert problems == []
+    assert (of_one["b"].mean, of_all["b"].mean) == (0.25, 0.125)
+    assert of_one["b"].high == pytest.approx(2 * of_all["b"].high, rel=0.1)
+
+
 @pytest.mark.parametrize(
     ("metric", "change", "said"),
     [
