@@ -28,9 +28,19 @@ class AdapterConfig:
     head: Sequence[str] = ()
 
     _training_only: ClassVar[frozenset[str]] = frozenset()  # fields without effect on a trained adapter's output
+    size_field: ClassVar[str | None] = None  # the field that says how many parameters there are, if one does
 
     def __post_init__(self) -> None:
         _set_names(self, "head")
+
+    @property
+    def size_step(self) -> int:
+        """The values of `size_field` are multiples of this; more of it are more trained parameters."""
+        return 1
+
+    def describe_size(self) -> str | None:
+        """`r=8`, or None for a method without such a field."""
+        return self.size_field and f"{self.size_field}={getattr(self, self.size_field)}"
 
     def inject(self, model: nn.Module) -> InjectionReport:
         """Adapt `model` in place and freeze everything else.
@@ -153,6 +163,7 @@ class FourierMoEConfig(ProjectionAdapterConfig):
     conjugate_symmetry: bool = True
 
     _training_only = frozenset({"dropout", "balance_weight", "init_std", "seed"})
+    size_field = "num_coefficients"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -206,6 +217,10 @@ class FourierMoEConfig(ProjectionAdapterConfig):
         lower = max(step, self.num_coefficients // step * step)
         nearest = f"{lower}" if lower >= self.num_coefficients else f"{lower} or {lower + step}"
         return f"{message} = {step}; nearest valid: {nearest}"
+
+    @property
+    def size_step(self) -> int:
+        return 2 * self.num_experts
 
     @property
     def pairs_per_expert(self) -> int:

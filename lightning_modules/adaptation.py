@@ -171,12 +171,13 @@ class AdaptationModule(L.LightningModule):
     def _evaluate(
         self, sets: EvaluationSets | None, loaders: Any, batch: Mapping[str, Any], batch_idx: int, dataloader_idx: int
     ) -> dict[str, Any]:
-        """Count the batch; its rows go to callbacks as the step's outputs."""
+        """Count the batch; its rows and answers go to callbacks as the step's outputs."""
         assert sets is not None
         loader = each_loader(loaders)[dataloader_idx]
         evaluation = self.task.evaluate(batch).first(num_own(loader, batch_idx, _batch_size(batch)))
         sets[dataloader_idx].update(evaluation)
-        return {"set": sets.names[dataloader_idx], "rows": evaluation.rows}
+        answers = {"given": evaluation.given, "right": evaluation.right}
+        return {"set": sets.names[dataloader_idx], "rows": evaluation.rows, **answers}
 
     def on_validation_epoch_end(self) -> None:
         self._log_evaluation("val", self.val_sets)

@@ -13,7 +13,7 @@ from fourier_moe import FourierMoEConfig, adapters
 from fourier_moe.adapter import Adapter
 from lightning_modules.callbacks import RouterLoad
 from lightning_modules.cli import AdaptationCLI
-from lightning_modules.compare import Result, run_grid, write_text
+from lightning_modules.grid import Result, run_grid, write_text
 from lightning_modules.sweep_report import Row, format_rows, write_csv
 from lightning_modules.sweep_studies import STUDIES, choose_settings
 

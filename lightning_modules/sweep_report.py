@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lightning_modules.compare import Result, mean_and_spread
+from lightning_modules.grid import Result, mean_and_spread
 from lightning_modules.markdown import markdown_table
 from lightning_modules.sweep_studies import Setting
 

@@ -33,6 +33,7 @@ class LowRankConfig(ProjectionAdapterConfig):
     dropout: float = 0.0
     seed: int | None = None
 
+    size_field = "r"
     layer_class: ClassVar[type[LowRankLinear]]
     _training_only = frozenset({"dropout", "seed"})
 

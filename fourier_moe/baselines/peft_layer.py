@@ -36,7 +36,8 @@ class PeftLinear(Adapter):
         if isinstance(getattr(base, "nf", None), int) and hasattr(peft_config, "fan_in_fan_out"):
             peft_config.fan_in_fan_out = True  # transformers' Conv1D holds its weight as (in, out)
         try:
-            inject_adapter_in_model(peft_config, holder)
+            # Of a projection on the meta device (to count parameters) peft would otherwise make layers with memory.
+            inject_adapter_in_model(peft_config, holder, low_cpu_mem_usage=self.weight.is_meta)
         except (NotImplementedError, TypeError, ValueError) as error:
             raise ValueError(f"{name}: {type(config).__name__} cannot adapt a {type(base).__name__}: {error}") from error
         self.layer = holder["projection"]

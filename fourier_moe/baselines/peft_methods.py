@@ -75,6 +75,7 @@ class LoRAConfig(PeftConfig):
     alpha: float = 16.0
     dropout: float = 0.0
 
+    size_field = "r"
     _options: ClassVar[dict[str, Any]] = {}  # what a variant changes in peft's LoraConfig
 
     def __post_init__(self) -> None:
@@ -122,6 +123,8 @@ class FourierFTConfig(PeftConfig):
     num_coefficients: int = 1000
     scaling: float = 150.0
 
+    size_field = "num_coefficients"
+
     def __post_init__(self) -> None:
         super().__post_init__()
         check_at_least_one(self, "num_coefficients")
@@ -155,6 +158,7 @@ class PEANuTConfig(PeftConfig):
     scaling: float = 1.0
 
     reads_weights = True
+    size_field = "r"
 
     def __post_init__(self) -> None:
         super().__post_init__()

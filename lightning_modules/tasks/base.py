@@ -21,16 +21,22 @@ class Evaluation:
         metric_inputs: keyword arguments of the metrics' `update`, each with one entry per example.
         loss: loss of each example (B,), None where none is known.
         rows: one row per example for reports, or none at all; `id` is its first entry.
+        given: class that the model gave each example (B,); for a task without classes 1 if its answer is right, else 0. None
+            where nothing is graded.
+        right: the right class of each example (B,); for a task without classes 1. None together with `given`.
     """
 
     metric_inputs: Mapping[str, Tensor]
     loss: Tensor | None = None
     rows: Sequence[dict[str, Any]] = field(default_factory=list)
+    given: Tensor | None = None
+    right: Tensor | None = None
 
     def first(self, count: int) -> Evaluation:
         """The same for the first `count` examples."""
         inputs = {name: values[:count] for name, values in self.metric_inputs.items()}
-        return Evaluation(inputs, None if self.loss is None else self.loss[:count], self.rows[:count])
+        loss, given, right = (None if values is None else values[:count] for values in (self.loss, self.given, self.right))
+        return Evaluation(inputs, loss, self.rows[:count], given, right)
 
 
 class Task(nn.Module, ABC):

@@ -107,7 +107,8 @@ class SequenceClassification(Task):
         logits = self(batch)
         loss = F.cross_entropy(logits, batch["label"], reduction="none")
         first = batch["classes"][:, 0] if "classes" in batch else 0
-        return Evaluation({"preds": logits.argmax(-1) - first, "target": batch["label"] - first}, loss)
+        given, right = logits.argmax(-1) - first, batch["label"] - first
+        return Evaluation({"preds": given, "target": right}, loss, given=given, right=right)
 
     def predict(self, batch: Batch) -> list[dict[str, Any]]:
         probabilities = self(batch).softmax(-1)

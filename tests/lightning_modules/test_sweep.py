@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-import lightning_modules.compare
+import lightning_modules.grid
 import lightning_modules.sweep_plots
 from fourier_moe import FourierMoEConfig
-from lightning_modules.compare import Result
+from lightning_modules.grid import Result
 from lightning_modules.sweep_plots import plot_study
 from lightning_modules.sweep_report import Row, format_rows, write_csv
 from lightning_modules.sweep_studies import ABLATIONS, STUDIES, Setting, choose_settings
@@ -43,16 +43,16 @@ def trained(monkeypatch):
     def train_and_test(cli, overlay, seed):
         runs.append((overlay, seed, cli.model.adapter))
         metrics = {"test/accuracy": 0.5 + len(runs) / 100}
-        return replace(RESULT, overlay=overlay, seed=seed, metrics=metrics, router=ROUTER)
+        return replace(RESULT, overlay=overlay, seed=seed, metrics=metrics, router=ROUTER), {}
 
-    monkeypatch.setattr(lightning_modules.compare, "_train_and_test", train_and_test)
+    monkeypatch.setattr(lightning_modules.grid, "_train_and_test", train_and_test)
     monkeypatch.setattr(lightning_modules.sweep_plots, "plot_study", lambda *_: None)  # drawing takes longer than all the rest
     return runs
 
 
 @pytest.fixture
 def _no_run(monkeypatch):
-    monkeypatch.setattr(lightning_modules.compare, "_run", lambda *_: pytest.fail("a run began"))
+    monkeypatch.setattr(lightning_modules.grid, "_run", lambda *_: pytest.fail("a run began"))
 
 
 def anything(adapter):
@@ -255,9 +255,9 @@ def test_configured_router_load_is_not_doubled(sweep, monkeypatch, tmp_path):
 
     def count(cli, overlay, seed):
         counts.append(sum(isinstance(callback, RouterLoad) for callback in cli.trainer.callbacks))
-        return replace(RESULT, overlay=overlay, seed=seed)
+        return replace(RESULT, overlay=overlay, seed=seed), {}
 
-    monkeypatch.setattr(lightning_modules.compare, "_train_and_test", count)
+    monkeypatch.setattr(lightning_modules.grid, "_train_and_test", count)
     own = tmp_path / "load.yaml"
     own.write_text("trainer: {callbacks: [{class_path: lightning_modules.callbacks.RouterLoad}]}")
     sweep("active_experts", "--values", "2", "--seeds", "1")
@@ -266,14 +266,14 @@ def test_configured_router_load_is_not_doubled(sweep, monkeypatch, tmp_path):
 
 
 def test_failing_run_is_reported_and_the_rest_goes_on(sweep, trained, output, monkeypatch):
-    train_and_test = lightning_modules.compare._train_and_test
+    train_and_test = lightning_modules.grid._train_and_test
 
     def some_fail(cli, overlay, seed):
         if overlay == "active_experts_2" and seed == 1:
             raise ValueError("a bad day")
         return train_and_test(cli, overlay, seed)
 
-    monkeypatch.setattr(lightning_modules.compare, "_train_and_test", some_fail)
+    monkeypatch.setattr(lightning_modules.grid, "_train_and_test", some_fail)
     with pytest.raises(SystemExit) as stop:
         sweep("active_experts", "--values", "1,2", "--seeds", "2")
     assert stop.value.code == 1
@@ -288,7 +288,7 @@ def test_nothing_but_failures_leaves_no_table(sweep, output, monkeypatch):
     def fail(*_):
         raise ValueError("a bad day")
 
-    monkeypatch.setattr(lightning_modules.compare, "_train_and_test", fail)
+    monkeypatch.setattr(lightning_modules.grid, "_train_and_test", fail)
     with pytest.raises(SystemExit):
         sweep("active_experts", "--values", "2", "--seeds", "1")
     assert "failed: active_experts_2, seed 0: ValueError: a bad day" in (output / "table.md").read_text()

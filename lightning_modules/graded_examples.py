@@ -1,0 +1,99 @@
+"""What was answered to every test example: the material of paired tests between methods."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+
+from lightning_modules.tasks.base import Batch
+
+
+@dataclass(frozen=True)
+class GradedSet:
+    """The N examples of one test set, ordered by id.
+
+    Attributes:
+        ids: (N,) strings.
+        given: (N,) the class that the model gave; for a task without classes 1 if the answer is right, else 0.
+        right: (N,) the right class; for a task without classes 1.
+    """
+
+    ids: np.ndarray
+    given: np.ndarray
+    right: np.ndarray
+
+
+class GradedExamples(L.Callback):
+    """Collect the answers of every test, and a digest of the order of the training examples.
+
+    Attributes:
+        data_order: SHA-256 over the ids of the training examples as this process saw them.
+    """
+
+    def __init__(self) -> None:
+        self._digest = hashlib.sha256()
+        self._answers: dict[str, dict[str, tuple[int, int]]] = {}
+
+    @property
+    def data_order(self) -> str:
+        return self._digest.hexdigest()[:12]
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, batch_idx: int) -> None:
+        self._digest.update("\n".join(map(str, batch["id"])).encode())
+        self._digest.update(b"\n\n")
+
+    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._answers = {}
+
+    def on_test_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Batch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if outputs["given"] is None:
+            return
+        pairs = zip(outputs["given"].tolist(), outputs["right"].tolist(), strict=True)
+        answers = self._answers.setdefault(outputs["set"] or "", {})
+        answers.update(zip(map(str, batch["id"]), pairs, strict=False))  # the batch's first examples are this process's own
+
+    def gather(self, trainer: L.Trainer) -> dict[str, GradedSet]:
+        """The answers of the last test by name of the set ("" for a single one), of all processes together."""
+        shares: list[Any] = [self._answers]
+        if trainer.world_size > 1:
+            shares = [None] * trainer.world_size
+            torch.distributed.all_gather_object(shares, self._answers)
+        sets = dict.fromkeys(name for share in shares for name in share)
+        return {name: _graded_set({i: pair for share in shares for i, pair in share.get(name, {}).items()}) for name in sets}
+
+
+def _graded_set(answers: dict[str, tuple[int, int]]) -> GradedSet:
+    ids = sorted(answers)
+    given, right = np.array([answers[id_] for id_ in ids], dtype=np.int32).reshape(-1, 2).T
+    return GradedSet(np.array(ids), given, right)
+
+
+def save_examples(path: Path, examples: dict[str, GradedSet]) -> None:
+    """Write to a neighbour first, so that an interruption leaves no half file."""
+    arrays = {f"{name}/{field}": value for name, graded in examples.items() for field, value in vars(graded).items()}
+    temporary = path.with_name(path.name + ".part")
+    with open(temporary, "wb") as file:
+        np.savez_compressed(file, **arrays)
+    os.replace(temporary, path)
+
+
+def load_examples(path: Path) -> dict[str, GradedSet]:
+    """Inverse of `save_examples`."""
+    with np.load(path, allow_pickle=False) as arrays:
+        names = dict.fromkeys(key.rpartition("/")[0] for key in arrays.files)
+        return {name: GradedSet(*(arrays[f"{name}/{field}"] for field in ("ids", "given", "right"))) for name in names}

@@ -1,0 +1,49 @@
+"""Where a result comes from: commit, versions, and a hash of the config."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.metadata
+import json
+import platform
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_LIBRARIES = ("torch", "lightning", "transformers", "peft", "open_clip_torch", "datasets", "numpy")
+
+
+@functools.cache
+def repository_commit() -> str | None:
+    """Commit of the repository that this file is tracked in, `+dirty` behind it for uncommitted changes; None without one."""
+    if _git("ls-files", "--error-unmatch", Path(__file__).name) is None:  # no git, or installed below another repository
+        return None
+    commit = _git("rev-parse", "HEAD")
+    changes = _git("status", "--porcelain", "--untracked-files=no")
+    return commit and commit + ("+dirty" if changes else "")
+
+
+def _git(*words: str) -> str | None:
+    """What git says in this file's directory; None if it refuses or is not there."""
+    try:
+        done = subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    except OSError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def versions(device: torch.device) -> dict[str, str]:
+    """Of Python and the libraries that decide on results, and the device's name."""
+    found = {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in _LIBRARIES}
+    return found | {"device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()}
+
+
+def config_hash(config: Mapping[str, Any]) -> str:
+    """Of a resolved config, but for its logger: where a run writes does not matter."""
+    trainer = {key: value for key, value in config["trainer"].items() if key != "logger"}
+    text = json.dumps({**config, "trainer": trainer}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
