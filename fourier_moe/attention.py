@@ -228,6 +228,34 @@ def is_fused_attention(module: nn.Module) -> bool:
     return has_fused_weight or isinstance(module, nn.MultiheadAttention) or _kind(module) is not None
 
 
+def is_split_attention(module: nn.Module) -> bool:
+    """Whether ``module`` came out of ``split_attention``."""
+    return isinstance(module, _SplitAttention)
+
+
+def fuse_attention(split: nn.Module, fused: nn.Module) -> None:
+    """Put the projections' weights of a split attention back into the fused module that it was made of, or another like it.
+
+    Raises:
+        ValueError: if the two do not belong together.
+    """
+    if not isinstance(split, _SplitAttention) or _kind(fused) is not type(split):
+        raise ValueError(f"a {type(split).__name__} is no split {type(fused).__name__}")
+    projections = [split.q_proj, split.k_proj, split.v_proj]
+    if fused.in_proj_weight is not None:
+        fused.in_proj_weight = _joined([projection.weight for projection in projections])
+    else:
+        for name, projection in zip("qkv", projections, strict=True):
+            setattr(fused, f"{name}_proj_weight", nn.Parameter(projection.weight.detach(), False))
+    if fused.in_proj_bias is not None:
+        fused.in_proj_bias = _joined([projection.bias for projection in projections])
+    fused.out_proj.weight, fused.out_proj.bias = split.out_proj.weight, split.out_proj.bias  # type: ignore[union-attr]
+
+
+def _joined(parts: list[Any]) -> nn.Parameter:
+    return nn.Parameter(torch.cat([part.detach() for part in parts]), False)
+
+
 def split_attention(module: nn.Module) -> nn.Module:
     """A drop-in for a fused attention module, with ``FUSED_PROJECTIONS`` as plain nn.Linear children.
 

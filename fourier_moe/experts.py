@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fourier_moe.config import FourierMoEConfig
 from fourier_moe.frequencies import band_centers, draw_frequencies
 from fourier_moe.router import Routing
-from fourier_moe.spectral import dense_delta_weight, dense_spectrum, routed_spectral_product
+from fourier_moe.spectral import dense_delta_weight, dense_spectrum, low_rank_factors, routed_spectral_product
 
 
 class SpectralExperts(nn.Module):
@@ -78,7 +78,6 @@ class SpectralExperts(nn.Module):
 
     def forward(self, x: Tensor, routing: Routing) -> Tensor:
         """sum_e gates_e dW_e x: (..., N) -> (..., M) in the dtype of the coefficients (never lower than float32)."""
-        pair_factor = 2.0 if self.hermitian else 1.0
         coefficients = self.complex_coefficients()
         y = routed_spectral_product(
             x.reshape(-1, self.in_features),
@@ -87,9 +86,14 @@ class SpectralExperts(nn.Module):
             coefficients.to(torch.promote_types(coefficients.dtype, torch.float32)),
             self.frequencies,
             self.out_features,
-            pair_factor * self.scaling / (self.out_features * self.in_features),
+            self._scale,
         )
         return y.reshape(*x.shape[:-1], self.out_features)
+
+    @property
+    def _scale(self) -> float:
+        """Factor of Re sum_j c_j a_j b_j^T; without conjugate symmetry a position stands for itself alone."""
+        return (2.0 if self.hermitian else 1.0) * self.scaling / (self.out_features * self.in_features)
 
     def complex_coefficients(self) -> Tensor:
         """Real and imaginary part of every coefficient (E, P, 2); the untrained part of an ablation is 0."""
@@ -115,6 +119,12 @@ class SpectralExperts(nn.Module):
             scaling=self.scaling,
             hermitian=self.hermitian,
         )
+
+    @torch.no_grad()
+    def low_rank(self, expert: int) -> tuple[Tensor, Tensor]:
+        """The same as a product, left (M, r) @ right (r, N), float64, r <= 2P: the expert as an exact LoRA."""
+        coefficients = self.complex_coefficients()[expert]
+        return low_rank_factors(coefficients, self.frequencies[expert], self.out_features, self.in_features, self._scale)
 
     def extra_repr(self) -> str:
         E, P, _ = self.frequencies.shape

@@ -31,6 +31,10 @@ class SharedRouter(nn.Module):
     def num_experts(self) -> int:
         return self._router[0].num_experts
 
+    @property
+    def weight(self) -> Tensor:
+        return self._router[0].weight
+
     def forward(self, x: Tensor) -> Routing:
         return self._router[0](x)
 
