@@ -1,4 +1,4 @@
-"""Train, evaluate, use and compare adapters: python train.py {fit,validate,test,predict,compare,analyze,sweep} ..."""
+"""Train, evaluate, use and compare adapters: python train.py {fit,validate,test,predict,compare,analyze,sweep,export} ..."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from typing import Any
 from lightning_modules.analyze import analyze
 from lightning_modules.cli import AdaptationCLI, user_mistake
 from lightning_modules.compare import compare
+from lightning_modules.export import export
 from lightning_modules.sweep import sweep
 
 
 def main(args: list[str] | None = None) -> Any:
     """Run one subcommand; returns the AdaptationCLI or what another command found, for tests and scripts to look at."""
     words = sys.argv[1:] if args is None else args
-    own = {"compare": compare, "analyze": analyze, "sweep": sweep}
+    own = {"compare": compare, "analyze": analyze, "sweep": sweep, "export": export}
     return own[words[0]](words[1:]) if words and words[0] in own else AdaptationCLI(args)
 
 

@@ -31,6 +31,17 @@ class Adapter(nn.Module, ABC):
     def after_step(self) -> None:
         """What a method does after every optimiser step, if anything."""
 
+    def merged(self, gates: Tensor | None = None) -> nn.Module:
+        """A copy of `base` with the update in its weight, W0 + dW: no adapter any more.
+
+        Args:
+            gates: for a method that routes, the gate (E,) of every expert, the same for all tokens.
+
+        Raises:
+            ValueError: if the method's update is no fixed matrix, or the weight cannot take one (quantised, sharded).
+        """
+        raise ValueError(f"{type(self).__name__}: this method's update cannot be merged into a weight")
+
     # Code around a projection (dtype look-ups, fused kernels' checks) reads its weight: hand it on.
     @property
     def weight(self) -> Tensor:

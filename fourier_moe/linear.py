@@ -12,6 +12,7 @@ from fourier_moe.adapter import Adapter
 from fourier_moe.config import FourierMoEConfig
 from fourier_moe.experts import SpectralExperts
 from fourier_moe.frequencies import named_generator
+from fourier_moe.merge import with_update
 from fourier_moe.router import TopKRouter
 
 if TYPE_CHECKING:
@@ -52,6 +53,11 @@ class FourierMoELinear(Adapter):
     def forward(self, x: Tensor) -> Tensor:
         y = self.base(x)
         return y + self.experts(self.dropout(x), self.router(x)).to(y.dtype)
+
+    def merged(self, gates: Tensor | None = None) -> nn.Module:
+        if gates is None:
+            raise ValueError("FourierMoELinear routes every token on its own; give the gates to freeze")
+        return with_update(self.base, self.experts.mixture(gates))
 
     def parameter_groups(self) -> Mapping[str, list[nn.Parameter]]:
         return {"experts": [self.experts.coefficients], "router": list(self.router.parameters())}

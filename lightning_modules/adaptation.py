@@ -92,7 +92,8 @@ class AdaptationModule(L.LightningModule):
         if self.adapter.head:
             raise ValueError(f"adapter.head={list(self.adapter.head)} is the task's to say; remove it from the config")
         of_adapter = self._stored.class_names if self._stored else None
-        self.class_names = _agree(f"adapter_path={self.adapter_path!r}", of_adapter, "the data", self._class_names_of_data())
+        of_data = self._class_names_of_data() or self.class_names  # without data a checkpoint's may be known
+        self.class_names = _agree(f"adapter_path={self.adapter_path!r}", of_adapter, "the data", of_data)
         # A local directory may hold fewer classes than its source is known for, and so may its adapter.
         num_classes = len(self.class_names) if self.class_names else self.num_classes
         model = self.task.build(num_classes, self.class_names)

@@ -58,9 +58,8 @@ class AdaptationCLI(LightningCLI):
             adapter.seed = int(config.seed_everything)
         _agree_on_tokenizer(config.data.get("init_args", {}), config.model.task.get("init_args", {}))
         path = config.get("ckpt_path")
-        if path and path not in ("best", "last", "hpc") and "://" not in path and not Path(path).exists():
-            near = ", ".join(sorted(str(file) for file in Path(path).parent.glob("*.ckpt"))) or "none"
-            raise ValueError(f"ckpt_path={path!r} does not exist; checkpoints beside it: {near}")
+        if path and path not in ("best", "last", "hpc"):
+            check_checkpoint_path(path)
 
     def before_test(self) -> None:
         """Refuse to evaluate a new head before data and weights are fetched; one table of results is enough."""
@@ -80,6 +79,13 @@ class AdaptationCLI(LightningCLI):
 
     def _parse_ckpt_path(self) -> None:
         """Nothing: Lightning would let hyper-parameters found in the checkpoint win over the command line, silently."""
+
+
+def check_checkpoint_path(path: str) -> None:
+    """Refuse a local checkpoint that is not there, and name those beside it."""
+    if "://" not in path and not Path(path).exists():
+        near = ", ".join(sorted(str(file) for file in Path(path).parent.glob("*.ckpt"))) or "none"
+        raise ValueError(f"ckpt_path={path!r} does not exist; checkpoints beside it: {near}")
 
 
 def _agree_on_tokenizer(data: Any, task: Any) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from fourier_moe.adapter import Adapter
+from fourier_moe.merge import check_takes_update
 
 if TYPE_CHECKING:
     from fourier_moe.baselines.peft_methods import PeftConfig
@@ -48,6 +50,12 @@ class PeftLinear(Adapter):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layer(x)
+
+    def merged(self, gates: Tensor | None = None) -> nn.Module:
+        check_takes_update(self.base)
+        layer: Any = copy.deepcopy(self.layer)
+        layer.merge()
+        return layer.get_base_layer()
 
     def parameter_groups(self) -> Mapping[str, list[nn.Parameter]]:
         return {"adapter": list(self.layer.parameters())}

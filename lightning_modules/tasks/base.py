@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
@@ -37,6 +38,13 @@ class Evaluation:
         inputs = {name: values[:count] for name, values in self.metric_inputs.items()}
         loss, given, right = (None if values is None else values[:count] for values in (self.loss, self.given, self.right))
         return Evaluation(inputs, loss, self.rows[:count], given, right)
+
+
+def select(batch: Batch, rows: Sequence[int]) -> Batch:
+    """The batch of some of its examples."""
+    if len(rows) == len(batch["id"]):
+        return batch
+    return {name: v[list(rows)] if isinstance(v, Tensor) else [v[row] for row in rows] for name, v in batch.items()}
 
 
 class Task(nn.Module, ABC):
@@ -97,6 +105,22 @@ class Task(nn.Module, ABC):
     @abstractmethod
     def predict(self, batch: Batch) -> list[dict[str, Any]]:
         """One row of the predictions file per example; `id` is its first entry."""
+
+    def logits(self, batch: Batch) -> Tensor:
+        """What the model says before any decision, (rows, classes): of examples, or of tokens. Exports compare it.
+
+        Raises:
+            ValueError: if the batch lacks what it takes.
+        """
+        raise ValueError(f"{type(self).__name__} has no logits to compare a merged model by; implement Task.logits")
+
+    def save_model(self, directory: Path, class_names: Sequence[str] | None) -> None:
+        """Write the whole model, without adapters, as a directory that the model's own library loads without this package.
+
+        Raises:
+            ValueError: if there is no such format.
+        """
+        raise ValueError(f"{type(self).__name__} has no format for a whole model; implement Task.save_model")
 
     def token_mask(self, batch: Batch) -> Tensor | None:
         """True for real tokens, false for padding, as (batch, length); None if the task pads nothing."""

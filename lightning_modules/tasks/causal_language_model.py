@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -12,10 +13,15 @@ from torchmetrics import MeanMetric, MetricCollection
 from transformers import PreTrainedModel
 
 from datamodules.tokenizers import load_tokenizer
-from lightning_modules.tasks.base import Batch, Evaluation, Task
+from lightning_modules.tasks.base import Batch, Evaluation, Task, select
 from lightning_modules.tasks.generation import GenerationSettings, generate, is_sharded
-from lightning_modules.tasks.hugging_face_models import check_model, load_causal_language_model, tokenizer_name
-from lightning_modules.tasks.label_losses import LabelLosses, label_losses, log_likelihoods
+from lightning_modules.tasks.hugging_face_models import (
+    check_model,
+    load_causal_language_model,
+    save_hugging_face,
+    tokenizer_name,
+)
+from lightning_modules.tasks.label_losses import LabelLosses, label_logits, label_losses, log_likelihoods
 
 GREEDY = GenerationSettings()
 
@@ -120,6 +126,15 @@ class CausalLanguageModel(Task):
     def token_mask(self, batch: Batch) -> Tensor:
         return batch["attention_mask"].to(torch.bool)
 
+    def logits(self, batch: Batch) -> Tensor:
+        """Of the positions that predict a token of the known response (tokens, vocabulary)."""
+        if "labels" not in batch:
+            raise ValueError("a merged model is compared on known responses, and this set has none; use --split val")
+        return label_logits(self.model, batch["input_ids"], batch["attention_mask"], batch["labels"])[0]
+
+    def save_model(self, directory: Path, class_names: Sequence[str] | None) -> None:
+        save_hugging_face(self.model, self.tokenizer_name, directory)
+
     def new_metrics(self) -> MetricCollection:
         names = ["accuracy", "strict_accuracy"] if self._grades else ["token_accuracy"]
         # Groups would count metrics that agree on the first batch as one from then on.
@@ -151,7 +166,7 @@ class CausalLanguageModel(Task):
             ValueError: if `scoring` is likelihood and a benchmark has no choices.
         """
         wanted = self._unfinished(batch)
-        answered = dict(zip(wanted, self._answer(_select(batch, wanted)), strict=True)) if wanted else {}
+        answered = dict(zip(wanted, self._answer(select(batch, wanted)), strict=True)) if wanted else {}
         return [answered[row] if row in answered else self.finished[id_] for row, id_ in enumerate(batch["id"])]
 
     def settings(self) -> dict[str, Any]:
@@ -220,13 +235,6 @@ def _row(id_: str, benchmark: Any, prompt: str, answer: str, output: str, loss: 
         "strict_correct": grade.strict_correct,
         "loss": loss,
     }
-
-
-def _select(batch: Batch, rows: list[int]) -> Batch:
-    """The batch of some of its examples."""
-    if len(rows) == len(batch["id"]):
-        return batch
-    return {name: v[rows] if isinstance(v, Tensor) else [v[row] for row in rows] for name, v in batch.items()}
 
 
 def _require_choices(batch: Batch) -> None:

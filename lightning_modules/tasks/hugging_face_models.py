@@ -22,7 +22,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
-from datamodules.tokenizers import BYTES, is_path
+from datamodules.tokenizers import BYTES, is_path, load_tokenizer
 from lightning_modules.tasks.quantization import check_quantization, prepare_training, quantization_config
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -76,6 +76,16 @@ def load_causal_language_model(
         ValueError: if it cannot be fetched, or was not trained to continue text (an encoder).
     """
     return _load(AutoModelForCausalLM, model, dtype, quantization, tiny)
+
+
+def save_hugging_face(model: Any, tokenizer: str, directory: Path) -> None:
+    """Write model and tokenizer as `from_pretrained` reads them. A byte tokenizer has no files."""
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is not None and head.weight is not embeddings.weight:  # an update of one of two tied weights has parted them
+        model.config.tie_word_embeddings = False
+    model.save_pretrained(directory)
+    if tokenizer != BYTES:
+        load_tokenizer(tokenizer).save_pretrained(directory)
 
 
 def _load(auto_class: Any, model: str, dtype: str, quantization: str | None, tiny: bool, **options: Any) -> PreTrainedModel:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import open_clip
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
+from fourier_moe.attention import fuse_attention, is_split_attention
 from lightning_modules.tasks.base import Batch, Evaluation, Task
-from lightning_modules.tasks.open_clip_models import check_model, load_open_clip
+from lightning_modules.tasks.open_clip_models import check_model, load_open_clip, save_open_clip
 
 
 class ImageClassifier(nn.Module):
@@ -143,6 +146,31 @@ class ImageClassification(Task):
         """Logits (B, classes) of preprocessed images (B, 3, H, W)."""
         assert self.model is not None, "build() comes first"
         return self.model(images)
+
+    def logits(self, batch: Batch) -> Tensor:
+        return self(batch["image"])
+
+    def save_model(self, directory: Path, class_names: Sequence[str] | None) -> None:
+        """The whole CLIP for open_clip, its text tower as it was loaded, and head.safetensors and head.json beside it.
+
+        The head reads the tower's pooled output: `clip.visual.proj = None`, then `head(clip.visual(images))`.
+        """
+        assert isinstance(self.model, ImageClassifier)
+        clip: Any = load_open_clip(self.model_name, self.pretrained, image_size=self.image_size, tiny=self.tiny)
+        split = {name: module for name, module in self.model.backbone.named_modules() if is_split_attention(module)}
+        for name, module in split.items():
+            fuse_attention(module, clip.visual.get_submodule(name))
+        inside = tuple(f"{name}." for name in split)
+        state = {key: value for key, value in self.model.backbone.state_dict().items() if not key.startswith(inside)}
+        unknown = clip.visual.load_state_dict(state, strict=False).unexpected_keys
+        assert not unknown, unknown
+        save_open_clip(clip, self.model_name, directory, image_size=self.image_size, tiny=self.tiny)
+        head = {key: value.detach().cpu().clone() for key, value in self.model.head.state_dict().items()}
+        save_file(head, directory / "head.safetensors")
+        description = {"kind": self.head_kind, "class_names": class_names and list(class_names)}
+        if isinstance(self.model.head, CosineHead):
+            description["logit_scale"] = self.model.head.logit_scale
+        (directory / "head.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
 
     def loss(self, batch: Batch) -> Tensor:
         return F.cross_entropy(self(batch["image"]), batch["label"])

@@ -34,13 +34,27 @@ class LabelLosses(NamedTuple):
 def label_losses(model: Any, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> LabelLosses:
     """Predict every label from the tokens before it.
 
-    Logits exist only where labels do: over a vocabulary of 256,000 those of a prompt would be larger than everything else.
-
     Args:
         model: a transformers causal language model.
         input_ids: int64 (B, T), padded on the right.
         attention_mask: (B, T), 0 for padding.
         labels: int64 (B, T), the input ids again, or -100 where no loss is wanted.
+    """
+    logits, targets, example = label_logits(model, input_ids, attention_mask, labels)
+    losses = F.cross_entropy(logits, targets, reduction="none")
+    zeros = losses.new_zeros(len(labels))
+    correct = (logits.detach().argmax(-1) == targets).to(losses.dtype)
+    num_labels = (labels[:, 1:] != IGNORED).sum(1)
+    return LabelLosses(zeros.index_add(0, example, losses), zeros.index_add(0, example, correct), num_labels)
+
+
+def label_logits(model: Any, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What the model says of every label from the tokens before it; arguments as for `label_losses`.
+
+    Logits exist only where labels do: over a vocabulary of 256,000 those of a prompt would be larger than everything else.
+
+    Returns:
+        Logits (tokens, vocabulary), float32; the labels (tokens,); the example that each belongs to (tokens,).
     """
     targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED)  # position t predicts token t + 1
     wanted = targets != IGNORED
@@ -48,11 +62,7 @@ def label_losses(model: Any, input_ids: Tensor, attention_mask: Tensor, labels: 
         logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
     everywhere = logits.shape[:2] == wanted.shape  # never so for (1, tokens): the last position has no label
     logits = (logits[wanted] if everywhere else logits[0]).float()  # (tokens, vocabulary)
-    losses = F.cross_entropy(logits, targets[wanted], reduction="none")
-    example = wanted.nonzero()[:, 0]
-    zeros = losses.new_zeros(len(labels))
-    correct = (logits.detach().argmax(-1) == targets[wanted]).to(losses.dtype)
-    return LabelLosses(zeros.index_add(0, example, losses), zeros.index_add(0, example, correct), wanted.sum(1))
+    return logits, targets[wanted], wanted.nonzero()[:, 0]
 
 
 def log_likelihoods(

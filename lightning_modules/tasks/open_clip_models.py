@@ -14,6 +14,7 @@ from typing import Any
 import open_clip
 import torch
 from open_clip.factory import load_checkpoint, load_state_dict
+from safetensors.torch import save_file
 from torch import nn
 
 _UNTRAINED_SEED = 0  # an untrained tower is the same one everywhere, so that an adapter of it can be used again
@@ -95,6 +96,23 @@ def load_open_clip(
                 "Without a network: give the path of a weights file as model.task.init_args.pretrained, or fill the Hugging "
                 "Face cache (HF_HOME) on a machine that has one and copy it"
             ) from error
+
+
+def save_open_clip(
+    clip: Any, model: str, directory: Path, *, image_size: int | None = None, tiny: bool = False
+) -> None:
+    """Write a whole CLIP as `open_clip.create_model("local-dir:DIRECTORY")` reads it; other arguments as for `load_open_clip`."""
+    _, config = _register(model)
+    config = {**copy.deepcopy(config), **(_tiny(config, model) if tiny else {})}
+    if image_size is not None:
+        config["vision_cfg"]["image_size"] = image_size
+    preprocess = {"mean": clip.visual.image_mean, "std": clip.visual.image_std}
+    preprocess |= {name: value for name, value in clip.visual.preprocess_cfg.items() if name in ("interpolation", "resize_mode")}
+    description = {"model_cfg": config, "preprocess_cfg": preprocess}
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "open_clip_config.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in clip.state_dict().items()}
+    save_file(state, directory / "open_clip_model.safetensors")
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -14,7 +15,7 @@ from transformers import PreTrainedModel
 
 from datamodules.tokenizers import load_tokenizer
 from lightning_modules.tasks.base import Batch, Evaluation, Task
-from lightning_modules.tasks.hugging_face_models import check_model, load_sequence_classifier, tokenizer_name
+from lightning_modules.tasks.hugging_face_models import check_model, load_sequence_classifier, save_hugging_face, tokenizer_name
 from lightning_modules.tasks.quantization import modules_outside_body
 
 _MODEL_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
@@ -90,6 +91,17 @@ class SequenceClassification(Task):
         classes = torch.arange(logits.shape[-1], device=logits.device)
         first, end = batch["classes"].split(1, -1)
         return logits.masked_fill((classes < first) | (classes >= end), -torch.inf)
+
+    def logits(self, batch: Batch) -> Tensor:
+        return self(batch)
+
+    def save_model(self, directory: Path, class_names: Sequence[str] | None) -> None:
+        """For AutoModelForSequenceClassification, with the class names in its config."""
+        assert isinstance(self.model, PreTrainedModel)
+        if class_names:
+            self.model.config.id2label = dict(enumerate(class_names))
+            self.model.config.label2id = {name: index for index, name in enumerate(class_names)}
+        save_hugging_face(self.model, tokenizer_name(self.model_name, self.tiny), directory)
 
     def loss(self, batch: Batch) -> Tensor:
         return F.cross_entropy(self(batch), batch["label"])
