@@ -9,6 +9,7 @@ load_adapter(fresh_model, "adapter")
 from fourier_moe.adapter import Adapter
 from fourier_moe.adapter_format import AdapterDescription
 from fourier_moe.analysis import ExpertSpectra
+from fourier_moe.bank import AdapterBank
 from fourier_moe.baselines import (
     DoRAConfig,
     FourierFTConfig,
@@ -38,6 +39,7 @@ from fourier_moe.version import __version__
 
 __all__ = [
     "Adapter",
+    "AdapterBank",
     "AdapterConfig",
     "AdapterDescription",
     "DoRAConfig",

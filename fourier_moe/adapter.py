@@ -9,7 +9,13 @@ from torch import Tensor, nn
 
 
 class Adapter(nn.Module, ABC):
-    """A frozen projection `base` with trained additions. Found in a model by `adapters(model)`."""
+    """A frozen projection `base` with trained additions. Found in a model by `adapters(model)`.
+
+    Attributes:
+        changes_base: whether `base` is a changed copy of the model's projection and not that projection itself.
+    """
+
+    changes_base = False
 
     def __init__(self, base: nn.Module) -> None:
         super().__init__()
@@ -30,6 +36,10 @@ class Adapter(nn.Module, ABC):
 
     def after_step(self) -> None:
         """What a method does after every optimiser step, if anything."""
+
+    def rebase(self, base: nn.Module) -> None:
+        """Call `base`, another module with the same weight, from now on."""
+        self.base = base
 
     def merged(self, gates: Tensor | None = None) -> nn.Module:
         """A copy of `base` with the update in its weight, W0 + dW: no adapter any more.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -175,7 +175,7 @@ def replace_targets(model: nn.Module, config: ProjectionAdapterConfig) -> Inject
             f"targets match only {', '.join(sorted(in_head)[:5])}, which head={list(config.head)} trains in full; "
             "name projections outside of the head"
         )
-    _split_fused(model, fused, matches)
+    split_fused(model, matches)
     _check_projections(model, matches, config)
 
     train_only(model, head.values())
@@ -185,8 +185,9 @@ def replace_targets(model: nn.Module, config: ProjectionAdapterConfig) -> Inject
         if isinstance(base, Adapter):  # reached before by another name of a shared parent
             continue
         if id(base) not in layers:
-            layers[id(base)] = config.build_layer(base, name).train(base.training)
-        _replace(model, name, layers[id(base)])
+            layers[id(base)] = layer = config.build_layer(base, name).train(base.training)
+            layer.changes_base = layer.base is not base
+        replace_module(model, name, layers[id(base)])
     return count_parameters(model, config)
 
 
@@ -197,22 +198,31 @@ def train_only(model: nn.Module, modules: Iterable[nn.Module]) -> None:
         module.requires_grad_(True)
 
 
-def _split_fused(model: nn.Module, fused: set[str], matches: set[str]) -> None:
+def split_fused(model: nn.Module, matches: Collection[str]) -> dict[nn.Module, nn.Module]:
     """Split every fused attention of which a projection is a target, at all places where the module stands.
 
     Also the one inside a torch.nn.TransformerEncoderLayer whose other projections are targets: with it whole, torch's fused
     evaluation kernel would read their weights and pass the adapters by without a word.
+
+    Args:
+        matches: names of projections to adapt.
+
+    Returns:
+        The split module of each fused one.
     """
+    names = [name for name, _ in model.named_modules(remove_duplicate=False)]
+    fused = {name for name in names if name and is_fused_attention(model.get_submodule(name))}
     wanted = {name for name in fused if any(f"{name}.{projection}" in matches for projection in FUSED_PROJECTIONS)}
     for name, module in model.named_modules():
         if isinstance(module, nn.TransformerEncoderLayer) and any(match.startswith(f"{name}.") for match in matches):
             wanted.add(f"{name}.self_attn")
-    split: dict[int, nn.Module] = {}
-    for name in (name for name, _ in list(model.named_modules(remove_duplicate=False)) if name in wanted):
+    split: dict[nn.Module, nn.Module] = {}
+    for name in (name for name in names if name in wanted):
         module = model.get_submodule(name)
-        if id(module) not in split:
-            split[id(module)] = split_attention(module)
-        _replace(model, name, split[id(module)])
+        if module not in split:
+            split[module] = split_attention(module)
+        replace_module(model, name, split[module])
+    return split
 
 
 def count_parameters(model: nn.Module, config: AdapterConfig) -> InjectionReport:
@@ -265,7 +275,8 @@ def _check_projections(model: nn.Module, names: Iterable[str], config: Projectio
             )
 
 
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put a module at a name, and keep a torch.nn.TransformerEncoderLayer around it from reading past it."""
     parent, _, child = name.rpartition(".")
     owner = model.get_submodule(parent)
     setattr(owner, child, module)

@@ -154,5 +154,3 @@ def merge_table(report: MergeReport) -> str:
     ]
     rows.append(["relative rms difference of the logits", "", f"{report.logit_difference:.2e}"])
     return markdown_table(["", "adapter", "merged"], rows)
-
-

@@ -51,6 +51,10 @@ class PeftLinear(Adapter):
     def forward(self, x: Tensor) -> Tensor:
         return self.layer(x)
 
+    def rebase(self, base: nn.Module) -> None:
+        super().rebase(base)
+        self.layer.__dict__["base_layer"] = base
+
     def merged(self, gates: Tensor | None = None) -> nn.Module:
         check_takes_update(self.base)
         layer: Any = copy.deepcopy(self.layer)

@@ -98,16 +98,16 @@ def load_open_clip(
             ) from error
 
 
-def save_open_clip(
-    clip: Any, model: str, directory: Path, *, image_size: int | None = None, tiny: bool = False
-) -> None:
+def save_open_clip(clip: Any, model: str, directory: Path, *, image_size: int | None = None, tiny: bool = False) -> None:
     """Write a whole CLIP as `open_clip.create_model("local-dir:DIRECTORY")` reads it; other arguments as for `load_open_clip`."""
     _, config = _register(model)
     config = {**copy.deepcopy(config), **(_tiny(config, model) if tiny else {})}
     if image_size is not None:
         config["vision_cfg"]["image_size"] = image_size
     preprocess = {"mean": clip.visual.image_mean, "std": clip.visual.image_std}
-    preprocess |= {name: value for name, value in clip.visual.preprocess_cfg.items() if name in ("interpolation", "resize_mode")}
+    preprocess |= {
+        name: value for name, value in clip.visual.preprocess_cfg.items() if name in ("interpolation", "resize_mode")
+    }
     description = {"model_cfg": config, "preprocess_cfg": preprocess}
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "open_clip_config.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
