@@ -107,10 +107,11 @@ class BankProjection(nn.Module):
         own = {name: rows for name, rows in self.selection.groups(x, self.name).items() if name in self.adapters}
         if not own:
             return y
-        if None in own.values():
+        some = {name: rows for name, rows in own.items() if rows is not None}
+        if not some:
             return self._adapt(next(iter(own)), x, y)
-        adapted = [self._adapt(name, x.index_select(0, rows), y.index_select(0, rows)) for name, rows in own.items()]
-        return y.index_copy(0, torch.cat(list(own.values())), torch.cat(adapted))
+        adapted = [self._adapt(name, x.index_select(0, rows), y.index_select(0, rows)) for name, rows in some.items()]
+        return y.index_copy(0, torch.cat([*some.values()]), torch.cat(adapted))
 
     def _adapt(self, name: str, x: Tensor, y: Tensor) -> Tensor:
         self._known[0].output = y

@@ -73,6 +73,8 @@ class OnBatches(L.Callback):
 
     def check(self) -> None:
         """Refuse to go on with nothing."""
+        if not self.num_examples and self.task_name is None:
+            raise ValueError("the split has no examples to measure gates on; hold a part out, or give the other --split")
         if not self.num_examples:
             tasks = ", ".join(name for name in self.known if name)
             raise ValueError(f"--task {self.task_name!r} is in no batch; tasks of the data: {tasks or 'none are named'}")
@@ -108,12 +110,17 @@ def merge(
     trainer.callbacks = [OnBatches(compare, task_name)]  # type: ignore[attr-defined]
     metrics = _metrics(run(model, data, verbose=False), split)
     difference = float((sums[0] / sums[1]).sqrt()) if sums[0] > 0 else 0.0
-    main = model.task.main_metric
-    of_task = f"{task_name}/{main}"
-    main = of_task if of_task in routed else main
-    if main not in routed:
-        raise ValueError(f"the {split} set gave {', '.join(routed) or 'nothing'}, and no {main} to compare; has it labels?")
+    main = _main_metric(model.task, routed, split, task_name)
     return MergeReport(split, main, routed, metrics, difference, {name: values.tolist() for name, values in gates.items()})
+
+
+def _main_metric(task: Task, metrics: Mapping[str, float], split: str, task_name: str | None) -> str:
+    """The task's main metric, or what stands for it in validation; of the set that is called like `task_name`, if there is one."""
+    names = [task.main_metric, *task.new_metrics()]
+    for name in [*(f"{task_name}/{name}" for name in names), *names]:
+        if name in metrics:
+            return name
+    raise ValueError(f"the {split} set gave {', '.join(metrics) or 'nothing'}, and no {names[0]} to compare; has it labels?")
 
 
 class _Prepare(L.Callback):
