@@ -57,8 +57,8 @@ def test_python_snippets_run(tmp_path, monkeypatch):
     nn.init.normal_(model.head.weight)
     save_adapter(model, f"{RUN}/adapter", class_names=names)
 
-    assert len(SNIPPETS) == 3
-    use, adapt, loop = SNIPPETS
+    assert len(SNIPPETS) == 4
+    use, adapt, serve, loop = SNIPPETS
     images = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
     space = {"images": images}
     exec(use, space)
@@ -71,6 +71,11 @@ def test_python_snippets_run(tmp_path, monkeypatch):
     assert space["layer"].experts.delta_weight(0).shape == (256, 256)
     assert len(adapters(space["fresh_model"])) == 2
     assert torch.equal(space["fresh_model"].eval()(x), space["model"].eval()(x))
+
+    space |= {"plain_model": Encoder(), "x": x}
+    exec(serve, space)
+    torch.testing.assert_close(space["y"][0], space["model"].eval()(x)[0])
+    torch.testing.assert_close(space["y"][1], Encoder().eval()(x)[1])
 
     mask = torch.ones(2, 5, dtype=torch.bool)
     space |= {"token_mask": mask, "batch": x, "compute_loss": lambda model, batch: model.train()(batch).square().mean()}
@@ -145,7 +150,7 @@ def parse(main, monkeypatch):
 
 def test_there_are_commands_for_all_that_train_py_does():
     subcommands = {command.split()[0] for command in COMMANDS}
-    assert subcommands == {"fit", "test", "predict", "compare", "analyze", "sweep"}
+    assert subcommands == {"fit", "test", "predict", "compare", "analyze", "sweep", "export"}
     assert len(COMMANDS) >= 7
     assert len(PARTS) >= 3
 
@@ -157,7 +162,7 @@ def test_command_parses(parse, words_of, tmp_path, command):
         assert len(parse(*words, "--output", str(tmp_path / "comparison"))) == 3 * 3
     elif words[-1] == "--help":
         assert parse(*words) == [0]
-    elif words[0] in ("analyze", "sweep"):  # both build the config's model before anything else
+    elif words[0] in ("analyze", "sweep", "export"):  # both build the config's model before anything else
         assert parse(*words, "--output", str(tmp_path / "output"))[0].data.class_path == "datamodules.ImageDataModule"
     else:
         (config,) = parse(*words)

@@ -135,7 +135,9 @@ def test_merged_tower_loads_with_open_clip_alone_and_its_difference_is_what_was_
     # By name and file, too: the same weights whichever way; the text tower is the pretrained one.
     again = load_open_clip("examples/digits_tower/digits_vit.json", str(written / "open_clip_model.safetensors"))
     assert all(torch.equal(again.state_dict()[key], value) for key, value in clip.state_dict().items())
-    before = load_open_clip("examples/digits_tower/digits_vit.json", "examples/digits_tower/digits_vit.safetensors").state_dict()
+    before = load_open_clip(
+        "examples/digits_tower/digits_vit.json", "examples/digits_tower/digits_vit.safetensors"
+    ).state_dict()
     changed = {key for key, value in again.state_dict().items() if not torch.equal(value, before[key])}
     assert changed == {f"visual.transformer.resblocks.{block}.attn.in_proj_weight" for block in range(4)}
 
@@ -145,7 +147,9 @@ def test_gates_are_the_mean_over_the_validation_set(demo, export):
     model, batches = routed_model(demo)
     name, layer = list(adapters(model.model).items())[3]
     gates = []
-    layer.router.register_forward_hook(lambda router, _, routing: gates.append(routing.dense(router.num_experts).flatten(0, -2)))
+    layer.router.register_forward_hook(
+        lambda router, _, routing: gates.append(routing.dense(router.num_experts).flatten(0, -2))
+    )
     with torch.no_grad(), recording(model.model):
         for batch in batches:
             model.model.eval()(batch["image"])
@@ -159,7 +163,9 @@ def test_gates_are_the_mean_over_the_validation_set(demo, export):
         (("--max_difference", "10", "--max_drop", "-100"), r"too much: accuracy by -?\d+\.\d\d points \(--max_drop -100\.0\)"),
     ],
 )
-def test_merge_beyond_a_limit_is_refused_after_the_table_and_nothing_is_written(demo, export, tmp_path, capsys, limits, message):
+def test_merge_beyond_a_limit_is_refused_after_the_table_and_nothing_is_written(
+    demo, export, tmp_path, capsys, limits, message
+):
     with pytest.raises(ValueError, match=message) as error:
         export("merged", *DEMO, *adapter_of(demo), *limits)
     assert user_mistake(error.value) is error.value
