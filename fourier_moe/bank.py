@@ -38,9 +38,9 @@ class AdapterBank:
         with bank.per_example(["cars", "dtd", None]):  # None: the model without adapter
             logits = model(images)
 
-    Adapters may differ in method, config and targets, and in the number of classes of their heads: outputs of heads of different
-    widths are filled up with -infinity. The model is frozen and in eval mode, for serving: dropout is off, and nothing is
-    trained. Not safe for threads: what is active belongs to the model, not to the caller.
+    Adapters may differ in method, config and targets, and in the number of classes of their heads: narrower outputs are filled
+    up with -infinity. The model is frozen and in eval mode, for serving: dropout is off, and nothing is trained. Not safe for
+    threads: what is active belongs to the model, not to the caller.
 
     Args:
         model: the pretrained model, without adapters; its modules are replaced in place, and put back by `unload`.
@@ -122,8 +122,8 @@ class AdapterBank:
     def per_example(self, names: Sequence[str | None]) -> Iterator[None]:
         """While open, example i of every batch gets adapter names[i], None the plain model.
 
-        Examples are the first dimension of what projections and heads read. A model that repeats its examples needs the names as
-        often: `generate` with beams reads each example num_beams times in a row.
+        Examples are the first dimension of what projections and heads read. A model that repeats its examples needs the names
+        as often: `generate` with beams reads each example num_beams times in a row.
 
         Raises:
             ValueError: if one is not loaded; in the forward pass, if a layer reads another number of examples.
@@ -169,7 +169,7 @@ class AdapterBank:
                     inside += [head] * (head in two.adapters)
                     if inside:
                         raise ValueError(
-                            f"{owner!r} brings a {head} of its own, of which {guest!r} changes {inside[0]}; they do not fit together"
+                            f"{owner!r} brings a {head} of its own, of which {guest!r} changes {inside[0]}; keep them apart"
                         )
 
     @contextmanager

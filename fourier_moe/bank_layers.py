@@ -74,7 +74,8 @@ class KnownOutput(nn.Module):
             return getattr(self._base[0], name)
 
     def forward(self, x: Tensor) -> Tensor:
-        assert self.output is not None and self.output.shape[:-1] == x.shape[:-1]
+        assert self.output is not None
+        assert self.output.shape[:-1] == x.shape[:-1]
         return self.output
 
 
@@ -104,7 +105,8 @@ class BankProjection(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.base(x)
-        own = {name: rows for name, rows in self.selection.groups(x, self.name).items() if name in self.adapters}
+        groups = self.selection.groups(x, self.name)
+        own = {name: rows for name, rows in groups.items() if name is not None and name in self.adapters}
         if not own:
             return y
         some = {name: rows for name, rows in own.items() if rows is not None}
@@ -147,7 +149,7 @@ class BankHead(nn.Module):
             if not isinstance(output, Tensor) or output.dim() < 2 or len(output) != len(rows):
                 shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
                 raise ValueError(
-                    f"the head {self.name} gives {shape} for {len(rows)} examples; a batch of several adapters needs a head that "
+                    f"the head {self.name} gives {shape} for {len(rows)} examples; several adapters in one batch need a head that "
                     "gives a tensor (examples, ..., classes)"
                 )
         width = max(output.shape[-1] for _, output in outputs)
@@ -156,4 +158,4 @@ class BankHead(nn.Module):
         return torch.cat(padded).index_select(0, order.argsort())
 
     def _head(self, name: str | None) -> nn.Module:
-        return self.heads[name] if name in self.heads else self.original
+        return self.original if name is None or name not in self.heads else self.heads[name]

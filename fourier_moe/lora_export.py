@@ -90,7 +90,7 @@ def export_loras(model: nn.Module, directory: Path) -> list[ProjectionExport]:
             lora = loras[export.name]
             if not lora.difference <= LARGEST_DIFFERENCE:
                 raise ValueError(
-                    f"{export.name}: expert {expert} as LoRA differs from its update by {lora.difference:.1e}, more than rounding"
+                    f"{export.name}: expert {expert} as LoRA differs from it by {lora.difference:.1e}, more than rounding"
                 )
             export.ranks.append(lora.rank)
             export.differences.append(lora.difference)

@@ -1,4 +1,4 @@
-"""Updates written into frozen weights: a model without adapters, in which routing, if there was any, is the same for all tokens."""
+"""Updates written into frozen weights: a model without adapters, whose routing, if there was any, is fixed."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def swap(model: nn.Module, modules: Mapping[nn.Module, nn.Module]) -> None:
     """Put modules in the place of others, wherever in `model` these stand."""
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
-            if child in modules:
+            if child is not None and child in modules:
                 parent._modules[name] = modules[child]
 
 

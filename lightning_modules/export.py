@@ -32,7 +32,7 @@ def export(args: list[str]) -> Path:
     """
     parser = argparse.ArgumentParser(
         prog="train.py export",
-        description="Write a trained adapter (--model.adapter_path DIR or --ckpt_path FILE) as: `adapter`, an adapter directory; "
+        description="Write a trained adapter (--model.adapter_path DIR or --ckpt_path FILE) as: `adapter`, its directory; "
         "`lora`, every expert as an exact LoRA that peft loads; `merged`, the whole model in its own library's format, with "
         "routing frozen to its mean gates, an approximation whose difference is measured. Further arguments are handed to fit.",
         allow_abbrev=False,

@@ -8,7 +8,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fourier_moe import StatisticsReader, adapters, recording, routers
 from fourier_moe.merge import check_mergeable, merge_adapters, swap, swapped
@@ -115,7 +115,7 @@ def merge(
 
 
 def _main_metric(task: Task, metrics: Mapping[str, float], split: str, task_name: str | None) -> str:
-    """The task's main metric, or what stands for it in validation; of the set that is called like `task_name`, if there is one."""
+    """The task's main metric, or what stands for it in validation; of the set called like `task_name`, if there is one."""
     names = [task.main_metric, *task.new_metrics()]
     for name in [*(f"{task_name}/{name}" for name in names), *names]:
         if name in metrics:

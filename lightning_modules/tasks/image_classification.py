@@ -167,7 +167,7 @@ class ImageClassification(Task):
         save_open_clip(clip, self.model_name, directory, image_size=self.image_size, tiny=self.tiny)
         head = {key: value.detach().cpu().clone() for key, value in self.model.head.state_dict().items()}
         save_file(head, directory / "head.safetensors")
-        description = {"kind": self.head_kind, "class_names": class_names and list(class_names)}
+        description: dict[str, Any] = {"kind": self.head_kind, "class_names": class_names and list(class_names)}
         if isinstance(self.model.head, CosineHead):
             description["logit_scale"] = self.model.head.logit_scale
         (directory / "head.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")

@@ -99,7 +99,7 @@ def load_open_clip(
 
 
 def save_open_clip(clip: Any, model: str, directory: Path, *, image_size: int | None = None, tiny: bool = False) -> None:
-    """Write a whole CLIP as `open_clip.create_model("local-dir:DIRECTORY")` reads it; other arguments as for `load_open_clip`."""
+    """Write a whole CLIP as `open_clip.create_model("local-dir:DIRECTORY")` reads it; arguments as for `load_open_clip`."""
     _, config = _register(model)
     config = {**copy.deepcopy(config), **(_tiny(config, model) if tiny else {})}
     if image_size is not None:

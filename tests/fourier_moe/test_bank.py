@@ -340,9 +340,9 @@ def test_generation_writes_for_each_prompt_what_its_adapter_writes(tmp_path, bea
 
 
 def test_wrong_number_of_examples_names_the_layer(bank):
-    with pytest.raises(ValueError, match=r"for 2 examples, but roberta\.encoder\S+ reads an input of shape \(3, 5, 16\)"):
-        with bank.per_example(["moe", None]):
-            bank.model(tokens(3))
+    message = r"2 examples, but roberta\.encoder\S+ .* \(3, 5, 16\)"
+    with bank.per_example(["moe", None]), pytest.raises(ValueError, match=message):
+        bank.model(tokens(3))
 
 
 def test_layer_that_sees_tokens_first_is_named(tmp_path):
@@ -351,11 +351,9 @@ def test_layer_that_sees_tokens_first_is_named(tmp_path):
     bank = AdapterBank(Tower(batch_first=False))
     bank.load("a", directory)
     bank.model.double()
-    with pytest.raises(
-        ValueError, match=r"for 3 examples, but encoder\.layers\.0\.linear1 reads an input of shape \(4, 3, 16\)"
-    ):
-        with bank.per_example(["a", None, "a"]):
-            bank.model(torch.randn(4, 3, 16, dtype=torch.float64))
+    x, message = torch.randn(4, 3, 16, dtype=torch.float64), r"3 examples, but encoder\.layers\.0\.linear1 .* \(4, 3, 16\)"
+    with bank.per_example(["a", None, "a"]), pytest.raises(ValueError, match=message):
+        bank.model(x)
 
 
 @pytest.mark.parametrize("config", [FullFineTuning(), PiSSAConfig(targets=["query"], r=2)], ids=["full", "pissa"])

@@ -183,7 +183,7 @@ def test_a_lora_that_is_not_its_expert_is_refused(tmp_path, monkeypatch):
     _, model = adapted(llama, ["q_proj"])
     exact = SpectralExperts.low_rank
     monkeypatch.setattr(SpectralExperts, "low_rank", lambda *arguments: tuple(1.0001 * side for side in exact(*arguments)))
-    with pytest.raises(ValueError, match=r"layers\.0\.self_attn\.q_proj: expert 0 as LoRA differs from its update by 2\.0e-04"):
+    with pytest.raises(ValueError, match=r"layers\.0\.self_attn\.q_proj: expert 0 as LoRA differs from it by 2\.0e-04"):
         export_loras(model, tmp_path)
     monkeypatch.setattr(fourier_moe.lora_export, "LARGEST_DIFFERENCE", 1e-3)
     assert export_loras(model, tmp_path)[0].differences == pytest.approx([2e-4] * 4, rel=0.01)
