@@ -7,14 +7,17 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
 
 from fourier_moe.adapter import Adapter
+from fourier_moe.adapter_format import AdapterDescription, read, tensors
 from fourier_moe.attention import fuse_attention
 from fourier_moe.bank_layers import BankHead, BankProjection, Selection
-from fourier_moe.files import AdapterDescription, describe_adapter, load_adapter, stored_shapes
+from fourier_moe.files import load_adapter
+from fourier_moe.hub import local_directory
 from fourier_moe.inject import adapters, head_modules, is_adapted, replace_module, split_fused
 from fourier_moe.merge import swap
 from fourier_moe.undo import snapshot
@@ -69,20 +72,24 @@ class AdapterBank:
         """The adapter that all examples get outside of `per_example`; None is the plain model."""
         return self._selection.active
 
-    def load(self, name: str, directory: str | os.PathLike[str]) -> AdapterDescription:
-        """Add the adapter in `directory` under a name of your choice; it does nothing before it is chosen.
+    def load(self, name: str, path: str | os.PathLike[str]) -> AdapterDescription:
+        """Add an adapter, `path` as in `load_adapter`, under a name of your choice; it does nothing before it is chosen.
 
         Raises:
-            ValueError: for a name in use or with a dot, a directory that `load_adapter` refuses, or an adapter that changes the
+            ValueError: for a name in use or with a dot, a path that `load_adapter` refuses, or an adapter that changes the
                 pretrained weights (full fine-tuning, PiSSA), which the others share.
         """
         if not name or "." in name or name in self._loaded:
             raise ValueError(f"name={name!r} must be new and without dots; loaded: {', '.join(self.names) or 'none'}")
-        description = describe_adapter(directory)
+        directory = local_directory(path)
+        description, data = read(directory)
         if description.config.trains_backbone():
-            raise _changes_base(directory, description)
+            raise _changes_base(path, description)
+        shapes = {key: tensor.shape for key, tensor in tensors(data, directory).items()}
         with self._bare():
-            loaded = self._read(directory, description)
+            loaded = self._adapt(directory, description, shapes)
+            if any(adapter.changes_base for adapter in loaded.adapters.values()):
+                raise _changes_base(path, description)
             self._check_nesting(name, loaded)
             self._loaded[name] = loaded
         return description
@@ -143,19 +150,16 @@ class AdapterBank:
         if unknown:
             raise ValueError(f"no adapter {unknown[0]!r} is loaded; loaded: {', '.join(self.names) or 'none'}")
 
-    def _read(self, directory: str | os.PathLike[str], description: AdapterDescription) -> _Loaded:
+    def _adapt(self, directory: Path, description: AdapterDescription, shapes: Mapping[str, torch.Size]) -> _Loaded:
         """Adapt the bare model with one adapter, take what was put into it, and put the model back."""
         put_back = snapshot(self.model)
         try:
-            shapes = stored_shapes(directory)
             for name, head in head_modules(self.model, description.config).items():
                 replace_module(self.model, name, _head_like(head, name, shapes))
             load_adapter(self.model, directory)
             loaded = _Loaded(adapters(self.model), head_modules(self.model, description.config))
         finally:
             put_back()
-        if any(adapter.changes_base for adapter in loaded.adapters.values()):
-            raise _changes_base(directory, description)
         for module in (*loaded.adapters.values(), *loaded.heads.values()):
             module.requires_grad_(False).eval()
         return loaded
@@ -212,11 +216,9 @@ class AdapterBank:
         self._replaced, self._split, self._fused_kernels = {}, {}, {}
 
 
-def _changes_base(directory: str | os.PathLike[str], description: AdapterDescription) -> ValueError:
+def _changes_base(path: str | os.PathLike[str], description: AdapterDescription) -> ValueError:
     method = type(description.config).__name__
-    return ValueError(
-        f"adapter {directory} is {method}, which changes the pretrained weights that all adapters of a bank share"
-    )
+    return ValueError(f"adapter {path} is {method}, which changes the pretrained weights that all adapters of a bank share")
 
 
 def _head_like(head: nn.Module, name: str, shapes: Mapping[str, torch.Size]) -> nn.Module:

@@ -149,8 +149,8 @@ class BankHead(nn.Module):
             if not isinstance(output, Tensor) or output.dim() < 2 or len(output) != len(rows):
                 shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
                 raise ValueError(
-                    f"the head {self.name} gives {shape} for {len(rows)} examples; several adapters in one batch need a head that "
-                    "gives a tensor (examples, ..., classes)"
+                    f"the head {self.name} gives {shape} for {len(rows)} examples; several adapters in one batch need a head "
+                    "that gives a tensor (examples, ..., classes)"
                 )
         width = max(output.shape[-1] for _, output in outputs)
         padded = [nn.functional.pad(output, (0, width - output.shape[-1]), value=-torch.inf) for _, output in outputs]

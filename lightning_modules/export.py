@@ -10,9 +10,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from fourier_moe import save_adapter
+from fourier_moe import push_adapter, save_adapter
 from fourier_moe.lora_export import ProjectionExport, export_loras
 from lightning_modules.adaptation import untrained
+from lightning_modules.building_code import building_code
 from lightning_modules.cli import AdaptationCLI, check_checkpoint_path
 from lightning_modules.markdown import markdown_table
 from lightning_modules.static_merge import MergeReport, merge
@@ -41,6 +42,7 @@ def export(args: list[str]) -> Path:
     parser.add_argument("--format", choices=FORMATS, required=True)
     parser.add_argument("--ckpt_path", help="a training checkpoint, instead of --model.adapter_path")
     parser.add_argument("--output", help="a new directory (default runs/export/<config's name>/<format>)")
+    parser.add_argument("--push", help="format adapter: also put it on the Hugging Face hub, as owner/name")
     merged = parser.add_argument_group("merged")
     merged.add_argument("--split", choices=("val", "test"), default="val", help="where gates and difference are measured")
     merged.add_argument("--task", help="one of the data's tasks, whose mean gates are taken; all examples otherwise")
@@ -53,6 +55,8 @@ def export(args: list[str]) -> Path:
     merged.add_argument("--force", action="store_true", help="write the merged model whatever the difference")
     options, fit_args = parser.parse_known_args(args)
 
+    if options.push and options.format != "adapter":
+        parser.error(f"--push takes --format adapter, not {options.format}")
     output = Path(options.output or f"runs/export/{Path(options.config[0]).stem}/{options.format}")
     if output.exists():
         raise ValueError(f"--output {output} exists; give a new directory, or remove it first")
@@ -76,12 +80,15 @@ def export(args: list[str]) -> Path:
         (partial / "export.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     os.replace(partial, output)
     print(f"\n{table}\n\nWritten to {output}")
+    if options.push:
+        print(f"On the hub: {push_adapter(output, options.push)}")
     return output
 
 
 def _load(cli: AdaptationCLI, ckpt_path: str | None) -> None:
-    """Build the adapted model without data, and load a checkpoint into it."""
+    """Build the adapted model without reading data, and load a checkpoint into it."""
     model = cli.model
+    model.trainer, cli.trainer.datamodule = cli.trainer, cli.datamodule  # type: ignore[attr-defined] # what fit would do
     if ckpt_path is None:
         model.configure_model()
         return
@@ -94,8 +101,13 @@ def _load(cli: AdaptationCLI, ckpt_path: str | None) -> None:
 
 def _write_adapter(cli: AdaptationCLI, options: Any, directory: Path) -> tuple[str, dict[str, Any]]:
     _load(cli, options.ckpt_path)
-    stored = cli.model._stored
-    save_adapter(cli.model.model, directory, class_names=cli.model.class_names, metrics=stored.metrics if stored else None)
+    model, stored = cli.model, cli.model._stored
+    if stored is None:
+        model.save_adapter(directory, {})
+    else:
+        code = building_code(model.task, model.num_classes, model.class_names)
+        facts = {"class_names": stored.class_names, "metrics": stored.metrics, "task": stored.task}
+        save_adapter(model.model, directory, **facts, code=code)
     size = sum(file.stat().st_size for file in directory.iterdir())
     return f"adapter directory, {size / 2**20:.2f} MiB", {}
 

@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+import lightning_modules.export
 import train
 from fourier_moe import adapters, load_adapter, recording, save_adapter
 from fourier_moe.attention import split_attention
@@ -76,13 +77,24 @@ def test_adapter_directory_of_a_checkpoint_is_what_the_run_would_have_written(de
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
     ours, theirs = (json.loads((path / "adapter.json").read_text()) for path in (written, demo / "adapter"))
     assert ours["class_names"] == theirs["class_names"] == [str(digit) for digit in range(10)]
+    assert ours["task"] == theirs["task"]
     assert "MiB" in capsys.readouterr().out
 
 
 def test_adapter_directory_is_copied_with_its_metrics(demo, export):
     written = export("adapter", *DEMO, *adapter_of(demo))
     assert json.loads((written / "adapter.json").read_text()) == json.loads((demo / "adapter/adapter.json").read_text())
-    assert sorted(path.name for path in written.iterdir()) == ["adapter.json", "adapter.safetensors"]
+    assert sorted(path.name for path in written.iterdir()) == ["README.md", "adapter.json", "adapter.safetensors"]
+
+
+def test_push_sends_what_was_written(demo, export, monkeypatch, capsys):
+    pushed = []
+    monkeypatch.setattr(lightning_modules.export, "push_adapter", lambda *arguments: pushed.append(arguments) or "hf://a/b@c")
+    written = export("adapter", *DEMO, *adapter_of(demo), "--push", "a/b")
+    assert pushed == [(written, "a/b")]
+    assert "On the hub: hf://a/b@c" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        export("lora", *DEMO, *adapter_of(demo), "--push", "a/b")
 
 
 # ---------------------------------------------------------------- lora
