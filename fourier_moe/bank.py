@@ -161,7 +161,7 @@ class AdapterBank:
         finally:
             put_back()
         for module in (*loaded.adapters.values(), *loaded.heads.values()):
-            module.requires_grad_(False).eval()
+            module.requires_grad_(False)
         return loaded
 
     def _check_nesting(self, name: str, new: _Loaded) -> None:
@@ -189,9 +189,7 @@ class AdapterBank:
         if not self._loaded:
             return
         layers = [module for module in self.model.modules() if isinstance(module, nn.TransformerEncoderLayer)]
-        self._fused_kernels = {layer: layer.activation_relu_or_gelu for layer in layers}
-        for layer in layers:
-            layer.activation_relu_or_gelu = 0  # off: torch's fused kernel would read weights past the adapters
+        self._fused_kernels = {layer: layer.activation_relu_or_gelu for layer in layers}  # split_fused switches them off
         projections = dict.fromkeys(part for loaded in self._loaded.values() for part in loaded.adapters)
         self._split = {split: fused for fused, split in split_fused(self.model, projections).items()}
         for fused in self._split.values():
