@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from fourier_moe.quantization import is_quantized
+
 if TYPE_CHECKING:
     from fourier_moe.adapter import Adapter
 
@@ -21,7 +23,7 @@ def check_takes_update(base: nn.Module) -> None:
         ValueError: naming the reason.
     """
     weight: Any = base.weight
-    if not weight.is_floating_point() or type(weight.data) is not Tensor:
+    if is_quantized(base) or not weight.is_floating_point() or type(weight.data) is not Tensor:
         kind = f"{type(base).__name__} with a weight of {type(weight.data).__name__}, {weight.dtype}"
         raise ValueError(
             f"the frozen projection is a {kind}: an update added to a quantised or sharded weight would be rounded away or has "
