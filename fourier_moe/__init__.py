@@ -32,7 +32,7 @@ from fourier_moe.hub import push_adapter
 from fourier_moe.inject import InjectionReport, adapters, after_step, balance_loss, inject, regularization
 from fourier_moe.linear import FourierMoELinear
 from fourier_moe.quantization import is_quantized
-from fourier_moe.router import Routing, TopKRouter, recording, routers
+from fourier_moe.router import Router, Routing, TopKRouter, recording, routers
 from fourier_moe.router_statistics import RouterStatistics
 from fourier_moe.statistics_reader import StatisticsReader
 from fourier_moe.version import __version__
@@ -58,6 +58,7 @@ __all__ = [
     "PEANuTConfig",
     "PiSSAConfig",
     "ProjectionAdapterConfig",
+    "Router",
     "RouterStatistics",
     "Routing",
     "RsLoRAConfig",

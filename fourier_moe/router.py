@@ -1,4 +1,4 @@
-"""TopKRouter: which experts serve a token, the load-balancing loss, and statistics of the routing.
+"""Router and TopKRouter: which experts serve a token, the load-balancing loss, and statistics of the routing.
 
 Shape legend: T tokens, S tasks, N in_features, E experts, K active experts per token.
 """
@@ -6,6 +6,7 @@ Shape legend: T tokens, S tasks, N in_features, E experts, K active experts per 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -22,8 +23,8 @@ class _Recorded(NamedTuple):
     """What the balance loss needs of one forward. Sums are left to `balance_loss`: under activation checkpointing an operation
     here would belong to the recomputed region, which must be the same with and without recording."""
 
-    probabilities: Tensor  # p_e (..., E), carries the gradient
-    active: Tensor  # experts in the top-K (..., K)
+    probabilities: Tensor  # what P_e is the mean of (..., E), carries the gradient
+    choice: Tensor  # what the router's `active` reads the active experts from, for example those in the top-K (..., K)
 
 
 class Routing(NamedTuple):
@@ -46,6 +47,11 @@ class Routing(NamedTuple):
         """Gates (..., E) of all experts, 0 for the inactive ones."""
         shape = (*self.gates.shape[:-1], num_experts)
         return self.gates.new_zeros(shape).scatter_add(-1, self.experts, self.gates)
+
+
+def logits(x: Tensor, weight_EN: Tensor) -> Tensor:
+    """R x (..., E) in float32 (float64 for a float64 R), autocast or not."""
+    return _Logits.apply(x, weight_EN.to(torch.promote_types(weight_EN.dtype, torch.float32)))
 
 
 class _Logits(torch.autograd.Function):
@@ -72,8 +78,126 @@ class _Logits(torch.autograd.Function):
         return grad_x, grad_weight_EN
 
 
-class TopKRouter(nn.Module):
-    """Softmax router without bias that keeps the K most probable experts of a token (paper Eq. 2).
+class Router(nn.Module, ABC):
+    """Base of the routers: one logit per expert from a matrix R without bias, recording, balance loss and statistics.
+
+    A subclass implements `forward`, which calls `_record` while recording, and `active`.
+
+    Args:
+        in_features: N.
+        num_experts: E.
+        generator: source of the Kaiming-uniform initialisation.
+        device: where the weight is made.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        num_experts: int,
+        *,
+        generator: torch.Generator | None = None,
+        device: torch.device | None = None,
+    ) -> None:
+        super().__init__()
+        # Device and dtype are named: Trainer.configure_model sets other defaults, which must not change what is drawn.
+        weight_EN = torch.empty(num_experts, in_features, device="cpu", dtype=torch.float32)
+        nn.init.kaiming_uniform_(weight_EN, a=math.sqrt(5), generator=generator)
+        self.weight = nn.Parameter(weight_EN.to(device))
+        self._recording = False
+        self._token_mask: Tensor | None = None
+        self._recorded: list[_Recorded] = []
+        self._weights: TokenWeights | None = None
+        self._num_readers = 0  # StatisticsReader counts itself here
+        # Not buffers: DDP hands the first process's buffers to all, and a model made on the meta device has none to add to.
+        self._total: Tensor | None = None  # (S, 3E + 1), of all recordings since there is a reader
+        self._tasks: tuple[str, ...] = ()
+
+    @property
+    def num_experts(self) -> int:
+        return self.weight.shape[0]
+
+    @abstractmethod
+    def forward(self, x: Tensor) -> Routing:
+        """Route the tokens of an input (..., N); gates in float32 (float64 for a float64 weight)."""
+
+    @abstractmethod
+    def active(self, probabilities: Tensor, choice: Tensor) -> tuple[Tensor, Tensor]:
+        """Which experts serve (..., E), 1 or 0, and with what gates (..., E), of what `_record` was given."""
+
+    def probabilities(self, x: Tensor) -> Tensor:
+        """p = softmax(R x), (..., E), in float32 (float64 for a float64 weight), autocast or not."""
+        return torch.softmax(logits(x, self.weight), -1)
+
+    def balance_loss(self) -> Tensor:
+        """E * sum_e f_e P_e over the tokens recorded so far (paper Eq. 13-14); K when the load is perfectly even.
+
+        f_e is the share of tokens that e serves (so sum f = K under a top-K), P_e the mean of p_e; the gradient flows through
+        P_e. Padding counts in neither. Zero when every token is padding.
+
+        Raises:
+            RuntimeError: outside of `recording`, or when no forward has run in it.
+        """
+        if not self._recorded:
+            raise RuntimeError(
+                "this router saw no tokens: read balance_loss() inside `with recording(model): ...`, after a forward pass that "
+                "uses the adapted projection"
+            )
+        assert self._weights is not None
+        probabilities_TE = torch.cat([recorded.probabilities.reshape(-1, self.num_experts) for recorded in self._recorded])
+        choice = torch.cat([recorded.choice.reshape(-1, recorded.choice.shape[-1]) for recorded in self._recorded])
+        mask_T1 = torch.cat([self._weights.mask(recorded.probabilities) for recorded in self._recorded]).unsqueeze(-1)
+        num_tokens = mask_T1.sum().clamp(min=1)
+        active_TE, _ = self.active(probabilities_TE.detach(), choice.detach())
+        load_E, probability_E = ((part * mask_T1).sum(0) / num_tokens for part in (active_TE, probabilities_TE))
+        return self.num_experts * (load_E * probability_E).sum()
+
+    def statistics(self) -> RouterStatistics:
+        """Statistics of all tokens recorded since the first open StatisticsReader was made, without padding, of this process.
+
+        Raises:
+            RuntimeError: if no reader is open; then nothing is counted.
+        """
+        if not self._num_readers:
+            raise RuntimeError(
+                "this router counts no tokens while nobody asks: make `reader = StatisticsReader(model)` before the steps that "
+                "are to be counted, and keep it"
+            )
+        return RouterStatistics.of_tasks(*self._counted())
+
+    def _record(self, probabilities: Tensor, choice: Tensor) -> None:
+        if self._token_mask is not None and self._token_mask.shape != probabilities.shape[:-1]:
+            raise ValueError(
+                f"token_mask has shape {tuple(self._token_mask.shape)}, but the adapted projection sees tokens of shape "
+                f"{tuple(probabilities.shape[:-1])}; give one true/false per token of the projection's input"
+            )
+        self._recorded.append(_Recorded(probabilities, choice))
+
+    def _alike(self) -> tuple[Any, ...]:
+        """Routers for which this is equal have the same `active`."""
+        return (type(self),)
+
+    def _add(self, sums: Tensor, names: tuple[str, ...]) -> None:
+        """Add sums (S, 3E + 1) of the named tasks to the total."""
+        if self._tasks != names:
+            total = torch.zeros_like(sums)
+            if self._total is not None:
+                total[[names.index(task) for task in self._tasks]] = self._total
+            self._total, self._tasks = total, names
+        self._total = sums if self._total is None else self._total + sums
+
+    def _counted(self) -> tuple[tuple[str, ...], Tensor]:
+        """Names (S,) and sums (S, 3E + 1), never changed in place."""
+        if self._total is None:
+            return (), torch.zeros(0, 3 * self.num_experts + 1, **_exact(self.weight.device))
+        return self._tasks, self._total
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy has no readers, so it counts nothing."""
+        return {**self.__dict__, "_num_readers": 0, "_total": None, "_tasks": ()}
+
+
+class TopKRouter(Router):
+    """Softmax router that keeps the K most probable experts of a token (paper Eq. 2).
 
     p = softmax(R x) in float32; the gate of an expert in the top-K is p_e divided by the sum over the top-K, or p_e itself if
     `normalize_gates` is off or K = 1 (a renormalised single gate is the constant 1 and would give R no gradient).
@@ -97,28 +221,11 @@ class TopKRouter(nn.Module):
         generator: torch.Generator | None = None,
         device: torch.device | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(in_features, num_experts, generator=generator, device=device)
         self.top_k = top_k
         self.normalize_gates = normalize_gates and top_k > 1
-        # Device and dtype are named: Trainer.configure_model sets other defaults, which must not change what is drawn.
-        weight_EN = torch.empty(num_experts, in_features, device="cpu", dtype=torch.float32)
-        nn.init.kaiming_uniform_(weight_EN, a=math.sqrt(5), generator=generator)
-        self.weight = nn.Parameter(weight_EN.to(device))
-        self._recording = False
-        self._token_mask: Tensor | None = None
-        self._recorded: list[_Recorded] = []
-        self._weights: TokenWeights | None = None
-        self._num_readers = 0  # StatisticsReader counts itself here
-        # Not buffers: DDP hands the first process's buffers to all, and a model made on the meta device has none to add to.
-        self._total: Tensor | None = None  # (S, 3E), of all recordings since there is a reader
-        self._tasks: tuple[str, ...] = ()
-
-    @property
-    def num_experts(self) -> int:
-        return self.weight.shape[0]
 
     def forward(self, x: Tensor) -> Routing:
-        """Route the tokens of an input (..., N); gates in float32 (float64 for a float64 weight)."""
         probabilities = self.probabilities(x)
         gates, experts = torch.topk(probabilities, self.top_k, -1)
         if self._recording:
@@ -127,78 +234,18 @@ class TopKRouter(nn.Module):
             gates = gates / gates.sum(-1, keepdim=True)
         return Routing(gates, experts)
 
-    def probabilities(self, x: Tensor) -> Tensor:
-        """p = softmax(R x), (..., E), in float32 (float64 for a float64 weight), autocast or not."""
-        weight_EN = self.weight.to(torch.promote_types(self.weight.dtype, torch.float32))
-        return torch.softmax(_Logits.apply(x, weight_EN), -1)
+    def active(self, probabilities: Tensor, choice: Tensor) -> tuple[Tensor, Tensor]:
+        active = torch.zeros_like(probabilities).scatter_(-1, choice, 1)
+        gates = active * probabilities
+        return active, gates / gates.sum(-1, keepdim=True) if self.normalize_gates else gates
 
-    def balance_loss(self) -> Tensor:
-        """E * sum_e f_e P_e over the tokens recorded so far (paper Eq. 13-14); K when the load is perfectly even.
-
-        f_e is the share of tokens whose top-K holds e (so sum f = K), P_e the mean of p_e; the gradient flows through P_e.
-        Padding counts in neither. Zero when every token is padding.
-
-        Raises:
-            RuntimeError: outside of `recording`, or when no forward has run in it.
-        """
-        if not self._recorded:
-            raise RuntimeError(
-                "this router saw no tokens: read balance_loss() inside `with recording(model): ...`, after a forward pass that "
-                "uses the adapted projection"
-            )
-        assert self._weights is not None
-        probabilities_TE = torch.cat([recorded.probabilities.reshape(-1, self.num_experts) for recorded in self._recorded])
-        active_TK = torch.cat([recorded.active.reshape(-1, self.top_k) for recorded in self._recorded])
-        mask_T = torch.cat([self._weights.mask(recorded.probabilities) for recorded in self._recorded])
-        num_tokens = mask_T.sum().clamp(min=1)
-        load_E = mask_T.new_zeros(self.num_experts).index_add(0, active_TK.flatten(), mask_T.repeat_interleave(self.top_k))
-        probability_E = (probabilities_TE * mask_T.unsqueeze(-1)).sum(0)
-        return self.num_experts * (load_E / num_tokens * (probability_E / num_tokens)).sum()
-
-    def statistics(self) -> RouterStatistics:
-        """Statistics of all tokens recorded since the first open StatisticsReader was made, without padding, of this process.
-
-        Raises:
-            RuntimeError: if no reader is open; then nothing is counted.
-        """
-        if not self._num_readers:
-            raise RuntimeError(
-                "this router counts no tokens while nobody asks: make `reader = StatisticsReader(model)` before the steps that "
-                "are to be counted, and keep it"
-            )
-        return RouterStatistics.of_tasks(*self._counted(), self.top_k)
-
-    def _record(self, probabilities: Tensor, active: Tensor) -> None:
-        if self._token_mask is not None and self._token_mask.shape != probabilities.shape[:-1]:
-            raise ValueError(
-                f"token_mask has shape {tuple(self._token_mask.shape)}, but the adapted projection sees tokens of shape "
-                f"{tuple(probabilities.shape[:-1])}; give one true/false per token of the projection's input"
-            )
-        self._recorded.append(_Recorded(probabilities, active))
-
-    def _add(self, sums: Tensor, names: tuple[str, ...]) -> None:
-        """Add sums (S, 3E) of the named tasks to the total."""
-        if self._tasks != names:
-            total = torch.zeros_like(sums)
-            if self._total is not None:
-                total[[names.index(task) for task in self._tasks]] = self._total
-            self._total, self._tasks = total, names
-        self._total = sums if self._total is None else self._total + sums
-
-    def _counted(self) -> tuple[tuple[str, ...], Tensor]:
-        """Names (S,) and sums (S, 3E), never changed in place."""
-        if self._total is None:
-            return (), torch.zeros(0, 3 * self.num_experts, **_exact(self.weight.device))
-        return self._tasks, self._total
-
-    def __getstate__(self) -> dict[str, Any]:
-        """A copy has no readers, so it counts nothing."""
-        return {**self.__dict__, "_num_readers": 0, "_total": None, "_tasks": ()}
+    def _alike(self) -> tuple[Any, ...]:
+        return (*super()._alike(), self.normalize_gates)
 
 
-def routers(model: nn.Module) -> dict[str, TopKRouter]:
+def routers(model: nn.Module) -> dict[str, Router]:
     """All routers of a model by the name of the adapted projection they belong to, the first of those that share one."""
-    return {name.removesuffix(".router"): module for name, module in model.named_modules() if isinstance(module, TopKRouter)}
+    return {name.removesuffix(".router"): module for name, module in model.named_modules() if isinstance(module, Router)}
 
 
 @contextmanager
@@ -232,24 +279,22 @@ def recording(model: nn.Module, token_mask: Tensor | None = None, tasks: Sequenc
             router._recording, router._token_mask, router._weights, router._recorded = False, None, None, []
 
 
-def _count(found: Sequence[TopKRouter], weights: TokenWeights) -> None:
+def _count(found: Sequence[Router], weights: TokenWeights) -> None:
     """Add what the routers recorded to their statistics, in few operations for many routers."""
-    alike: dict[Any, list[tuple[TopKRouter, _Recorded]]] = {}
+    alike: dict[Any, list[tuple[Router, _Recorded]]] = {}
     for router in found:
         for recorded in router._recorded:
-            shapes = (recorded.probabilities.shape, recorded.active.shape, recorded.probabilities.device)
-            alike.setdefault((*shapes, router.normalize_gates), []).append((router, recorded))
+            shapes = (recorded.probabilities.shape, recorded.choice.shape, recorded.probabilities.device)
+            alike.setdefault((*shapes, *router._alike()), []).append((router, recorded))
     for group in alike.values():
         for start in range(0, len(group), AT_ONCE):
             part = group[start : start + AT_ONCE]
-            probabilities = torch.stack([recorded.probabilities.detach() for _, recorded in part])
-            active = torch.stack([recorded.active for _, recorded in part])
-            statistics = RouterStatistics.of_tokens(
-                probabilities.reshape(len(part), -1, probabilities.shape[-1]),
-                active.reshape(len(part), -1, active.shape[-1]),
-                weights.by_task(probabilities[0]),
-                part[0][0].normalize_gates,
+            probabilities, choice = (
+                torch.stack([tensor.detach() for tensor in tensors]).reshape(len(part), -1, tensors[0].shape[-1])
+                for tensors in zip(*(recorded for _, recorded in part), strict=True)
             )
+            active, gates = part[0][0].active(probabilities, choice)
+            statistics = RouterStatistics.of_tokens(active, probabilities, gates, weights.by_task(part[0][1].probabilities))
             for (router, _), sums in zip(part, statistics.sums.to(**_exact(probabilities.device)), strict=True):
                 router._add(sums, weights.names)
 

@@ -1,6 +1,6 @@
 """RouterStatistics: what a router did with its tokens, as sums and as the measures that people read.
 
-Shape legend: R routers, T tokens, S tasks, E experts, K active experts per token.
+Shape legend: R routers, T tokens, S tasks, E experts, K active experts per token, X = 3E.
 """
 
 from __future__ import annotations
@@ -20,38 +20,35 @@ class RouterStatistics:
     All measures are 0 where there is no token.
 
     Attributes:
-        sums: (..., 3E): the number of tokens that each expert serves, its probabilities p_e, its gates.
-        top_k: K.
+        sums: (..., 3E + 1): the number of tokens that each expert serves, its probabilities p_e, its gates; the number of
+            tokens.
         by_task: the same by the task that `recording` was given for each example; empty where it was given none. A task without
             tokens may be among them.
     """
 
     sums: Tensor
-    top_k: int
     by_task: Mapping[str, RouterStatistics] = field(default_factory=dict)
 
     @classmethod
-    def of_tasks(cls, tasks: Sequence[str], sums_S: Tensor, top_k: int) -> RouterStatistics:
-        """All tasks' sums (S, 3E) together; the nameless task "" is none."""
-        by_task = {task: cls(sums, top_k) for task, sums in zip(tasks, sums_S, strict=True) if task}
-        return cls(sums_S.sum(0), top_k, by_task)
+    def of_tasks(cls, tasks: Sequence[str], sums_S: Tensor) -> RouterStatistics:
+        """All tasks' sums (S, 3E + 1) together; the nameless task "" is none."""
+        by_task = {task: cls(sums) for task, sums in zip(tasks, sums_S, strict=True) if task}
+        return cls(sums_S.sum(0), by_task)
 
     @classmethod
     @torch.no_grad()
     def of_tokens(
-        cls, probabilities_RTE: Tensor, active_RTK: Tensor, weights_ST: Tensor, normalize_gates: bool
+        cls, active_RTE: Tensor, probabilities_RTE: Tensor, gates_RTE: Tensor, weights_ST: Tensor
     ) -> RouterStatistics:
         """The statistics (R, S) of R routers over the tokens in each of S weighted sums."""
-        active_RTE = torch.zeros_like(probabilities_RTE).scatter_(-1, active_RTK, 1)
-        gates_RTE = active_RTE * probabilities_RTE
-        if normalize_gates:
-            gates_RTE /= gates_RTE.sum(-1, keepdim=True)
         with torch.autocast(weights_ST.device.type, enabled=False):  # in bfloat16 counts would end at 256
-            return cls(weights_ST @ torch.cat([active_RTE, probabilities_RTE, gates_RTE], -1), active_RTK.shape[-1])
+            sums_RSX = weights_ST @ torch.cat([active_RTE, probabilities_RTE, gates_RTE], -1)
+        tokens_RS1 = weights_ST.sum(-1, keepdim=True).expand(len(active_RTE), -1, 1)
+        return cls(torch.cat([sums_RSX, tokens_RS1], -1))
 
     def over(self, dim: int) -> RouterStatistics:
         """The tokens along one leading dimension counted together."""
-        return RouterStatistics(self.sums.sum(dim), self.top_k)
+        return RouterStatistics(self.sums.sum(dim))
 
     @property
     def num_experts(self) -> int:
@@ -65,11 +62,16 @@ class RouterStatistics:
     @property
     def tokens(self) -> Tensor:
         """Number of tokens (...,)."""
-        return self.counts.sum(-1) / self.top_k
+        return self.sums[..., -1]
+
+    @property
+    def active(self) -> Tensor:
+        """Experts that serve a token (...,), mean over the tokens: K under a top-K, where it is the same for all."""
+        return self.counts.sum(-1) / self.tokens.clamp(min=1)
 
     @property
     def load(self) -> Tensor:
-        """f_e: share of the tokens whose top-K holds e (..., E); they add up to K, and K/E each is even."""
+        """f_e: share of the tokens that e serves (..., E); they add up to `active`, and active/E each is even."""
         return self.counts / self.tokens.clamp(min=1).unsqueeze(-1)
 
     @property
@@ -80,7 +82,7 @@ class RouterStatistics:
     @property
     def gate(self) -> Tensor:
         """Mean gate of an expert over the tokens that it serves (..., E)."""
-        return self.sums[..., 2 * self.num_experts :] / self.counts.clamp(min=1)
+        return self.sums[..., 2 * self.num_experts : -1] / self.counts.clamp(min=1)
 
     @property
     def mean_gate(self) -> Tensor:
@@ -95,7 +97,7 @@ class RouterStatistics:
     @property
     def load_imbalance(self) -> Tensor:
         """Load of the busiest expert over the mean load (...,): 1 is even, E/K is the worst."""
-        return self.load.amax(-1) * self.num_experts / self.top_k
+        return self._share.amax(-1) * self.num_experts
 
     @property
     def load_entropy(self) -> Tensor:
@@ -106,19 +108,27 @@ class RouterStatistics:
     def spread(self) -> Tensor:
         """How far routing is from collapse (...,): 1 for an even load, 0 where the same K experts serve every token.
 
-        (exp(entropy of the load) - K) / (E - K): experts in use beyond the K that are always in use. 1 for K = E.
+        (exp(entropy of the load) - K) / (E - K): experts in use beyond the K that are always in use, K = `active`. 1 for K = E.
         """
-        if self.num_experts == self.top_k:
-            return torch.ones_like(self.tokens)
-        return (self._entropy.exp() - self.top_k).clamp(min=0) / (self.num_experts - self.top_k)
+        spare = self.num_experts - self.active
+        share = (self._entropy.exp() - self.active).clamp(min=0) / spare.clamp(min=torch.finfo(spare.dtype).tiny)
+        return torch.where(spare > 0, share, 1.0) * (self.tokens > 0)
 
     def dead(self, below: float) -> Tensor:
-        """Which experts serve less than `below` times an even share of the tokens, bool (..., E)."""
-        return self.load < below * self.top_k / self.num_experts
+        """Which experts serve less than `below` times an even share of the tokens, bool (..., E).
+
+        Where a token may have no expert, the even share is that of one expert per token or more: all may be dead.
+        """
+        return self.load < below * self.active.clamp(min=1).unsqueeze(-1) / self.num_experts
+
+    @property
+    def _share(self) -> Tensor:
+        """Share of all that experts serve (..., E)."""
+        return self.counts / self.counts.sum(-1, keepdim=True).clamp(min=1)
 
     @property
     def _entropy(self) -> Tensor:
-        return torch.special.entr(self.load / self.top_k).sum(-1)
+        return torch.special.entr(self._share).sum(-1)
 
 
 class TokenWeights:

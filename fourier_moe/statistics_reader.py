@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from fourier_moe.router import TopKRouter, routers
+from fourier_moe.router import Router, routers
 from fourier_moe.router_statistics import RouterStatistics
 
 
@@ -49,7 +49,7 @@ class StatisticsReader:
             self._seen[name] = tasks, total
             new = total.clone()
             new[[tasks.index(task) for task in known]] -= seen
-            statistics[name] = RouterStatistics.of_tasks(tasks, new, router.top_k)
+            statistics[name] = RouterStatistics.of_tasks(tasks, new)
         return statistics
 
     def close(self) -> None:
@@ -64,7 +64,7 @@ class StatisticsReader:
         self.close()
 
 
-def _release(found: Iterable[TopKRouter]) -> None:
+def _release(found: Iterable[Router]) -> None:
     for router in found:
         router._num_readers -= 1
         if not router._num_readers:

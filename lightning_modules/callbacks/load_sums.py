@@ -42,13 +42,13 @@ class LoadSums:
             torch.distributed.all_gather_object(everyone, names)
             names = sorted({name for own in everyone for name in own})
         rows = [torch.stack([statistics.sums for statistics in layers])]
-        nothing = RouterStatistics(torch.zeros_like(rows[0][0]), layers[0].top_k)
+        nothing = RouterStatistics(torch.zeros_like(rows[0][0]))
         rows += [torch.stack([statistics.by_task.get(name, nothing).sums for statistics in layers]) for name in names]
         reduced = trainer.strategy.reduce(torch.stack(rows), reduce_op="sum")
         assert isinstance(reduced, Tensor)
-        all_tasks, *by_task = (RouterStatistics(row, layers[0].top_k) for row in reduced.cpu().double())
+        all_tasks, *by_task = (RouterStatistics(row) for row in reduced.cpu().double())
         return cls(all_tasks, {name: task for name, task in zip(names, by_task, strict=True) if task.sums.any()})
 
 
 def _added(one: RouterStatistics, other: RouterStatistics) -> RouterStatistics:
-    return RouterStatistics(one.sums + other.sums, one.top_k)
+    return RouterStatistics(one.sums + other.sums)

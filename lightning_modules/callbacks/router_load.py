@@ -26,6 +26,7 @@ class RouterLoad(L.Callback):
 
     Every interval, means over the routers of the model (`fourier_moe.RouterStatistics` has the formulas):
 
+    - `router/active_experts`, experts that serve a token: K, or what a threshold lets pass;
     - `router/load_imbalance` (1 is even), `router/load_entropy` (1 is even), `router/dead_experts` (share of all experts);
     - `router/load/expert_{e}`, share of the tokens that expert e serves, and `router/gate/expert_{e}`, its mean gate there;
     - `router/balance_loss_unscaled`, K when even, and `router/balance_loss`, its sum over the routers, each times its
@@ -168,6 +169,7 @@ class RouterLoad(L.Callback):
     def _measures(self, layers: RouterStatistics) -> dict[str, torch.Tensor]:
         """Measures (layers,)."""
         return {
+            "active_experts": layers.active,
             "load_imbalance": layers.load_imbalance,
             "load_entropy": layers.load_entropy,
             "dead_experts": layers.dead(self.dead_below).double().mean(-1),
@@ -176,7 +178,7 @@ class RouterLoad(L.Callback):
 
     def _draw(self, sums: LoadSums, title: str) -> Mapping[str, Any]:
         """Figures by tag."""
-        even = sums.layers.top_k / sums.layers.num_experts
+        even = float(sums.layers.active.mean()) / sums.layers.num_experts
         figures = {"router/load_map": load_map(sums.layers.load, self._layers, even, f"router load, {title}")}
         if sums.tasks:
             load = torch.stack([task.load.mean(0) for task in sums.tasks.values()])
@@ -204,8 +206,8 @@ class RouterLoad(L.Callback):
         advice = _advice(module, layers.num_experts)
         if new_layers:
             rank_zero_warn(
-                f"RouterLoad, step {step}: routing has collapsed, nearly all tokens go to the same {layers.top_k} experts, in "
-                f"{_some(name for name, _ in new_layers)}. {advice}"
+                f"RouterLoad, step {step}: routing has collapsed, nearly all tokens go to the same "
+                f"{float(layers.active.mean()):.3g} experts, in {_some(name for name, _ in new_layers)}. {advice}"
             )
         if new_dead:
             rank_zero_warn(

@@ -543,7 +543,8 @@ def test_statistics_under_activation_checkpointing(checkpointed):
 def test_measures_of_loads_computed_by_hand():
     def measured(counts, top_k):
         counts = torch.tensor(counts, dtype=torch.float64)
-        statistics = RouterStatistics(torch.cat([counts, counts / top_k, counts / top_k]), top_k)
+        tokens = counts.sum(-1, keepdim=True) / top_k
+        statistics = RouterStatistics(torch.cat([counts, counts / top_k, counts / top_k, tokens]))
         return [float(v) for v in (statistics.load_imbalance, statistics.load_entropy, statistics.spread)]
 
     assert measured([5, 5, 5, 5], 2) == pytest.approx([1, 1, 1])
@@ -558,7 +559,7 @@ def test_measures_of_loads_computed_by_hand():
 
 def test_dead_is_relative_to_an_even_load():
     counts = torch.tensor([100.0, 95, 4, 1])  # even: 50
-    statistics = RouterStatistics(torch.cat([counts, counts, counts]), 2)
+    statistics = RouterStatistics(torch.cat([counts, counts, counts, counts.sum(-1, keepdim=True) / 2]))
     assert statistics.dead(0.05).tolist() == [False, False, False, True]
     assert statistics.dead(0.1).tolist() == [False, False, True, True]
     assert not statistics.dead(0).any()

@@ -62,7 +62,7 @@ class AdaptiveBalance(L.Callback):
         low, high = self.limits
         for layer, statistics in self._reader.read().items():
             sums = trainer.strategy.reduce(statistics.sums, reduce_op="sum")  # all processes change the weight alike
-            even = RouterStatistics(sums, statistics.top_k).load_entropy >= self.target
+            even = RouterStatistics(sums).load_entropy >= self.target
             weight = self._projections[layer].balance_weight * (1 / self.factor if even else self.factor)
             self._projections[layer].balance_weight = self._weights[layer] = min(max(weight, low), high)
         mean = torch.tensor([*self._weights.values()]).mean()
