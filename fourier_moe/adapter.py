@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from itertools import chain
 
+import torch
 from torch import Tensor, nn
 
 
@@ -25,6 +27,10 @@ class Adapter(nn.Module, ABC):
     @abstractmethod
     def parameter_groups(self) -> Mapping[str, list[nn.Parameter]]:
         """Trained parameters by kind: `experts` and `router`, or `adapter` for a method without experts."""
+
+    def num_replaced(self) -> int:
+        """Number of the projection's own parameters that are gone, because the method trains others in their place."""
+        return 0
 
     def balance_loss(self) -> Tensor | None:
         """Load-balancing loss of the recorded forward, already times its weight; None for a method without routing."""
@@ -60,6 +66,11 @@ class Adapter(nn.Module, ABC):
     @property
     def bias(self) -> Tensor | None:
         return self.base.bias  # type: ignore[return-value]
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where a module's parameters or, if it has none, its buffers are."""
+    return next(chain(module.parameters(), module.buffers())).device
 
 
 def projection_shape(module: nn.Module) -> tuple[int, int]:

@@ -25,7 +25,8 @@ class ExpertSpectra:
         alpha dW_e[p, q] = scale * Re sum_j c_ej exp(2 pi i (u_ej p/M + v_ej q/N))
 
     Whatever ablation is trained is brought to this form: a coefficient without conjugate symmetry, of whose inverse transform
-    the real part is taken, is a pair of half its size, and coefficients on both members of a pair are added up.
+    the real part is taken, is a pair of half its size, and coefficients on both members of a pair are added up. Of the permuted
+    control it is the update before rows and columns are put in another order, which changes neither energies nor ranks.
 
     Attributes:
         frequencies: int64 (E, P, 2), (u, v) of one member of each pair: 0 <= u <= M/2, and v > 0 where u is 0 or M/2.

@@ -141,6 +141,8 @@ class FourierMoEConfig(ProjectionAdapterConfig):
         frequency_bias: draw positions by band; off (ablation): uniformly over the plane.
         conjugate_symmetry: every position implies its conjugate partner; off (ablation): free single positions drawn from the
             full plane, of whose inverse transform the real part is taken.
+        permute: a control that the paper lacks: rows and columns of the update are put in a fixed random order, so that near
+            in frequency no longer means near in the weight.
 
     Raises:
         ValueError: for an impossible value, naming it and what would be valid.
@@ -161,6 +163,7 @@ class FourierMoEConfig(ProjectionAdapterConfig):
     coefficients: Literal["complex", "real", "imaginary"] = "complex"
     frequency_bias: bool = True
     conjugate_symmetry: bool = True
+    permute: bool = False
 
     _training_only = frozenset({"dropout", "balance_weight", "init_std", "seed"})
     size_field = "num_coefficients"

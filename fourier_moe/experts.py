@@ -23,6 +23,8 @@ class SpectralExperts(nn.Module):
         frequencies: int32 buffer (E, P, 2), signed (u, v) of every position; saved, never re-derived from a seed.
         coefficients: float32 parameter (E, P, 2), real and imaginary part; (E, P, 1) in the real-only and imaginary-only
             ablations.
+        input_order: int32 buffer (N,), and output_order (M,), of a permuted control, else None: the spectral update acts on
+            x[input_order] and gives z, of which the output is z[output_order].
         scaling: alpha.
 
     Raises:
@@ -30,6 +32,8 @@ class SpectralExperts(nn.Module):
     """
 
     frequencies: Tensor
+    input_order: Tensor | None
+    output_order: Tensor | None
 
     def __init__(
         self,
@@ -63,6 +67,9 @@ class SpectralExperts(nn.Module):
         if config.init_std > 0:
             coefficients.normal_(0, config.init_std, generator=generator)
         self.coefficients = nn.Parameter(coefficients.to(device))
+        for order, size in (("input_order", in_features), ("output_order", out_features)):
+            drawn = torch.randperm(size, generator=generator, dtype=torch.int32, device="cpu") if config.permute else None
+            self.register_buffer(order, drawn if drawn is None else drawn.to(device))
 
     def _scaling(self, config: FourierMoEConfig) -> float:
         """alpha; under relative scaling the one for which rms|c| = 1 gives ||dW_e||_F = sqrt(M), from Parseval's theorem.
@@ -79,6 +86,8 @@ class SpectralExperts(nn.Module):
     def forward(self, x: Tensor, routing: Routing) -> Tensor:
         """sum_e gates_e dW_e x: (..., N) -> (..., M) in the dtype of the coefficients (never lower than float32)."""
         coefficients = self.complex_coefficients()
+        if self.input_order is not None:
+            x = x.index_select(-1, self.input_order)
         y = routed_spectral_product(
             x.reshape(-1, self.in_features),
             routing.gates.reshape(-1, routing.gates.shape[-1]),
@@ -88,6 +97,8 @@ class SpectralExperts(nn.Module):
             self.out_features,
             self._scale,
         )
+        if self.output_order is not None:
+            y = y.index_select(-1, self.output_order)
         return y.reshape(*x.shape[:-1], self.out_features)
 
     @property
@@ -103,7 +114,7 @@ class SpectralExperts(nn.Module):
         return nn.functional.pad(self.coefficients, pad)
 
     def spectrum(self, expert: int) -> Tensor:
-        """F_e, the complex spectrum (M, N) of one expert in the order of torch.fft, without alpha."""
+        """F_e, the complex spectrum (M, N) of one expert in the order of torch.fft, without alpha and permutation."""
         coefficients = self.complex_coefficients()[expert]
         return dense_spectrum(
             coefficients, self.frequencies[expert], self.out_features, self.in_features, hermitian=self.hermitian
@@ -111,7 +122,7 @@ class SpectralExperts(nn.Module):
 
     def delta_weight(self, expert: int) -> Tensor:
         """alpha dW_e (M, N), built densely: for analysis and tests, never used in the forward pass."""
-        return dense_delta_weight(
+        delta_MN = dense_delta_weight(
             self.complex_coefficients()[expert],
             self.frequencies[expert],
             self.out_features,
@@ -119,6 +130,9 @@ class SpectralExperts(nn.Module):
             scaling=self.scaling,
             hermitian=self.hermitian,
         )
+        if self.input_order is None or self.output_order is None:
+            return delta_MN
+        return delta_MN[self.output_order][:, self.input_order.argsort()]
 
     @torch.no_grad()
     def mixture(self, gates_E: Tensor) -> Tensor:

@@ -38,11 +38,13 @@ class InjectionReport:
         projections: the adapted projections, in the model's order.
         trained: trained parameters by kind: experts, router, head, backbone, and adapter for a method without experts.
         frozen: parameters that stay as they are.
+        replaced: pretrained parameters that others, trained ones, have taken the place of.
     """
 
     projections: tuple[AdaptedProjection, ...]
     trained: dict[str, int]
     frozen: int
+    replaced: int = 0
 
     @property
     def total(self) -> int:
@@ -51,7 +53,7 @@ class InjectionReport:
     @property
     def percent(self) -> float:
         """Trained parameters in percent of the pretrained model's."""
-        pretrained = self.frozen + self.trained.get("backbone", 0)
+        pretrained = self.frozen + self.trained.get("backbone", 0) + self.replaced
         return 100 * self.total / pretrained if pretrained else float("inf")
 
     def __str__(self) -> str:
@@ -239,7 +241,8 @@ def count_parameters(model: nn.Module, config: AdapterConfig) -> InjectionReport
     total = sum(map(num_scalars, model.parameters()))
     rest = total - sum(trained.values())
     trained["backbone"] = rest if config.trains_backbone() else 0
-    return InjectionReport(tuple(projections), trained, rest - trained["backbone"])
+    replaced = sum(adapter.num_replaced() for adapter in adapters(model).values())
+    return InjectionReport(tuple(projections), trained, rest - trained["backbone"], replaced)
 
 
 def _match(entries: Iterable[str], names: Iterable[str], argument: str, *, by_suffix: bool = True) -> set[str]:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import chain
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from fourier_moe.adapter import Adapter
+from fourier_moe.adapter import Adapter, device_of
 from fourier_moe.config import FourierMoEConfig
 from fourier_moe.experts import SpectralExperts
 from fourier_moe.frequencies import named_generator
@@ -33,8 +32,7 @@ class FourierMoELinear(Adapter):
 
     def __init__(self, base: nn.Module, config: FourierMoEConfig, name: str) -> None:
         super().__init__(base)
-        device = next(chain(base.parameters(), base.buffers())).device
-        generator = named_generator(config.seed or 0, name)
+        device, generator = device_of(base), named_generator(config.seed or 0, name)
         self.balance_weight = config.balance_weight
         self.router: TopKRouter | SharedRouter = TopKRouter(
             self.in_features,

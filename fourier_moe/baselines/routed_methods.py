@@ -1,0 +1,179 @@
+"""Other mixtures of low-rank experts (MoLoRA, AdaMoLE, HydraLoRA, GOAT), with FourierMoE's routers, losses and files.
+
+s is the factor of the update, r_e the rank of one expert, E the number of experts.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from fourier_moe.adapter import projection_shape
+from fourier_moe.baselines.routed_config import BalancedLoRAConfig, RoutedLoRAConfig, is_positive
+
+if TYPE_CHECKING:
+    from fourier_moe.baselines.lora_experts import LoRAExperts
+    from fourier_moe.router import Router
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoLoRAConfig(BalancedLoRAConfig):
+    """MoLoRA: LoRA experts behind a top-K router (arXiv 2309.05444 in the form of GOAT's comparison, arXiv 2502.16894).
+
+    That form, the K most probable of E experts with gates that sum to 1, is what the published MoLoRA rows were made with. The
+    method as first published lets every expert serve every token with its probability: `top_k` = `num_experts`; its optional
+    top-K leaves the gates as they are: `normalize_gates` off.
+
+    Args:
+        top_k: K, experts active per token.
+        normalize_gates: divide the K gates of a token by their sum (always off for top_k = 1).
+
+    Raises:
+        ValueError: for an impossible value, naming it and what would be valid.
+    """
+
+    top_k: int = 2
+    normalize_gates: bool = True
+
+    def problems(self) -> list[str]:
+        possible = 1 <= self.top_k <= self.num_experts
+        problem = f"top_k={self.top_k} must be between 1 and num_experts={self.num_experts}"
+        return [*super().problems(), *([] if possible else [problem])]
+
+    def build_router(self, in_features: int, generator: torch.Generator, device: torch.device) -> Router:
+        from fourier_moe.router import TopKRouter
+
+        return TopKRouter(
+            in_features,
+            self.num_experts,
+            self.top_k,
+            normalize_gates=self.normalize_gates,
+            generator=generator,
+            device=device,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class GOATConfig(MoLoRAConfig):
+    """GOAT (arXiv 2502.16894): MoLoRA whose experts start as singular triplets of the weight, each from a segment of its own.
+
+    W = U S V^T is cut into E segments of equal length; B_e A_e starts as the first r_e triplets of segment e over rho, and the
+    base as W - (s/E) sum_e B_e A_e, which is computed anew wherever the adapter is loaded, from the same pretrained weight. The
+    adapted projection starts as W where all gates are 1/E, and near it otherwise.
+
+    Args:
+        rho: by how much the start of an expert is smaller than its triplets; the factor s is taken out beside it.
+        eta: s = sqrt(3 eta in_features / r_e), the paper's closed form, in place of alpha / r_e, which then is null: eta is the
+            learning rate of full fine-tuning over that of the experts. The authors' scripts use alpha.
+
+    Raises:
+        ValueError: for an impossible value, naming it and what would be valid.
+    """
+
+    rho: float = 10.0
+    eta: float | None = None
+
+    def scaling(self, in_features: int) -> float:
+        if self.eta is not None:
+            return math.sqrt(3 * self.eta * in_features / self.expert_rank)
+        return super().scaling(in_features)
+
+    def problems(self) -> list[str]:
+        return [*super().problems(), *([] if is_positive(self.rho) else [f"rho={self.rho} must be a positive number"])]
+
+    def _scaling_problems(self) -> list[str]:
+        if self.eta is None:
+            return super()._scaling_problems()
+        if self.alpha is not None:
+            return [f"alpha={self.alpha} has no effect beside eta={self.eta}; set one of them to null"]
+        return [] if is_positive(self.eta) else [f"eta={self.eta} must be a positive number"]
+
+    def largest_rank(self, in_features: int, out_features: int) -> int:
+        return min(in_features, out_features) // self.num_experts * self.num_experts
+
+    def build_experts(
+        self, base: nn.Module, name: str, generator: torch.Generator, device: torch.device
+    ) -> tuple[nn.Module, LoRAExperts]:
+        from fourier_moe.baselines.lora_experts import LoRAExperts, singular_start
+        from fourier_moe.baselines.pretrained_weight import pretrained_weight
+
+        pretrained_weight(base, name, "GOAT")  # before it is copied
+        base = copy.deepcopy(base)  # its weight is changed, and a failure must not show
+        weight_MN = pretrained_weight(base, name, "GOAT")
+        scaling = self.scaling(weight_MN.shape[1])
+        A_ERN, B_EMR = singular_start(weight_MN, self.num_experts, self.expert_rank, scaling * self.rho)
+        update_MN = torch.einsum("emr,ern->mn", B_EMR, A_ERN)
+        weight_MN -= (scaling / self.num_experts * update_MN).to(weight_MN.dtype)
+        return base, LoRAExperts(A_ERN, B_EMR, scaling)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaMoLEConfig(BalancedLoRAConfig):
+    """AdaMoLE (arXiv 2405.00361): LoRA experts above a threshold that depends on the token; their number varies by token.
+
+    Args:
+        max_threshold: tau_max, the most that an expert's probability must reach; None is 1/E. Above 1/E a token may have no
+            expert, and is then the base's alone.
+
+    Raises:
+        ValueError: for an impossible value, naming it and what would be valid.
+    """
+
+    max_threshold: float | None = None
+
+    def problems(self) -> list[str]:
+        possible = self.max_threshold is None or 0 < self.max_threshold <= 1
+        problem = f"max_threshold={self.max_threshold} must be above 0 and at most 1, or null for 1/num_experts"
+        return [*super().problems(), *([] if possible else [problem])]
+
+    def build_router(self, in_features: int, generator: torch.Generator, device: torch.device) -> Router:
+        from fourier_moe.baselines.threshold_router import ThresholdRouter
+
+        threshold = 1 / self.num_experts if self.max_threshold is None else self.max_threshold
+        return ThresholdRouter(in_features, self.num_experts, threshold, generator=generator, device=device)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HydraLoRAConfig(RoutedLoRAConfig):
+    """HydraLoRA (arXiv 2404.19245): one A for all experts, a B for each, all of them active with the router's probability.
+
+    There is no load-balancing loss: every expert serves every token.
+
+    Args:
+        r: rank of the shared A and of every B.
+
+    Raises:
+        ValueError: for an impossible value, naming it and what would be valid.
+    """
+
+    r: int = 4
+
+    @property
+    def expert_rank(self) -> int:
+        return self.r
+
+    def _rank_problems(self) -> list[str]:
+        return [] if self.r >= 1 else [f"r={self.r} must be at least 1"]
+
+    def largest_rank(self, in_features: int, out_features: int) -> int:
+        return min(in_features, out_features)
+
+    def build_router(self, in_features: int, generator: torch.Generator, device: torch.device) -> Router:
+        from fourier_moe.router import TopKRouter
+
+        E = self.num_experts
+        return TopKRouter(in_features, E, E, normalize_gates=False, generator=generator, device=device)
+
+    def build_experts(
+        self, base: nn.Module, name: str, generator: torch.Generator, device: torch.device
+    ) -> tuple[nn.Module, LoRAExperts]:
+        from fourier_moe.baselines.lora_experts import LoRAExperts, random_start
+
+        in_features, out_features = projection_shape(base)
+        A, B = random_start(1, self.num_experts, self.r, (out_features, in_features), generator, device)
+        return base, LoRAExperts(A, B, self.scaling(in_features))
