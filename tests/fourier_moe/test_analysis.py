@@ -6,6 +6,7 @@ import multiprocessing
 import pytest
 import torch
 from fourier_moe_models import config
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
@@ -47,6 +48,18 @@ def plane(M, N):
     """Signed (u, v) of every entry of a transform (M, N, 2)."""
     u, v = signed_frequency(torch.arange(M), M), signed_frequency(torch.arange(N), N)
     return torch.stack(torch.meshgrid(u, v, indexing="ij"), -1)
+
+
+def test_permuted_control_has_energies_ranks_and_overlaps_of_its_dense_update():
+    layer = experts(permute=True)
+    spectra, dense = ExpertSpectra.of(layer), updates(layer)
+    torch.testing.assert_close(spectra.energy, dense.square().sum((1, 2)))
+    share = torch.linalg.svdvals(dense) / torch.linalg.svdvals(dense).sum(1, keepdim=True)
+    torch.testing.assert_close(spectra.effective_rank, torch.special.entr(share).sum(1).exp())
+    flat = nn.functional.normalize(dense.flatten(1), dim=1)
+    torch.testing.assert_close(spectra.update_overlap(), flat @ flat.T, rtol=1e-6, atol=1e-9)
+    plain = updates(experts())
+    assert (dense - plain).norm() > 0.1 * plain.norm()
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=identifier)

@@ -30,7 +30,7 @@ def identifier(changes):
     return "-".join(f"{key}={value}" for key, value in changes.items()) or "default"
 
 
-@pytest.mark.parametrize("changes", ABLATIONS, ids=identifier)
+@pytest.mark.parametrize("changes", [*ABLATIONS, {"permute": True}], ids=identifier)
 def test_forward_is_the_gated_sum_of_the_dense_updates(changes):
     layer = experts(**changes)
     generator = torch.Generator().manual_seed(0)
@@ -149,6 +149,32 @@ def test_ablated_part_has_no_parameters_and_same_positions(part, scalars):
     if part != "complex":
         assert full[..., {"real": 1, "imaginary": 0}[part]].abs().max() == 0
         assert full[..., {"real": 0, "imaginary": 1}[part]].abs().min() > 0
+
+
+def test_permuted_update_has_the_same_entries_elsewhere_by_whole_rows_and_columns():
+    layer, plain = experts(permute=True), experts()
+    assert torch.equal(layer.frequencies, plain.frequencies)  # and so is all else that is drawn
+    assert torch.equal(layer.coefficients, plain.coefficients)
+    rows, columns = layer.output_order.tolist(), layer.input_order.tolist()
+    assert (sorted(rows), sorted(columns)) == (list(range(17)), list(range(24)))
+    for e in range(4):
+        permuted, expected = layer.delta_weight(e), plain.delta_weight(e)
+        for p in range(17):
+            for k in range(24):
+                assert permuted[p, columns[k]] == expected[rows[p], k]
+        assert torch.equal(layer.spectrum(e), plain.spectrum(e))
+        assert (permuted - expected).abs().max() > 0.1 * expected.abs().max()
+
+
+def test_orders_differ_by_name_and_seed_and_only_the_control_has_any():
+    drawn = [
+        SpectralExperts(24, 24, config(permute=True), generator=named_generator(seed, name))
+        for seed, name in [(0, "a"), (0, "b"), (1, "a")]
+    ]
+    orders = [order.tolist() for layer in drawn for order in (layer.input_order, layer.output_order)]
+    assert len(set(map(tuple, orders))) == 6
+    assert list(range(24)) not in orders
+    assert set(drawn[0].state_dict()) == {"coefficients", "frequencies", "input_order", "output_order"}
 
 
 def test_initial_coefficients_are_zero_or_of_the_given_deviation():

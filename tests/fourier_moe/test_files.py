@@ -38,10 +38,11 @@ def saved(tmp_path):
             head=["classifier", "norm"], coefficients="imaginary", top_k=1, scaling=3.7, band_layout="stack", bandwidth=0.25
         ),
         config(conjugate_symmetry=False, frequency_bias=False),
+        config(permute=True),
         FullFineTuning(head=["classifier"]),
         HeadOnly(head=["classifier"]),
     ],
-    ids=["default", "imaginary", "free", "full", "head"],
+    ids=["default", "imaginary", "free", "permuted", "full", "head"],
 )
 @pytest.mark.parametrize("prepared", [False, True], ids=["fresh", "adapted"])
 def test_round_trip_gives_bit_identical_output(tmp_path, settings, prepared):
@@ -88,6 +89,14 @@ def test_loads_into_a_model_adapted_with_another_seed(saved):
     inject(fresh, config(head=["classifier"], seed=99, dropout=0.5, balance_weight=0.7, init_std=2.0))
     load_adapter(fresh, saved)
     assert torch.equal(fresh(x), trained()(x))
+
+
+def test_orders_of_the_permuted_control_come_from_the_file(tmp_path):
+    model, fresh, x = trained(permute=True), Transformer().eval(), tokens(4, 5, 16)
+    save_adapter(model, tmp_path)
+    inject(fresh, config(head=["classifier"], permute=True, seed=99))
+    load_adapter(fresh, tmp_path)
+    assert torch.equal(fresh(x), model(x))
 
 
 def test_loading_into_an_evaluating_model_leaves_no_dropout_on(tmp_path):
@@ -273,6 +282,7 @@ def test_adapter_that_does_not_fit_leaves_a_fresh_model_unadapted(saved, options
         {"head": ["classifier", "norm"]},
         {"coefficients": "real"},
         {"conjugate_symmetry": False},
+        {"permute": True},
     ],
     ids=str,
 )

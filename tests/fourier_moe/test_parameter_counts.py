@@ -4,10 +4,18 @@ import pytest
 import torch
 from torch import nn
 
-from fourier_moe import FourierMoEConfig, inject
+from fourier_moe import (
+    AdaMoLEConfig,
+    FFTMoEConfig,
+    FourierMoEConfig,
+    GOATConfig,
+    HydraLoRAConfig,
+    MoLoRAConfig,
+    inject,
+)
 
 
-def test_roberta_large():
+def roberta_large():
     transformers = pytest.importorskip("transformers")
     settings = transformers.RobertaConfig(
         vocab_size=50265,
@@ -20,13 +28,40 @@ def test_roberta_large():
         num_labels=2,
     )
     with torch.device("meta"):
-        model = transformers.RobertaForSequenceClassification(settings)
+        return transformers.RobertaForSequenceClassification(settings)
+
+
+def test_roberta_large():
+    model = roberta_large()
     report = inject(model, FourierMoEConfig(targets=["self.query", "self.value"], head=["classifier"], num_coefficients=1008))
     assert len(report.projections) == 48
     assert report.trained == {"experts": 48_384, "router": 393_216, "head": 1_051_650, "backbone": 0}
     assert report.total == 1_493_250
     assert report.total == sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert round(report.percent, 2) == 0.42
+
+
+@pytest.mark.parametrize(
+    ("config_class", "r", "total", "published"),  # Table 4 counts without the head, in percent of the model without it
+    [
+        (GOATConfig, 32, 16_976_898, 4.50),  # the total is GOAT's own
+        (MoLoRAConfig, 32, 16_976_898, 4.50),
+        (AdaMoLEConfig, 32, 17_198_226, 4.56),
+        (HydraLoRAConfig, 4, 10_783_746, 2.75),
+        (FFTMoEConfig, None, 2_472_608_770, 698),
+    ],
+)
+def test_other_mixtures_on_all_projections_of_roberta_large(config_class, r, total, published):
+    model = roberta_large()
+    projections = ("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense")
+    targets = [*projections, "intermediate.dense", r".*\d\.output\.dense"]
+    pretrained = sum(p.numel() for p in model.parameters()) - 1_051_650
+    report = inject(model, config_class(targets=targets, head=["classifier"], **({"r": r} if r else {})))
+    assert len(report.projections) == 144
+    assert report.total == total
+    assert report.trained["head"] == 1_051_650
+    assert report.total == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert 100 * (total - 1_051_650) / pretrained == pytest.approx(published, abs=0.5 if published > 100 else 0.01)
 
 
 def test_clip_vit_b_32():

@@ -42,7 +42,18 @@ CONFIGS = [
     GOATConfig(**COMMON, r=4, alpha=None, eta=0.5),
     FFTMoEConfig(**COMMON, seed=3),
 ]
-IDS = ["molora", "molora_dense", "molora_raw", "molora_1", "adamole", "adamole_high", "hydralora", "goat", "goat_eta", "fft_moe"]
+IDS = [
+    "molora",
+    "molora_dense",
+    "molora_raw",
+    "molora_1",
+    "adamole",
+    "adamole_high",
+    "hydralora",
+    "goat",
+    "goat_eta",
+    "fft_moe",
+]
 LORA = [config for config in CONFIGS if not isinstance(config, FFTMoEConfig)]
 ONE_EACH = [config for config, name in zip(CONFIGS, IDS, strict=True) if "_" not in name or name == "fft_moe"]
 SIZES = [(5, 7), (7, 5), (8, 8), (13, 9)]  # M, N
@@ -301,7 +312,9 @@ def test_training_reduces_the_loss_and_moves_all_that_is_trained_and_nothing_els
 def test_bfloat16_base_and_autocast_keep_the_trained_parameters_in_float32(config, autocast):
     model = Transformer() if autocast else Transformer().bfloat16()
     inject(model, config)
-    assert {p.dtype for a in adapters(model).values() for group in a.parameter_groups().values() for p in group} == {torch.float32}
+    assert {p.dtype for a in adapters(model).values() for group in a.parameter_groups().values() for p in group} == {
+        torch.float32
+    }
     x = X if autocast or isinstance(config, FFTMoEConfig) else X.bfloat16()
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
         layer = adapters(model)["layers.0.attention.q_proj"]
@@ -311,7 +324,7 @@ def test_bfloat16_base_and_autocast_keep_the_trained_parameters_in_float32(confi
 
 
 def test_dropout_acts_on_the_experts_and_not_on_router_and_base():
-    layer, base = moved_layer(replace(CONFIGS[0], dropout=0.5), 7, 5)
+    layer, _ = moved_layer(replace(CONFIGS[0], dropout=0.5), 7, 5)
     x = tokens(6, 5)
     seen = []
     layer.router.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
@@ -497,7 +510,12 @@ class QuantizedLinear(nn.Module):
 
 @pytest.mark.parametrize(
     "weight",
-    [torch.ones(16, 16, dtype=torch.int8), torch.ones(128, 1), torch.ones(256).reshape(-1), torch.ones(16, 16).as_subclass(Quantized)],
+    [
+        torch.ones(16, 16, dtype=torch.int8),
+        torch.ones(128, 1),
+        torch.ones(256).reshape(-1),
+        torch.ones(16, 16).as_subclass(Quantized),
+    ],
     ids=["int8", "packed", "flat", "subclass"],
 )
 @of_each([config for config in ONE_EACH if isinstance(config, (GOATConfig, FFTMoEConfig))])
@@ -505,7 +523,9 @@ def test_quantised_weight_is_refused_by_methods_that_start_from_it(config, weigh
     model = Transformer()
     model.packed = QuantizedLinear(weight)
     expected = {name: value.clone() for name, value in model.state_dict().items()}
-    with pytest.raises(ValueError, match="^packed: (GOAT|FFT MoE) starts from the pretrained weight.*without quantisation") as error:
+    with pytest.raises(
+        ValueError, match=r"^packed: (GOAT|FFT MoE) starts from the pretrained weight.*without quantisation"
+    ) as error:
         inject(model, replace(config, targets=["q_proj", "packed"]))
     assert "\n" not in str(error.value)
     assert not adapters(model)

@@ -565,6 +565,20 @@ def test_dead_is_relative_to_an_even_load():
     assert not statistics.dead(0).any()
 
 
+def test_measures_where_tokens_have_any_number_of_experts():
+    def measured(counts, tokens):
+        counts = torch.tensor(counts, dtype=torch.float64)
+        statistics = RouterStatistics(torch.cat([counts, counts, counts, torch.tensor([tokens])]))
+        return [float(v) for v in (statistics.active, statistics.load_imbalance, statistics.load_entropy, statistics.spread)]
+
+    assert measured([4, 4, 4, 4], 10) == pytest.approx([1.6, 1, 1, 1])
+    assert measured([10, 5, 0, 0], 10) == pytest.approx([1.5, 8 / 3, 0.4591479, (math.exp(0.6365142) - 1.5) / 2.5])
+    assert measured([0, 0, 0, 0], 10)[:3] == [0, 0, 0]
+    nobody = RouterStatistics(torch.tensor([0.0] * 12 + [10.0]))
+    assert nobody.dead(0.01).all()
+    assert RouterStatistics(torch.tensor([1.0, 1, 1, 0] * 3 + [1000.0])).dead(0.01).tolist() == [True] * 4
+
+
 def test_balance_loss_of_the_statistics_is_that_of_the_tokens():
     layer, x = router(), tokens(30, N)
     reader = StatisticsReader(layer)

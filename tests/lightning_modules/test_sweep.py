@@ -131,7 +131,7 @@ def test_ablation_overlay_changes_one_field(path):
     assert getattr(replace(OWN, **fields), name) == value
 
 
-def test_ablations_are_those_of_figure_3_and_all_experts_active(monkeypatch):
+def test_ablations_are_those_of_figure_3_and_the_two_controls(monkeypatch):
     monkeypatch.chdir(REPOSITORY)
     settings, left_out = choose_settings(STUDIES["ablations"], None, OWN, anything)
     changes = [dict(setting.fields) for setting in settings]
@@ -141,6 +141,7 @@ def test_ablations_are_those_of_figure_3_and_all_experts_active(monkeypatch):
         "{'coefficients': 'real'}",
         "{'conjugate_symmetry': False}",
         "{'frequency_bias': False}",
+        "{'permute': True}",
         "{'top_k': 8}",
     ]
     assert left_out == []
