@@ -81,7 +81,7 @@ class _Logits(torch.autograd.Function):
 class Router(nn.Module, ABC):
     """Base of the routers: one logit per expert from a matrix R without bias, recording, balance loss and statistics.
 
-    A subclass implements `forward`, which calls `_record` while recording, and `active`.
+    A subclass implements `forward`, which calls `_record` while recording, and `active` and `gates`, which read the record.
 
     Args:
         in_features: N.
@@ -121,8 +121,12 @@ class Router(nn.Module, ABC):
         """Route the tokens of an input (..., N); gates in float32 (float64 for a float64 weight)."""
 
     @abstractmethod
-    def active(self, probabilities: Tensor, choice: Tensor) -> tuple[Tensor, Tensor]:
-        """Which experts serve (..., E), 1 or 0, and with what gates (..., E), of what `_record` was given."""
+    def active(self, probabilities: Tensor, choice: Tensor) -> Tensor:
+        """Which experts serve (..., E), 1 or 0, from what `_record` was given."""
+
+    @abstractmethod
+    def gates(self, probabilities: Tensor, active: Tensor) -> Tensor:
+        """Gates of all experts (..., E), 0 for the inactive ones, from what `_record` and `active` gave."""
 
     def probabilities(self, x: Tensor) -> Tensor:
         """p = softmax(R x), (..., E), in float32 (float64 for a float64 weight), autocast or not."""
@@ -147,7 +151,7 @@ class Router(nn.Module, ABC):
         choice = torch.cat([recorded.choice.reshape(-1, recorded.choice.shape[-1]) for recorded in self._recorded])
         mask_T1 = torch.cat([self._weights.mask(recorded.probabilities) for recorded in self._recorded]).unsqueeze(-1)
         num_tokens = mask_T1.sum().clamp(min=1)
-        active_TE, _ = self.active(probabilities_TE.detach(), choice.detach())
+        active_TE = self.active(probabilities_TE.detach(), choice.detach())
         load_E, probability_E = ((part * mask_T1).sum(0) / num_tokens for part in (active_TE, probabilities_TE))
         return self.num_experts * (load_E * probability_E).sum()
 
@@ -173,7 +177,7 @@ class Router(nn.Module, ABC):
         self._recorded.append(_Recorded(probabilities, choice))
 
     def _alike(self) -> tuple[Any, ...]:
-        """Routers for which this is equal have the same `active`."""
+        """Routers for which this is equal have the same `active` and `gates`."""
         return (type(self),)
 
     def _add(self, sums: Tensor, names: tuple[str, ...]) -> None:
@@ -234,10 +238,12 @@ class TopKRouter(Router):
             gates = gates / gates.sum(-1, keepdim=True)
         return Routing(gates, experts)
 
-    def active(self, probabilities: Tensor, choice: Tensor) -> tuple[Tensor, Tensor]:
-        active = torch.zeros_like(probabilities).scatter_(-1, choice, 1)
+    def active(self, probabilities: Tensor, choice: Tensor) -> Tensor:
+        return torch.zeros_like(probabilities).scatter_(-1, choice, 1)
+
+    def gates(self, probabilities: Tensor, active: Tensor) -> Tensor:
         gates = active * probabilities
-        return active, gates / gates.sum(-1, keepdim=True) if self.normalize_gates else gates
+        return gates / gates.sum(-1, keepdim=True) if self.normalize_gates else gates
 
     def _alike(self) -> tuple[Any, ...]:
         return (*super()._alike(), self.normalize_gates)
@@ -293,7 +299,8 @@ def _count(found: Sequence[Router], weights: TokenWeights) -> None:
                 torch.stack([tensor.detach() for tensor in tensors]).reshape(len(part), -1, tensors[0].shape[-1])
                 for tensors in zip(*(recorded for _, recorded in part), strict=True)
             )
-            active, gates = part[0][0].active(probabilities, choice)
+            active = part[0][0].active(probabilities, choice)
+            gates = part[0][0].gates(probabilities, active)
             statistics = RouterStatistics.of_tokens(active, probabilities, gates, weights.by_task(part[0][1].probabilities))
             for (router, _), sums in zip(part, statistics.sums.to(**_exact(probabilities.device)), strict=True):
                 router._add(sums, weights.names)

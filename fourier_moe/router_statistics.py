@@ -71,8 +71,14 @@ class RouterStatistics:
 
     @property
     def load(self) -> Tensor:
-        """f_e: share of the tokens that e serves (..., E); they add up to `active`, and active/E each is even."""
+        """f_e: share of the tokens that e serves (..., E); they add up to `active`."""
         return self.counts / self.tokens.clamp(min=1).unsqueeze(-1)
+
+    @property
+    def even_load(self) -> Tensor:
+        """What each load is when it is even (...,): active/E. That of one expert per token where there are fewer, so that all
+        experts of a router without an expert for any token count as dead."""
+        return self.active.clamp(min=1) / self.num_experts
 
     @property
     def probability(self) -> Tensor:
@@ -115,11 +121,8 @@ class RouterStatistics:
         return torch.where(spare > 0, share, 1.0) * (self.tokens > 0)
 
     def dead(self, below: float) -> Tensor:
-        """Which experts serve less than `below` times an even share of the tokens, bool (..., E).
-
-        Where a token may have no expert, the even share is that of one expert per token or more: all may be dead.
-        """
-        return self.load < below * self.active.clamp(min=1).unsqueeze(-1) / self.num_experts
+        """Which experts serve less than `below` times an even share of the tokens, bool (..., E)."""
+        return self.load < below * self.even_load.unsqueeze(-1)
 
     @property
     def _share(self) -> Tensor:

@@ -54,8 +54,11 @@ class ThresholdRouter(Router):
             self._record(kept, margin)
         return Routing.to_all(_normalized(kept))
 
-    def active(self, probabilities: Tensor, choice: Tensor) -> tuple[Tensor, Tensor]:
-        return (choice >= 0).to(probabilities.dtype), _normalized(probabilities)
+    def active(self, probabilities: Tensor, choice: Tensor) -> Tensor:
+        return (choice >= 0).to(probabilities.dtype)
+
+    def gates(self, probabilities: Tensor, active: Tensor) -> Tensor:
+        return _normalized(probabilities)
 
 
 def _normalized(kept: Tensor) -> Tensor:

@@ -82,5 +82,5 @@ def task_table(sums: LoadSums) -> str:
         rows.append([task, f"{statistics.tokens.mean():,.0f}", *percent])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
-    even = 100 * float(sums.layers.active.mean()) / sums.layers.num_experts
+    even = 100 * float(sums.layers.even_load.mean())
     return "\n".join([f"Percent of a task's tokens that each expert serves, mean over the layers (even: {even:.3g})", *lines])

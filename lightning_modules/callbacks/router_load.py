@@ -178,7 +178,7 @@ class RouterLoad(L.Callback):
 
     def _draw(self, sums: LoadSums, title: str) -> Mapping[str, Any]:
         """Figures by tag."""
-        even = float(sums.layers.active.mean()) / sums.layers.num_experts
+        even = float(sums.layers.even_load.mean())
         figures = {"router/load_map": load_map(sums.layers.load, self._layers, even, f"router load, {title}")}
         if sums.tasks:
             load = torch.stack([task.load.mean(0) for task in sums.tasks.values()])

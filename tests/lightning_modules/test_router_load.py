@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from token_task import ADAPTER, TokenData, token_batch, token_module, token_trainer
 from torch.utils.data import DataLoader
 
-from fourier_moe import HeadOnly, StatisticsReader, adapters, routers
+from fourier_moe import AdaMoLEConfig, HeadOnly, StatisticsReader, adapters, routers
 from lightning_modules.callbacks import RouterLoad
 from lightning_modules.callbacks.load_report import load_map
 from lightning_modules.callbacks.logged import pixels
@@ -271,6 +271,21 @@ def test_dead_experts_are_warned_of_once_each(tmp_path):
     (message,) = warnings_of_forced(tmp_path, RouterLoad(collapse_below=0))
     assert "less than 1 % of an even load" in message
     assert "q_proj expert 2, q_proj expert 3. Raise" in message
+
+
+@pytest.mark.parametrize(("bias", "active", "dead"), [(-50.0, 4, 0), (50.0, 0, 1)])
+def test_threshold_router_is_measured_and_warned_of_as_any_other(tmp_path, bias, active, dead):
+    module = token_module(AdaMoLEConfig(targets=LAYERS, r=8, num_experts=4, max_threshold=1.0))
+    module.configure_model()
+    for router in routers(module.model).values():
+        router.threshold_bias.data.fill_(bias)
+    trainer = token_trainer(tmp_path, RouterLoad(), log_every_n_steps=3)
+    with pytest.warns(UserWarning, match="experts died.* q_proj expert 0, ") if dead else nullcontext():
+        trainer.fit(module, TokenData())
+    metrics = trainer.callback_metrics
+    assert float(metrics["router/active_experts"]) == active
+    assert float(metrics["router/dead_experts"]) == dead
+    assert float(metrics["router/load/expert_2"]) == active / 4
 
 
 def test_thresholds_of_0_never_warn(tmp_path):
