@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from fourier_moe.adapter import Adapter, device_of, projection_shape
-from fourier_moe.baselines.pretrained_weight import pretrained_weight
 from fourier_moe.baselines.routed_config import RoutedConfig, balance_problems
+from fourier_moe.baselines.singular_layers import pretrained_matrix
 from fourier_moe.frequencies import named_generator
 from fourier_moe.inject import InjectionReport, count_parameters
+from fourier_moe.quantization import is_quantized
 from fourier_moe.router import Routing, TopKRouter
 
 
@@ -45,6 +46,8 @@ class FFTMoEConfig(RoutedConfig):
         return [*super().problems(), *([] if possible else [problem]), *balance_problems(self.balance_weight)]
 
     def inject(self, model: nn.Module) -> InjectionReport:
+        if is_quantized(model):
+            raise ValueError("FFT MoE trains the pretrained weights, and these are quantised; load them without")
         super().inject(model)
         model.float().requires_grad_(True)
         return count_parameters(model, self)
@@ -65,9 +68,6 @@ class FFTMoELinear(Adapter):
         base: the pretrained projection.
         config: the hyper-parameters.
         name: the projection's name in its model; with config.seed it fixes the router's start.
-
-    Raises:
-        ValueError: if the weight is quantised.
     """
 
     def __init__(self, base: nn.Module, config: FFTMoEConfig, name: str) -> None:
@@ -80,7 +80,7 @@ class FFTMoELinear(Adapter):
             generator=named_generator(config.seed or 0, name),
             device=device_of(base),
         )
-        weight_MN, bias_M = pretrained_weight(base, name, "FFT MoE"), base.bias
+        weight_MN, bias_M = pretrained_matrix(base), base.bias
         assert bias_M is None or isinstance(bias_M, Tensor)
         self.experts = UpcycledExperts(weight_MN, bias_M, config.num_experts)
 

@@ -94,7 +94,7 @@ def singular_start(weight_MN: Tensor, num_experts: int, rank: int, shrink: float
     Ordered by size, the triplets are cut into E segments of equal length. Expert e gets the first R of segment e,
     B_e A_e = U S V^T / shrink, each factor with half of sqrt(S / shrink)'s weight.
     """
-    U, S, Vh = torch.linalg.svd(weight_MN.to(torch.promote_types(weight_MN.dtype, torch.float32)), full_matrices=False)
+    U, S, Vh = torch.linalg.svd(weight_MN, full_matrices=False)
     length = len(S) // num_experts
     triplets_ER = length * torch.arange(num_experts).unsqueeze(1) + torch.arange(rank)
     triplets_ER = triplets_ER.to(U.device)

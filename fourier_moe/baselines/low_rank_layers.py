@@ -7,14 +7,13 @@ N in_features, M out_features, R rank, K directions, b blocks.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import chain
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fourier_moe.adapter import Adapter
+from fourier_moe.adapter import Adapter, device_of
 from fourier_moe.baselines.singular_layers import pretrained_matrix
 from fourier_moe.frequencies import named_generator
 
@@ -121,11 +120,6 @@ class MELoRALinear(LowRankLinear):
         slices = self.dropout(x).unflatten(-1, (len(self.A), -1))
         low = torch.einsum("...bn,brn->...br", slices, self.A)
         return self.scaling * torch.einsum("...br,bmr->...bm", low, self.B).flatten(-2)
-
-
-def device_of(base: nn.Module) -> torch.device:
-    """Where a projection is."""
-    return next(chain(base.parameters(), base.buffers())).device
 
 
 def random_parameter(*shape: int, device: torch.device, generator: torch.Generator) -> nn.Parameter:

@@ -112,16 +112,14 @@ class RoutedLoRAConfig(RoutedConfig):
             raise ValueError(f"{name} is {out_features} x {in_features}: r={self.r} must be at most {largest}")
         generator, device = named_generator(self.seed or 0, name), device_of(base)
         router = self.build_router(in_features, generator, device)
-        base, experts = self.build_experts(base, name, generator, device)
+        base, experts = self.build_experts(base, generator, device)
         return RoutedLoRALinear(base, router, experts, dropout=self.dropout, balance_weight=self.loss_weight())
 
     def build_router(self, in_features: int, generator: torch.Generator, device: torch.device) -> Router:
         """The router of a projection."""
         raise NotImplementedError
 
-    def build_experts(
-        self, base: nn.Module, name: str, generator: torch.Generator, device: torch.device
-    ) -> tuple[nn.Module, LoRAExperts]:
+    def build_experts(self, base: nn.Module, generator: torch.Generator, device: torch.device) -> tuple[nn.Module, LoRAExperts]:
         """The experts of a projection, and the projection that they are added to."""
         from fourier_moe.baselines.lora_experts import LoRAExperts, random_start
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import nn
@@ -78,6 +78,8 @@ class GOATConfig(MoLoRAConfig):
     rho: float = 10.0
     eta: float | None = None
 
+    reads_weights = True
+
     def scaling(self, in_features: int) -> float:
         if self.eta is not None:
             return math.sqrt(3 * self.eta * in_features / self.expert_rank)
@@ -96,19 +98,18 @@ class GOATConfig(MoLoRAConfig):
     def largest_rank(self, in_features: int, out_features: int) -> int:
         return min(in_features, out_features) // self.num_experts * self.num_experts
 
-    def build_experts(
-        self, base: nn.Module, name: str, generator: torch.Generator, device: torch.device
-    ) -> tuple[nn.Module, LoRAExperts]:
+    def build_experts(self, base: nn.Module, generator: torch.Generator, device: torch.device) -> tuple[nn.Module, LoRAExperts]:
         from fourier_moe.baselines.lora_experts import LoRAExperts, singular_start
-        from fourier_moe.baselines.pretrained_weight import pretrained_weight
+        from fourier_moe.baselines.singular_layers import pretrained_matrix
 
-        pretrained_weight(base, name, "GOAT")  # before it is copied
         base = copy.deepcopy(base)  # its weight is changed, and a failure must not show
-        weight_MN = pretrained_weight(base, name, "GOAT")
+        weight_MN = pretrained_matrix(base)
         scaling = self.scaling(weight_MN.shape[1])
         A_ERN, B_EMR = singular_start(weight_MN, self.num_experts, self.expert_rank, scaling * self.rho)
         update_MN = torch.einsum("emr,ern->mn", B_EMR, A_ERN)
-        weight_MN -= (scaling / self.num_experts * update_MN).to(weight_MN.dtype)
+        rest_MN = weight_MN - scaling / self.num_experts * update_MN
+        weight = cast(nn.Parameter, base.weight)
+        weight.data.copy_(rest_MN.T if hasattr(base, "nf") else rest_MN)
         return base, LoRAExperts(A_ERN, B_EMR, scaling)
 
 
@@ -169,9 +170,7 @@ class HydraLoRAConfig(RoutedLoRAConfig):
         E = self.num_experts
         return TopKRouter(in_features, E, E, normalize_gates=False, generator=generator, device=device)
 
-    def build_experts(
-        self, base: nn.Module, name: str, generator: torch.Generator, device: torch.device
-    ) -> tuple[nn.Module, LoRAExperts]:
+    def build_experts(self, base: nn.Module, generator: torch.Generator, device: torch.device) -> tuple[nn.Module, LoRAExperts]:
         from fourier_moe.baselines.lora_experts import LoRAExperts, random_start
 
         in_features, out_features = projection_shape(base)
