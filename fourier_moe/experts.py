@@ -130,16 +130,14 @@ class SpectralExperts(nn.Module):
             scaling=self.scaling,
             hermitian=self.hermitian,
         )
-        if self.input_order is None or self.output_order is None:
-            return delta_MN
-        return delta_MN[self.output_order][:, self.input_order.argsort()]
+        return self._permuted(delta_MN)
 
     @torch.no_grad()
     def mixture(self, gates_E: Tensor) -> Tensor:
         """sum_e gates_e alpha dW_e (M, N) for gates that are the same for all tokens, in one inverse transform."""
         coefficients = self.complex_coefficients()
         coefficients = gates_E.to(coefficients).view(-1, 1, 1) * coefficients
-        return dense_delta_weight(
+        delta_MN = dense_delta_weight(
             coefficients.flatten(0, 1),
             self.frequencies.flatten(0, 1),
             self.out_features,
@@ -147,12 +145,23 @@ class SpectralExperts(nn.Module):
             scaling=self.scaling,
             hermitian=self.hermitian,
         )
+        return self._permuted(delta_MN)
 
     @torch.no_grad()
     def low_rank(self, expert: int) -> tuple[Tensor, Tensor]:
         """The same as a product, left (M, r) @ right (r, N), float64, r <= 2P: the expert as an exact LoRA."""
         coefficients = self.complex_coefficients()[expert]
-        return low_rank_factors(coefficients, self.frequencies[expert], self.out_features, self.in_features, self._scale)
+        M, N, frequencies = self.out_features, self.in_features, self.frequencies[expert]
+        left, right = low_rank_factors(coefficients, frequencies, M, N, self._scale)
+        if self.input_order is None or self.output_order is None:
+            return left, right
+        return left[self.output_order], right[:, self.input_order.argsort()]
+
+    def _permuted(self, delta_MN: Tensor) -> Tensor:
+        """Rows and columns in the order of a permuted control."""
+        if self.input_order is None or self.output_order is None:
+            return delta_MN
+        return delta_MN[self.output_order][:, self.input_order.argsort()]
 
     def extra_repr(self) -> str:
         E, P, _ = self.frequencies.shape

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fourier_moe.adapter import Adapter
+from fourier_moe.merge import with_update
 from fourier_moe.router import Router
 
 
@@ -43,6 +44,11 @@ class LoRAExperts(nn.Module):
         """s B_e A_e (M, N)."""
         return self.scaling * self.B[expert] @ self.A[expert if len(self.A) > 1 else 0]
 
+    @torch.no_grad()
+    def mixture(self, gates_E: Tensor) -> Tensor:
+        """sum_e gates_e s B_e A_e (M, N) for gates that are the same for all tokens."""
+        return sum(gate * self.delta_weight(expert) for expert, gate in enumerate(gates_E.to(self.B)))  # type: ignore[return-value]
+
     def extra_repr(self) -> str:
         E, M, R = self.B.shape
         return f"in_features={self.A.shape[-1]}, out_features={M}, experts={E}, rank={R}, scaling={self.scaling:.4g}"
@@ -70,6 +76,11 @@ class RoutedLoRALinear(Adapter):
         y = self.base(x)
         gates = self.router(x).dense(self.router.num_experts)
         return y + self.experts(self.dropout(x), gates).to(y.dtype)
+
+    def merged(self, gates: Tensor | None = None) -> nn.Module:
+        if gates is None:
+            raise ValueError("this method routes every token on its own; give the gates to freeze")
+        return with_update(self.base, self.experts.mixture(gates))
 
     def parameter_groups(self) -> Mapping[str, list[nn.Parameter]]:
         return {"experts": list(self.experts.parameters()), "router": list(self.router.parameters())}

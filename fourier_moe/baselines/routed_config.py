@@ -64,6 +64,12 @@ class RoutedLoRAConfig(RoutedConfig):
     alpha: float | None = 16.0
     dropout: float = 0.0
 
+    size_field = "r"
+
+    @property
+    def size_step(self) -> int:
+        return self.num_experts
+
     @property
     def expert_rank(self) -> int:
         """r_e."""

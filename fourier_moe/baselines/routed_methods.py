@@ -155,6 +155,10 @@ class HydraLoRAConfig(RoutedLoRAConfig):
     r: int = 4
 
     @property
+    def size_step(self) -> int:
+        return 1
+
+    @property
     def expert_rank(self) -> int:
         return self.r
 

@@ -23,6 +23,7 @@ VARIANTS = {
     "imaginary": {"coefficients": "imaginary"},
     "asymmetric": {"conjugate_symmetry": False},
     "uniform": {"frequency_bias": False},
+    "permuted": {"permute": True},
 }
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 50}
 
