@@ -140,6 +140,7 @@ class TopKRouter(nn.Module):
 
         Raises:
             RuntimeError: outside of `recording`, or when no forward has run in it.
+            ValueError: if a gradient is wanted, and the forward has run without.
         """
         if not self._recorded:
             raise RuntimeError(
@@ -147,6 +148,12 @@ class TopKRouter(nn.Module):
                 "uses the adapted projection"
             )
         assert self._weights is not None
+        trains = torch.is_grad_enabled() and self.weight.requires_grad
+        if trains and not all(recorded.probabilities.requires_grad for recorded in self._recorded):
+            raise ValueError(
+                "the balance loss would train no router, because the forward pass ran without gradients: in reentrant activation "
+                "checkpointing, where use_reentrant=False is needed, or under torch.no_grad()"
+            )
         probabilities_TE = torch.cat([recorded.probabilities.reshape(-1, self.num_experts) for recorded in self._recorded])
         active_TK = torch.cat([recorded.active.reshape(-1, self.top_k) for recorded in self._recorded])
         mask_T = torch.cat([self._weights.mask(recorded.probabilities) for recorded in self._recorded])
