@@ -13,8 +13,7 @@ from torch import distributed
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
-from fourier_moe import FourierFTConfig, FullFineTuning, HeadOnly, LoRAConfig, adapters, inject
-from fourier_moe.baselines import DoRAConfig, PiSSAConfig
+from fourier_moe import DoRAConfig, FourierFTConfig, FullFineTuning, HeadOnly, LoRAConfig, PEANuTConfig, PiSSAConfig, adapters, inject
 from lightning_modules import sharding
 from lightning_modules.blocks import transformer_blocks
 from lightning_modules.optimization import Optimization, ParameterGroup
@@ -113,6 +112,7 @@ METHODS = {
     "DoRA": DoRAConfig(targets=["q_proj", "down_proj"], r=2),
     "PiSSA": PiSSAConfig(targets=["q_proj", "down_proj"], r=2),
     "FourierFT": FourierFTConfig(targets=["q_proj"], num_coefficients=16),
+    "PEANuT": PEANuTConfig(targets=["q_proj"], r=2),
     "shared routers": replace(ADAPTER, targets=["q_proj", "k_proj"], router_scope="input"),
 }
 
