@@ -151,8 +151,8 @@ class TopKRouter(nn.Module):
         trains = torch.is_grad_enabled() and self.weight.requires_grad
         if trains and not all(recorded.probabilities.requires_grad for recorded in self._recorded):
             raise ValueError(
-                "the balance loss would train no router, because the forward pass ran without gradients: in reentrant activation "
-                "checkpointing, where use_reentrant=False is needed, or under torch.no_grad()"
+                "the balance loss would train no router, because the forward pass ran without gradients: in reentrant "
+                "activation checkpointing, where use_reentrant=False is needed, or under torch.no_grad()"
             )
         probabilities_TE = torch.cat([recorded.probabilities.reshape(-1, self.num_experts) for recorded in self._recorded])
         active_TK = torch.cat([recorded.active.reshape(-1, self.top_k) for recorded in self._recorded])

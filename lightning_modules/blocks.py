@@ -32,8 +32,8 @@ def transformer_blocks(model: nn.Module) -> list[nn.Module]:
 def checkpoint_activations(model: nn.Module) -> None:
     """Let every block keep its input only, and compute the rest again in the backward pass.
 
-    Non-reentrant: the reentrant kind runs the first forward without gradients, where the routers' balance loss would lose its own.
-    Names of modules and parameters stay as they are.
+    Non-reentrant: the reentrant kind runs the first forward without gradients, and the routers' balance loss would lose its
+    own. Names of modules and parameters stay as they are.
 
     Raises:
         ValueError: if the model has no blocks.

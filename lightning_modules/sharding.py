@@ -6,7 +6,6 @@ from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from datetime import timedelta
 from itertools import chain
-from typing import Any
 
 import lightning as L
 import torch
@@ -51,7 +50,7 @@ class ShardedBaseStrategy(ModelParallelStrategy):
     ) -> None:
         if tensor_parallel_size != 1:
             raise ValueError(
-                f"tensor_parallel_size={tensor_parallel_size} must be 1: adapters need their projection's whole input and output"
+                f"tensor_parallel_size={tensor_parallel_size} must be 1: adapters need the whole input of their projection"
             )
         super().__init__("auto", 1, False, process_group_backend, timeout)
         self._accumulating = False
@@ -115,7 +114,7 @@ def check_strategy(strategy: Strategy, adapter: AdapterConfig) -> None:
         raise ValueError(f"trainer.strategy={name} would split projections among the devices of a node by default; {_OVERLAY}")
     elif isinstance(strategy, FSDPStrategy):
         raise ValueError(
-            f"trainer.strategy={name} (FSDP1) flattens frozen and trained weights into one and keeps gradients for both, cannot "
+            f"trainer.strategy={name} (FSDP1) flattens frozen and trained weights into one, keeps gradients for both, cannot "
             f"clip them by norm in Lightning, and gathers the whole model for every checkpoint; {_OVERLAY}"
         )
     elif isinstance(strategy, DeepSpeedStrategy):
@@ -150,10 +149,8 @@ def _receive(modules: Iterable[nn.Module], device: torch.device) -> None:
     distributed.broadcast_object_list(shapes)
     for tensor, (shape, dtype) in zip(tensors, shapes[0], strict=True):
         assert tensor.shape == shape, "processes have built different models"
-        if tensor.is_meta:
-            received = torch.empty(shape, dtype=dtype, device=device)
-        else:
-            received = tensor.detach().to(device)
+        source = torch.empty(shape, dtype=dtype, device=device) if tensor.is_meta else tensor.detach()
+        received = source.to(device)
         distributed.broadcast(received, 0)
         if tensor.device != device:  # the same object, so that whoever refers to it sees the values: tied weights stay tied
             is_parameter = isinstance(tensor, nn.Parameter)

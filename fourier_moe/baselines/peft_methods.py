@@ -131,7 +131,7 @@ class FourierFTConfig(PeftConfig):
         check_positive(self, "scaling")
 
     def build_layer(self, base: nn.Module, name: str) -> Adapter:
-        with torch.device("cpu"):  # the positions are in no state dict: drawn for real even where the model is on the meta device
+        with torch.device("cpu"):  # the positions are in no state dict: drawn for real also on the meta device
             return super().build_layer(base, name)
 
     def to_peft(self, target: str) -> peft.PeftConfig:

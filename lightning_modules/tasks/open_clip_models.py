@@ -86,9 +86,7 @@ def load_open_clip(
     with torch.random.fork_rng(devices=[]), _quiet():
         torch.manual_seed(_UNTRAINED_SEED)
         if without_weights():
-            return open_clip.create_model(
-                name, force_image_size=image_size, pretrained_text=False, device="meta", **overrides
-            )
+            return open_clip.create_model(name, force_image_size=image_size, pretrained_text=False, device="meta", **overrides)
         if tiny or pretrained is None:
             return open_clip.create_model(name, force_image_size=image_size, pretrained_text=False, **overrides)
         if Path(pretrained).is_file():
