@@ -61,10 +61,22 @@ class ShardedBaseStrategy(ModelParallelStrategy):
 
     @contextmanager
     def tensor_init_context(self, empty_init: bool | None = None) -> Generator[None, None, None]:
-        """Where configure_model builds: with weights in host memory, or as shapes only (see `without_weights`)."""
-        device = "cpu" if self.is_global_zero else "meta"
-        with torch.device(device), self.precision_plugin.tensor_init_context():
-            yield
+        """Where configure_model builds: with weights in host memory, or as shapes only (see `without_weights`).
+
+        Raises:
+            ValueError: if the first process fails; without its weights the others would wait for them in vain.
+        """
+        problem = None
+        try:
+            with torch.device("cpu" if self.is_global_zero else "meta"), self.precision_plugin.tensor_init_context():
+                yield
+        except Exception as error:
+            problem = error
+            raise
+        finally:
+            of_first = self.broadcast(str(problem) if problem else None)
+            if of_first and not problem:
+                raise ValueError(f"the first process could not build the model: {of_first}")
 
     def setup(self, trainer: L.Trainer) -> None:
         assert self.lightning_module is not None

@@ -18,7 +18,7 @@ from lightning.pytorch.strategies import (
     SingleDeviceStrategy,
 )
 from processes import run_in_two
-from sharded_runs import ADAPTER, HALFWAY, AddAsTwoProcessesDo, fit, together
+from sharded_runs import ADAPTER, HALFWAY, AddAsTwoProcessesDo, Llama, fit, together
 from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -228,6 +228,24 @@ def test_every_process_starts_with_the_first_one_s_values_and_none_but_it_ever_h
     # Of both together, at any time: one copy, the block that is handed on, and what is held twice (adapters and buffers).
     doubled = first_end + end - whole
     assert max(map(sum, zip(first_held, held, strict=True))) <= whole + one_block + doubled
+
+
+def failing_start(directory):
+    def build(self, num_classes=None, class_names=None):
+        raise ValueError("its weights are damaged")
+
+    with pytest.MonkeyPatch.context() as patch:
+        if os.environ["RANK"] == "0":
+            patch.setattr(Llama, "build", build)
+        with pytest.raises(ValueError) as raised:
+            fit(directory, "fsdp")
+    return str(raised.value)
+
+
+def test_nobody_waits_for_weights_that_the_first_process_cannot_load(tmp_path):
+    first, second = run_in_two(failing_start, tmp_path)
+    assert first == "its weights are damaged"
+    assert second == "the first process could not build the model: its weights are damaged"
 
 
 def averaged():
