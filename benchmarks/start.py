@@ -80,11 +80,15 @@ def _measure(directory: str, num_processes: int, everyone: bool) -> dict[str, An
     before = [_anonymous(pid) for pid in pids]
     peaks, peak_of_all = before, 0
     while barriers[1].n_waiting < num_processes:
+        if not all(process.is_alive() for process in processes):
+            raise RuntimeError(f"a process has died: exit codes {[process.exitcode for process in processes]}")
         now = [_anonymous(pid) for pid in pids]
         peaks = [max(pair) for pair in zip(peaks, now, strict=True)]
         peak_of_all = max(peak_of_all, sum(now) - sum(before))
         time.sleep(0.002)
     ends = [_anonymous(pid) for pid in pids]
+    peaks = [max(pair) for pair in zip(peaks, ends, strict=True)]
+    peak_of_all = max(peak_of_all, sum(ends) - sum(before))
     barriers[1].wait()
     for process in processes:
         process.join()
