@@ -99,7 +99,7 @@ class AdaptationModule(L.LightningModule):
         if self.adapter.head:
             raise ValueError(f"adapter.head={list(self.adapter.head)} is the task's to say; remove it from the config")
         if self._trainer is not None:
-            check_strategy(self._trainer.strategy, self.adapter)
+            check_strategy(self._trainer.strategy, self.adapter, getattr(self.task, "quantization", None))
         of_adapter = self._stored.class_names if self._stored else None
         of_data = self._class_names_of_data() or self.class_names  # without data a checkpoint's may be known
         self.class_names = _agree(f"adapter_path={self.adapter_path!r}", of_adapter, "the data", of_data)

@@ -109,8 +109,11 @@ class ShardedBaseStrategy(ModelParallelStrategy):
     load_checkpoint = ParallelStrategy.load_checkpoint
 
 
-def check_strategy(strategy: Strategy, adapter: AdapterConfig) -> None:
+def check_strategy(strategy: Strategy, adapter: AdapterConfig, quantization: str | None = None) -> None:
     """Refuse, before any weights are loaded, what would train or save something else than it seems to.
+
+    Args:
+        quantization: of the task's frozen weights, None if there is none.
 
     Raises:
         ValueError: naming the strategy, the reason and what to use.
@@ -121,6 +124,11 @@ def check_strategy(strategy: Strategy, adapter: AdapterConfig) -> None:
             raise ValueError(
                 f"trainer.strategy={name} shards frozen weights, and {type(adapter).__name__} trains them all; use "
                 "configs/strategies/ddp.yaml, or another adapter"
+            )
+        if quantization is not None:
+            raise ValueError(
+                f"trainer.strategy={name} cannot shard weights with quantization={quantization!r}; use "
+                "configs/strategies/ddp.yaml, or quantization null"
             )
     elif isinstance(strategy, ModelParallelStrategy):
         raise ValueError(f"trainer.strategy={name} would split projections among the devices of a node by default; {_OVERLAY}")

@@ -321,6 +321,12 @@ def test_full_fine_tuning_is_refused_with_the_sharded_base_alone():
     check_strategy(ShardedBaseStrategy(), HeadOnly(head=["head"]))
 
 
+def test_quantised_weights_are_refused_with_the_sharded_base_alone():
+    with pytest.raises(ValueError, match=r"cannot shard weights with quantization='nf4'; use .*ddp"):
+        check_strategy(ShardedBaseStrategy(), ADAPTER, "nf4")
+    check_strategy(DDPStrategy(), ADAPTER, "nf4")
+
+
 def test_strategy_is_refused_before_weights_are_loaded(monkeypatch):
     module = language_module()
     monkeypatch.setattr(module.task, "build", lambda *_: pytest.fail("the model was built"))
