@@ -27,7 +27,7 @@ import torch
 from benchmarks.models import Classifier
 from benchmarks.steps import Setting, Trial, build_base
 
-_ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "131072", "MALLOC_ARENA_MAX": "2"}
+ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "131072", "MALLOC_ARENA_MAX": "2"}
 _STEPS = 2  # the first makes the optimiser's state, the second runs with it
 
 
@@ -38,7 +38,7 @@ def peak_memory(base: Classifier | None, method: str, setting: Setting) -> int |
         return _peak_on_cuda(base, method, setting)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["benchmarks.preload"])
-    with _environment(_ALLOCATOR), ProcessPoolExecutor(1, mp_context=context) as pool:
+    with environment(ALLOCATOR), ProcessPoolExecutor(1, mp_context=context) as pool:
         try:
             return pool.submit(_peak_on_cpu, method, setting).result()
         except BrokenProcessPool:  # killed by the kernel
@@ -101,7 +101,7 @@ def _reset_peak() -> None:
 
 
 @contextlib.contextmanager
-def _environment(values: dict[str, str]) -> Iterator[None]:
+def environment(values: dict[str, str]) -> Iterator[None]:
     """For the fork server, which starts inside and keeps what it finds."""
     previous = {key: os.environ.get(key) for key in values}
     os.environ.update(values)

@@ -140,6 +140,7 @@ class Router(nn.Module, ABC):
 
         Raises:
             RuntimeError: outside of `recording`, or when no forward has run in it.
+            ValueError: if a gradient is wanted, and the forward has run without.
         """
         if not self._recorded:
             raise RuntimeError(
@@ -147,6 +148,12 @@ class Router(nn.Module, ABC):
                 "uses the adapted projection"
             )
         assert self._weights is not None
+        trains = torch.is_grad_enabled() and self.weight.requires_grad
+        if trains and not all(recorded.probabilities.requires_grad for recorded in self._recorded):
+            raise ValueError(
+                "the balance loss would train no router, because the forward pass ran without gradients: in reentrant "
+                "activation checkpointing, where use_reentrant=False is needed, or under torch.no_grad()"
+            )
         probabilities_TE = torch.cat([recorded.probabilities.reshape(-1, self.num_experts) for recorded in self._recorded])
         choice = torch.cat([recorded.choice.reshape(-1, recorded.choice.shape[-1]) for recorded in self._recorded])
         mask_T1 = torch.cat([self._weights.mask(recorded.probabilities) for recorded in self._recorded]).unsqueeze(-1)

@@ -28,10 +28,13 @@ from fourier_moe.backbone import backbone_fingerprint, backbone_name
 from fourier_moe.files import check_fit
 from fourier_moe.hub import local_directory
 from fourier_moe.inject import adapter_config, regularization
+from lightning_modules.blocks import checkpoint_activations
 from lightning_modules.building_code import building_code
 from lightning_modules.evaluation_sets import EvaluationSets, each_loader, num_own, set_names
 from lightning_modules.optimization import Optimization
+from lightning_modules.sharding import check_strategy
 from lightning_modules.tasks import Task
+from lightning_modules.tasks.base import without_weights
 
 
 class AdaptationModule(L.LightningModule):
@@ -46,6 +49,8 @@ class AdaptationModule(L.LightningModule):
         num_classes: outputs of the head; the command line takes it from the data.
         adapter_path: saved adapter to start from (fit) or to use (validate, test, predict): its directory, or
             `hf://owner/name[@revision]` on the Hugging Face hub.
+        activation_checkpointing: keep only the input of every transformer block for the backward pass and compute the rest
+            again: much less memory for about a third more time.
 
     Raises:
         ValueError: if adapter_path holds no adapter.
@@ -58,6 +63,7 @@ class AdaptationModule(L.LightningModule):
         optimization: Optimization | None = None,
         num_classes: int | None = None,
         adapter_path: str | None = None,
+        activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
         self.strict_loading = False  # checkpoints leave the frozen model out
@@ -66,6 +72,7 @@ class AdaptationModule(L.LightningModule):
         self.optimization = optimization
         self.num_classes = num_classes
         self.adapter_path = adapter_path
+        self.activation_checkpointing = activation_checkpointing
         self.class_names: list[str] | None = None
         self.report: InjectionReport | None = None
         self.val_sets: EvaluationSets | None = None
@@ -91,6 +98,8 @@ class AdaptationModule(L.LightningModule):
             )
         if self.adapter.head:
             raise ValueError(f"adapter.head={list(self.adapter.head)} is the task's to say; remove it from the config")
+        if self._trainer is not None:
+            check_strategy(self._trainer.strategy, self.adapter, getattr(self.task, "quantization", None))
         of_adapter = self._stored.class_names if self._stored else None
         of_data = self._class_names_of_data() or self.class_names  # without data a checkpoint's may be known
         self.class_names = _agree(f"adapter_path={self.adapter_path!r}", of_adapter, "the data", of_data)
@@ -98,8 +107,10 @@ class AdaptationModule(L.LightningModule):
         num_classes = len(self.class_names) if self.class_names else self.num_classes
         model = self.task.build(num_classes, self.class_names)
         self.report = inject(model, dataclasses.replace(self.adapter, head=self.task.head_names))
-        if self._adapter_directory:
+        if self._adapter_directory and not without_weights():
             load_adapter(model, self._adapter_directory)
+        if self.activation_checkpointing:
+            checkpoint_activations(model)
         self._untrained = not (self.adapter_path or self.task.works_untrained)
         rank_zero_info(f"\n{backbone_name(model)}, {type(self.adapter).__name__}\n{self.report}\n")
 

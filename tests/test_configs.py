@@ -17,10 +17,11 @@ ALL = sorted(path.relative_to(REPOSITORY) for path in (REPOSITORY / "configs").r
 ADAPTERS = [path for path in ALL if path.parent.name == "adapters"]
 MIXTURES = ("molora", "adamole", "hydralora", "goat", "fft_moe")
 RECIPES = [path for path in ALL if path.parent.name == "recipes"]
+STRATEGIES = [path for path in ALL if path.parent.name == "strategies"]  # test_strategies.py runs them on two processes
 RUNS = [path for path in ALL if path.parent.name == "configs" and path.stem != "smoke"]
 LANGUAGE = [path for path in RUNS if path.stem.startswith(("commonsense_", "math_", "demo_math"))]
 CLASSIFIERS = [path for path in RUNS if path not in LANGUAGE]
-COMMENTED = [*RUNS, *RECIPES, Path("configs/smoke.yaml")]
+COMMENTED = [*RUNS, *RECIPES, *STRATEGIES, Path("configs/smoke.yaml")]
 SMOKE = ("--config", "configs/smoke.yaml")
 
 # The paper's Table 14.

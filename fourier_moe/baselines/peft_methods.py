@@ -130,6 +130,10 @@ class FourierFTConfig(PeftConfig):
         check_at_least_one(self, "num_coefficients")
         check_positive(self, "scaling")
 
+    def build_layer(self, base: nn.Module, name: str) -> Adapter:
+        with torch.device("cpu"):  # the positions are in no state dict: drawn for real also on the meta device
+            return super().build_layer(base, name)
+
     def to_peft(self, target: str) -> peft.PeftConfig:
         from peft import FourierFTConfig
 

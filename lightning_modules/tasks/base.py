@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
@@ -77,7 +78,11 @@ class Task(nn.Module, ABC):
 
     @abstractmethod
     def build(self, num_classes: int | None, class_names: Sequence[str] | None = None) -> nn.Module:
-        """Load the pretrained model, add the head, keep the result as `model` and return it."""
+        """Load the pretrained model, add the head, keep the result as `model` and return it.
+
+        Under `torch.device("meta")` (see `without_weights`) the same model without reading any weights: another process has
+        them and hands them on.
+        """
 
     def arguments(self) -> dict[str, Any] | None:
         """The constructor's arguments that make `model` what it is, for model cards; None leaves them out of it."""
@@ -125,3 +130,8 @@ class Task(nn.Module, ABC):
     def token_mask(self, batch: Batch) -> Tensor | None:
         """True for real tokens, false for padding, as (batch, length); None if the task pads nothing."""
         return None
+
+
+def without_weights() -> bool:
+    """Whether models are built on the meta device now: shapes and dtypes, no values."""
+    return torch.get_default_device().type == "meta"

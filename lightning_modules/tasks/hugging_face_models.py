@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import tempfile
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
 )
@@ -23,6 +24,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import logging as transformers_logging
 
 from datamodules.tokenizers import BYTES, is_path, load_tokenizer
+from lightning_modules.tasks.base import without_weights
 from lightning_modules.tasks.quantization import check_quantization, prepare_training, quantization_config
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -64,7 +66,9 @@ def load_sequence_classifier(
     Raises:
         ValueError: if it cannot be fetched, or is no model that classifies sequences.
     """
-    return _load(AutoModelForSequenceClassification, model, dtype, quantization, tiny, num_labels=num_labels)
+    loaded = _load(AutoModelForSequenceClassification, model, dtype, quantization, tiny, num_labels=num_labels)
+    loaded.config.use_cache = False  # nothing is continued, and activation checkpointing would fill a cache twice
+    return loaded
 
 
 def load_causal_language_model(
@@ -103,6 +107,8 @@ def _load(auto_class: Any, model: str, dtype: str, quantization: str | None, tin
     config = _config(model, **options)
     if auto_class is AutoModelForCausalLM:
         _check_continues_text(model, config)
+    if without_weights():
+        return _empty(auto_class, model, config, dtype)
     reading: dict[str, Any] = {"config": config, "dtype": DTYPES[dtype]}
     if quantization:
         with torch.device("meta"):
@@ -116,8 +122,21 @@ def _load(auto_class: Any, model: str, dtype: str, quantization: str | None, tin
     if quantization:
         prepare_training(loaded)
     _check_complete(model, loaded, info["missing_keys"], may_have_new_head=auto_class is not AutoModelForCausalLM)
+    return _named(loaded, model).train()  # Lightning keeps the mode it finds; from_pretrained gives eval
+
+
+def _empty(auto_class: Any, model: str, config: PretrainedConfig, dtype: str) -> PreTrainedModel:
+    """What `from_pretrained` gives, on the meta device, which it refuses."""
+    loaded = auto_class.from_config(config, dtype=DTYPES[dtype])
+    if loaded.can_generate():
+        with suppress(OSError):  # not every model has one, and then the config says it all
+            loaded.generation_config = GenerationConfig.from_pretrained(_source(model))
+    return _named(loaded, model).train()
+
+
+def _named(loaded: PreTrainedModel, model: str) -> PreTrainedModel:
     loaded.config._name_or_path = Path(model).name if is_path(model) else model  # what adapter files remember
-    return loaded.train()  # Lightning keeps the mode it finds; from_pretrained gives eval
+    return loaded
 
 
 def _config(model: str, **options: Any) -> PretrainedConfig:

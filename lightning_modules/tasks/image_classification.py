@@ -43,10 +43,12 @@ class ImageClassifier(nn.Module):
 class CosineHead(nn.Module):
     """CLIP's zero-shot classifier: scaled cosine between image features (B, D) and one text embedding per class."""
 
-    def __init__(self, text_features: Tensor, logit_scale: float) -> None:
+    logit_scale: Tensor
+
+    def __init__(self, text_features: Tensor, logit_scale: Tensor) -> None:
         super().__init__()
         self.weight = nn.Parameter(text_features)
-        self.logit_scale = logit_scale
+        self.register_buffer("logit_scale", logit_scale, persistent=False)
 
     def forward(self, features: Tensor) -> Tensor:
         return self.logit_scale * F.linear(F.normalize(features, dim=-1), F.normalize(self.weight, dim=-1))
@@ -140,7 +142,7 @@ class ImageClassification(Task):
             prompts = tokenizer([template.replace("{}", name.replace("_", " ")) for template in self.templates])
             features.append(F.normalize(clip.encode_text(prompts, normalize=True).mean(0), dim=-1))
         clip.train(training)
-        return CosineHead(torch.stack(features), float(clip.logit_scale.exp()))
+        return CosineHead(torch.stack(features), clip.logit_scale.exp())
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, classes) of preprocessed images (B, 3, H, W)."""

@@ -17,6 +17,8 @@ from open_clip.factory import load_checkpoint, load_state_dict
 from safetensors.torch import save_file
 from torch import nn
 
+from lightning_modules.tasks.base import without_weights
+
 _UNTRAINED_SEED = 0  # an untrained tower is the same one everywhere, so that an adapter of it can be used again
 
 
@@ -83,6 +85,8 @@ def load_open_clip(
     overrides = _tiny(config, model) if tiny else {}
     with torch.random.fork_rng(devices=[]), _quiet():
         torch.manual_seed(_UNTRAINED_SEED)
+        if without_weights():
+            return open_clip.create_model(name, force_image_size=image_size, pretrained_text=False, device="meta", **overrides)
         if tiny or pretrained is None:
             return open_clip.create_model(name, force_image_size=image_size, pretrained_text=False, **overrides)
         if Path(pretrained).is_file():

@@ -11,6 +11,8 @@ from fourier_moe import (
     GOATConfig,
     HydraLoRAConfig,
     MoLoRAConfig,
+    adapter_state_dict,
+    experts,
     inject,
 )
 
@@ -85,3 +87,21 @@ def test_clip_vit_b_32():
     assert report.trained == {"experts": 72_192, "router": 147_456, "head": 150_724, "backbone": 0}
     assert report.total == 370_372
     assert round(report.percent, 2) == 0.42
+
+
+def test_llama_2_7b_adapter_file_is_below_60_megabytes(monkeypatch):
+    """What save_adapter writes for configs/commonsense_llama2_7b.yaml: float32 coefficients and routers, int32 positions."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=32000, **sizes)).to(torch.bfloat16)
+    targets = [f"{part}_proj" for part in ("q", "k", "v", "up", "down", "gate")]
+    nowhere = torch.zeros(512, 2, dtype=torch.int32)  # their places need not be drawn to be counted
+    monkeypatch.setattr(experts, "draw_frequencies", lambda *_, **__: nowhere)
+    report = inject(model, FourierMoEConfig(targets=targets, num_coefficients=8192, num_experts=8, top_k=4))
+    assert (len(report.projections), report.frozen) == (192, 6_738_415_616)
+    state = adapter_state_dict(model).values()
+    assert {tensor.dtype for tensor in state} == {torch.float32, torch.int32}
+    positions = coefficients = 192 * 8192 * 4
+    routers = 32 * (5 * 4096 + 11008) * 8 * 4
+    assert sum(tensor.numel() * tensor.itemsize for tensor in state) == positions + coefficients + routers == 44_826_624 < 60e6

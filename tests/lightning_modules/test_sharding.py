@@ -1,0 +1,340 @@
+"""FSDP2, DDP and one process are the same training, and their files the same files."""
+
+import json
+import os
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import chain
+from types import SimpleNamespace
+
+import pytest
+import torch
+from language_models import TOKENIZER, adapted_llama, collate, example, language_module
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+)
+from processes import run_in_two
+from sharded_runs import ADAPTER, HALFWAY, AddAsTwoProcessesDo, Llama, fit, together
+from torch import distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from fourier_moe import (
+    DoRAConfig,
+    FourierFTConfig,
+    FullFineTuning,
+    HeadOnly,
+    LoRAConfig,
+    PEANuTConfig,
+    PiSSAConfig,
+    adapters,
+    inject,
+)
+from lightning_modules import sharding
+from lightning_modules.optimization import Optimization, ParameterGroup
+from lightning_modules.sharding import ShardedBaseStrategy, average_gradients, check_strategy, shard_frozen
+from lightning_modules.tasks.generation import GenerationSettings, generate, is_sharded
+
+# ---------------------------------------------------------------- the same training
+
+
+def runs_of_two(directory):
+    """Both strategies from the start, and from the checkpoint that each other way of running left after 10 steps."""
+    found = {kind: fit(directory / kind, kind) for kind in ("ddp", "fsdp")}
+    for kind, sources in {"ddp": ("one", "fsdp"), "fsdp": ("one", "ddp", "fsdp")}.items():
+        for source in sources:
+            checkpoint = directory / source / HALFWAY
+            found[kind, source] = fit(directory / f"{kind}_{source}", kind, checkpoint=checkpoint)
+    return found
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("runs")
+    losses, state = fit(directory / "one", "auto", AddAsTwoProcessesDo())
+    found = {"one": (losses, state)}
+    first, second = run_in_two(runs_of_two, directory)
+    for kind, (losses, state) in first.items():
+        found[kind] = together(losses, second[kind][0]), state
+        assert all(torch.equal(value, second[kind][1][key]) for key, value in state.items()), kind
+    for source in ("ddp", "fsdp"):
+        checkpoint = directory / source / HALFWAY
+        found["one", source] = fit(directory / f"one_{source}", "auto", AddAsTwoProcessesDo(), checkpoint=checkpoint)
+    return directory, found
+
+
+def test_losses_of_20_steps_are_those_of_one_process_to_the_bit(runs):
+    """With a bfloat16 base, accumulation, clipping, activation checkpointing, padding; gradients are added in one order."""
+    _, found = runs
+    assert len(found["one"][0]) == 80
+    assert found["ddp"][0] == found["one"][0]
+    assert found["fsdp"][0] == found["one"][0]
+
+
+def test_adapter_files_are_the_same_to_the_byte(runs):
+    directory, found = runs
+    one = directory / "one"
+    for kind in ("ddp", "fsdp"):
+        for name in ("adapter.safetensors", "adapter.json"):
+            assert (directory / kind / name).read_bytes() == (one / name).read_bytes(), (kind, name)
+    assert json.loads((one / "adapter.json").read_text())["backbone_fingerprint"]
+    start = adapted_llama()  # the same names
+    moved = [key for key, value in found["one"][1].items() if "coefficients" in key and value.abs().max() > 0.01]
+    assert len(moved) == len(adapters(start))
+
+
+@pytest.mark.parametrize(
+    ("kind", "source"),
+    [("one", "ddp"), ("one", "fsdp"), ("ddp", "one"), ("ddp", "fsdp"), ("fsdp", "one"), ("fsdp", "ddp"), ("fsdp", "fsdp")],
+)
+def test_a_checkpoint_resumes_under_another_strategy_as_if_nothing_had_happened(runs, kind, source):
+    _, found = runs
+    losses, state = found[kind, source]
+    assert losses == found["one"][0][40:]
+    assert all(torch.equal(value, found["one"][1][key]) for key, value in state.items())
+
+
+def test_checkpoints_are_the_same_and_hold_nothing_frozen(runs):
+    directory, _ = runs
+    one, ddp, fsdp = (torch.load(directory / kind / HALFWAY, weights_only=True) for kind in ("one", "ddp", "fsdp"))
+    for other in (ddp, fsdp):
+        assert other["state_dict"].keys() == one["state_dict"].keys()
+        assert not any(".base." in key or "embed" in key for key in other["state_dict"])
+        assert all(torch.equal(value, other["state_dict"][key]) for key, value in one["state_dict"].items())
+        assert other["adaptation"] == one["adaptation"]
+        states, expected = (checkpoint["optimizer_states"][0]["state"] for checkpoint in (other, one))
+        assert states.keys() == expected.keys()
+        for index, values in expected.items():
+            assert all(torch.equal(value, states[index][name]) for name, value in values.items())
+
+
+def runs_without_order(directory):
+    return {kind: fit(directory, kind, base_dtype=torch.float32)[0] for kind in ("ddp", "fsdp")}
+
+
+def test_without_ordered_addition_losses_differ_by_rounding_alone(tmp_path):
+    """A float32 base; in bfloat16 the last bit of a float32 now and then rounds an activation the other way."""
+    one, _ = fit(tmp_path / "one", base_dtype=torch.float32)
+    first, second = run_in_two(runs_without_order, tmp_path)
+    for kind in ("ddp", "fsdp"):
+        losses = together(first[kind], second[kind])
+        assert losses == pytest.approx(one, rel=1e-5)
+        assert losses != one
+
+
+METHODS = {
+    "LoRA": LoRAConfig(targets=["q_proj", "down_proj"], r=2),
+    "DoRA": DoRAConfig(targets=["q_proj", "down_proj"], r=2),
+    "PiSSA": PiSSAConfig(targets=["q_proj", "down_proj"], r=2),
+    "FourierFT": FourierFTConfig(targets=["q_proj"], num_coefficients=16),
+    "PEANuT": PEANuTConfig(targets=["q_proj"], r=2),
+    "shared routers": replace(ADAPTER, targets=["q_proj", "k_proj"], router_scope="input"),
+}
+
+
+def runs_of_methods(directory):
+    found = {}
+    for name, adapter in METHODS.items():
+        kinds = ("experts", "router") if name == "shared routers" else ("adapter",)
+        rates = Optimization(**dict.fromkeys(kinds, ParameterGroup(0.01)))
+        options = {"adapter": adapter, "rates": rates, "max_epochs": 1, "base_dtype": torch.float32}
+        found[name] = [fit(directory, kind, **options) for kind in ("ddp", "fsdp")]
+    return found
+
+
+def test_every_method_trains_sharded_what_it_trains_in_copies(tmp_path):
+    """Also those that read the frozen weights at their start (PiSSA) or in every forward (DoRA)."""
+    for found in run_in_two(runs_of_methods, tmp_path):
+        for name, ((losses, state), (sharded_losses, sharded_state)) in found.items():
+            assert len(losses) == 10
+            assert sharded_losses == losses, name
+            assert all(torch.equal(value, sharded_state[key]) for key, value in state.items()), name
+
+
+# ---------------------------------------------------------------- the start
+
+
+def big_llama():
+    """Tied weights, and blocks that are small beside the whole."""
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 8, "num_attention_heads": 4}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=64, tie_word_embeddings=True, pad_token_id=0, **sizes)).bfloat16()
+    inject(model, ADAPTER)
+    return model
+
+
+def with_values():
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        model = big_llama()
+    for buffer in model.buffers():
+        buffer += 1  # what another process would not make itself
+    return model
+
+
+def held_bytes(model):
+    tensors = [t.to_local() if isinstance(t, DTensor) else t for t in chain(model.parameters(), model.buffers())]
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if not t.is_meta}
+    return sum(storages.values())
+
+
+def start():
+    with torch.device("cpu" if os.environ["RANK"] == "0" else "meta"):
+        model = with_values() if os.environ["RANK"] == "0" else big_llama()
+    held = []
+
+    def shard(module, **options):
+        held.append(held_bytes(model))
+        fully_shard(module, **options)
+
+    with pytest.MonkeyPatch.context() as patch, one_mesh() as mesh:
+        patch.setattr(sharding, "fully_shard", shard)
+        shard_frozen(model, mesh, torch.device("cpu"))
+        shard_frozen(model, mesh, torch.device("cpu"))  # as when a trainer tests after it has fitted
+        expected = with_values()
+        different = []
+        for (name, tensor), other in zip(named_tensors(model), dict(named_tensors(expected)).values(), strict=True):
+            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            if whole.dtype != other.dtype or not torch.equal(whole, other):
+                different.append(name)
+            assert isinstance(tensor, DTensor) == (isinstance(other, nn.Parameter) and not other.requires_grad), name
+        assert model.lm_head.weight is model.model.embed_tokens.weight
+    return different, held, held_bytes(model), held_bytes(expected)
+
+
+def named_tensors(model):
+    return [*model.named_parameters(), *model.named_buffers()]
+
+
+@contextmanager
+def one_mesh():
+    distributed.init_process_group("gloo")
+    yield init_device_mesh("cpu", (2,))
+    distributed.destroy_process_group()
+
+
+def test_every_process_starts_with_the_first_one_s_values_and_none_but_it_ever_holds_them_all():
+    (_, first_held, first_end, whole), (_, held, end, _) = found = run_in_two(start)
+    for different, *_ in found:
+        assert different == []
+    one_block = whole / 8
+    assert max(held) < end + one_block < 0.8 * whole
+    assert max(first_held) <= whole
+    # Of both together, at any time: one copy, the block that is handed on, and what is held twice (adapters and buffers).
+    doubled = first_end + end - whole
+    assert max(map(sum, zip(first_held, held, strict=True))) <= whole + one_block + doubled
+
+
+def failing_start(directory):
+    def build(self, num_classes=None, class_names=None):
+        raise ValueError("its weights are damaged")
+
+    with pytest.MonkeyPatch.context() as patch:
+        if os.environ["RANK"] == "0":
+            patch.setattr(Llama, "build", build)
+        with pytest.raises(ValueError) as raised:
+            fit(directory, "fsdp")
+    return str(raised.value)
+
+
+def test_nobody_waits_for_weights_that_the_first_process_cannot_load(tmp_path):
+    first, second = run_in_two(failing_start, tmp_path)
+    assert first == "its weights are damaged"
+    assert second == "the first process could not build the model: its weights are damaged"
+
+
+def averaged():
+    rank = int(os.environ["RANK"])
+    parameters = [nn.Parameter(torch.zeros(2, 2)), nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(1))]
+    parameters[0].grad = torch.full((2, 2), 1.0 + rank)
+    if rank == 1:
+        parameters[1].grad = torch.ones(3)
+    with one_mesh():
+        average_gradients(parameters)
+    return [parameter.grad for parameter in parameters]
+
+
+def test_gradients_are_averaged_and_stay_none_where_no_process_has_one():
+    for whole, of_one, of_none in run_in_two(averaged):
+        assert torch.equal(whole, torch.full((2, 2), 1.5))
+        assert torch.equal(of_one, torch.full((3,), 0.5))
+        assert of_none is None
+
+
+# ---------------------------------------------------------------- answers
+
+
+def answers(end):
+    model = adapted_llama()
+    model.generation_config.eos_token_id = end
+    batch = collate([example(1, 2) if os.environ["RANK"] == "0" else example(700, 8)])
+    ways = [GenerationSettings(max_new_tokens=6, num_beams=beams) for beams in (1, 2)]
+
+    def answer():
+        return [generate(model, TOKENIZER, batch["prompt_ids"], batch["prompt_mask"], settings) for settings in ways]
+
+    alone = answer()
+    with one_mesh() as mesh:
+        shard_frozen(model, mesh, torch.device("cpu"))
+        sharded = answer()
+        assert is_sharded(model)  # also after a forward
+    return alone, sharded
+
+
+def test_a_process_that_has_answered_goes_on_for_the_others():
+    batch = collate([example(1, 2)])
+    prompt = {"input_ids": batch["prompt_ids"], "attention_mask": batch["prompt_mask"]}
+    end = adapted_llama().generate(**prompt, max_new_tokens=1, do_sample=False)[0, -1].item()
+    (alone, sharded), (other_alone, other_sharded) = run_in_two(answers, end)
+    assert sharded == alone
+    assert other_sharded == other_alone
+    assert alone[0] == [""]  # the first process has nothing to say but the end
+    assert len(other_alone[0][0]) > 1
+
+
+# ---------------------------------------------------------------- what is refused
+
+
+@pytest.mark.parametrize(
+    ("strategy", "reason"),
+    [
+        (FSDPStrategy(), r"trainer\.strategy=FSDPStrategy \(FSDP1\) flattens .*fsdp.yaml"),
+        (ModelParallelStrategy(), "trainer.strategy=ModelParallelStrategy would split projections .*fsdp.yaml"),
+        (object.__new__(DeepSpeedStrategy), "trainer.strategy=DeepSpeedStrategy writes checkpoints of its own .*fsdp.yaml"),
+    ],
+)
+def test_strategies_that_do_something_else_are_refused(strategy, reason):
+    with pytest.raises(ValueError, match=reason):
+        check_strategy(strategy, ADAPTER)
+
+
+def test_full_fine_tuning_is_refused_with_the_sharded_base_alone():
+    with pytest.raises(ValueError, match=r"shards frozen weights, and FullFineTuning trains them all; use .*ddp\.yaml"):
+        check_strategy(ShardedBaseStrategy(), FullFineTuning())
+    check_strategy(DDPStrategy(), FullFineTuning())
+    check_strategy(SingleDeviceStrategy(), FullFineTuning())
+    check_strategy(ShardedBaseStrategy(), HeadOnly(head=["head"]))
+
+
+def test_quantised_weights_are_refused_with_the_sharded_base_alone():
+    with pytest.raises(ValueError, match=r"cannot shard weights with quantization='nf4'; use .*ddp"):
+        check_strategy(ShardedBaseStrategy(), ADAPTER, "nf4")
+    check_strategy(DDPStrategy(), ADAPTER, "nf4")
+
+
+def test_strategy_is_refused_before_weights_are_loaded(monkeypatch):
+    module = language_module()
+    monkeypatch.setattr(module.task, "build", lambda *_: pytest.fail("the model was built"))
+    module._trainer = SimpleNamespace(strategy=FSDPStrategy(), precision="32-true")
+    with pytest.raises(ValueError, match="FSDP1"):
+        module.configure_model()
+
+
+def test_tensor_parallel_is_refused():
+    with pytest.raises(ValueError, match="tensor_parallel_size=2 must be 1"):
+        ShardedBaseStrategy(tensor_parallel_size=2)
