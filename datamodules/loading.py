@@ -46,7 +46,8 @@ class TrainLoader(DataLoader[Any]):
         """Go on from there, if the next pass is through that epoch."""
         self._resumes_in = state["epoch"]
         num_examples = state["batches"] * state["batch_size"]
-        self._num_given = num_examples // self._step_size
+        at_end = num_examples > (len(self) - 1) * self._step_size
+        self._num_given = len(self) if at_end else num_examples // self._step_size
         if state["batch_size"] != self._step_size and num_examples:
             rank_zero_warn(
                 f"the checkpoint was written with {state['batch_size']} examples a batch (of all processes), this run has "

@@ -30,6 +30,7 @@ from fourier_moe.hub import local_directory
 from fourier_moe.inject import adapter_config, regularization
 from lightning_modules.building_code import building_code
 from lightning_modules.evaluation_sets import EvaluationSets, each_loader, num_own, set_names
+from lightning_modules.interruption import ExactResume, GracefulStop
 from lightning_modules.optimization import Optimization
 from lightning_modules.tasks import Task
 
@@ -106,6 +107,9 @@ class AdaptationModule(L.LightningModule):
     def _class_names_of_data(self) -> list[str] | None:
         names = getattr(getattr(self._trainer, "datamodule", None), "class_names", None)
         return list(names) if names else None
+
+    def configure_callbacks(self) -> list[L.Callback]:
+        return [ExactResume(), GracefulStop()]
 
     def on_validation_start(self) -> None:
         self._require_trained()
