@@ -21,9 +21,10 @@ class ExactResume(L.Callback):
     start-up have drawn in between. A checkpoint holds that state of every process. Resumed with another number of processes,
     or on another kind of device, each draws anew from (seed of the run, step, rank), and a warning says so.
 
-    Position: Lightning's own record of the loops has three gaps, which are closed in the checkpoint. Written in the midst of
+    Position: Lightning's own record of the loops has gaps, which are closed in the checkpoint. Written in the midst of
     accumulation, it would lose the gradients so far: it goes back to the first batch of the optimiser step. Written when a
     validation is due or has begun, it would skip it or go on with half of the metrics: the validation is done from its start.
+    Written at the end of an epoch, it would go on differently with max_steps, limits or no validation: the next epoch begins.
     """
 
     def __init__(self) -> None:
@@ -35,7 +36,7 @@ class ExactResume(L.Callback):
         self._validating = False
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Put the loader where the checkpoint was, and agree with it: it counts other batches if this run's are of another size."""
+        """Put the loader where the checkpoint was, and count batches as it does, also where they have another size now."""
         # Lightning does that only for loaders that nobody has asked for yet; a schedule counted in steps has.
         trainer.fit_loop._load_combined_loader_states()
         loader = trainer.train_dataloader
@@ -104,22 +105,32 @@ def _batches_since_step(trainer: L.Trainer) -> int:
 
 def _close_gaps(loops: dict[str, Any], trainer: L.Trainer, surplus: int, validating: bool) -> None:
     """Change Lightning's record of the loops to one from which it goes on at the right place; see ExactResume."""
-    progress = loops[_LOOP + "batch_progress"]
-    in_batch_end = progress["total"]["completed"] < progress["total"]["processed"]
+    batches, epochs, validation = loops[_LOOP + "batch_progress"], loops["epoch_progress"], loops[_VAL_LOOP + "batch_progress"]
+    loaders = loops["state_dict"].get("combined_loader", ())
     loop = trainer.fit_loop.epoch_loop
-    due = validating or (in_batch_end and loop._should_check_val_fx(trainer.fit_loop._data_fetcher))
+    in_batch_end = batches["total"]["completed"] < batches["total"]["processed"]
+    in_epoch_end = epochs["total"]["completed"] < epochs["total"]["processed"]
+    due = not surplus and (validating or (in_batch_end and loop._should_check_val_fx(trainer.fit_loop._data_fetcher)))
     if surplus:
-        done = dict.fromkeys(progress["current"], progress["current"]["ready"] - surplus)
-        progress["total"] = dict.fromkeys(progress["total"], progress["total"]["ready"] - surplus)
-        progress["current"], progress["is_last_batch"] = done, False
-    elif due or (in_batch_end and progress["is_last_batch"]):
-        for count in ("total", "current"):
-            progress[count]["completed"] = progress[count]["processed"]
-    if surplus or due:
-        # Lightning then begins the validation if it is due at this batch, and not otherwise.
-        unfinished = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
-        loops[_VAL_LOOP + "batch_progress"]["total"] = unfinished if due and not surplus else dict.fromkeys(unfinished, 0)
-        loops[_VAL_LOOP + "batch_progress"]["current"] = dict.fromkeys(unfinished, 0)
-        loops[_VAL_LOOP + "batch_progress"]["is_last_batch"] = False
-    for state in loops["state_dict"].get("combined_loader", ()):
-        state["batches"] -= surplus
+        _count(batches, batches["current"]["ready"] - surplus, batches["total"]["ready"] - surplus)
+        _count(validation, 0, 0)
+        for state in loaders:
+            state["batches"] -= surplus
+    elif due:  # Lightning takes this for a validation that has begun, and finishes it from batch 0
+        _count(batches, batches["current"]["ready"], batches["total"]["ready"])
+        _count(validation, 0, 0)
+        validation["total"] |= {"ready": 1, "started": 1}
+    elif in_epoch_end or (in_batch_end and loop._num_ready_batches_reached()):  # the next epoch's beginning
+        _count(batches, 0, batches["total"]["ready"])
+        _count(epochs, epochs["current"]["ready"], epochs["total"]["ready"])
+        _count(validation, 0, 0)
+        for state in loaders:
+            state |= {"epoch": epochs["current"]["ready"], "batches": 0}
+
+
+def _count(progress: dict[str, Any], current: int, total: int) -> None:
+    """So many are done, and none is in between."""
+    progress["current"] = dict.fromkeys(progress["current"], current)
+    progress["total"] = dict.fromkeys(progress["total"], total)
+    if "is_last_batch" in progress and not current:
+        progress["is_last_batch"] = False

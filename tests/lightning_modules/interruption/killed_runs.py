@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 import signal
@@ -24,7 +25,7 @@ from lightning_modules.interruption import CheckedCheckpointIO, newest_intact
 from lightning_modules.optimization import Optimization, ParameterGroup
 from lightning_modules.tasks import ImageClassification
 
-TOWER = Path(__file__).parents[2] / "examples/digits_tower"
+TOWER = Path(__file__).parents[3] / "examples/digits_tower"
 HOOKS = [
     "on_train_start",
     "on_train_epoch_start",
@@ -106,7 +107,7 @@ def moments(number: int, seed: int) -> list[At]:
 
 
 def fit(directory: Path, *callbacks: L.Callback, resume: Path | None = None, **options: Any) -> L.Trainer:
-    """Train the digits' tower for 3 epochs of 7 batches with dropout, crops, workers, accumulation and validation."""
+    """Train the digits' tower for 2 epochs of 7 batches with dropout, crops, workers, accumulation and validation."""
     data = {"num_workers": options.pop("num_workers", 1), "batch_size": options.pop("batch_size", 16)}
     L.seed_everything(options.pop("seed", 0), workers=True, verbose=False)
     module = AdaptationModule(
@@ -115,7 +116,7 @@ def fit(directory: Path, *callbacks: L.Callback, resume: Path | None = None, **o
         Optimization(ParameterGroup(0.05), head=ParameterGroup(0.01)),
         num_classes=10,
     )
-    defaults = {"max_epochs": 3, "limit_train_batches": 7, "limit_val_batches": 2, "val_check_interval": 3}
+    defaults = {"max_epochs": 2, "limit_train_batches": 7, "limit_val_batches": 2, "val_check_interval": 3}
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False}
     trainer = L.Trainer(
         accelerator="cpu",
@@ -132,14 +133,13 @@ def fit(directory: Path, *callbacks: L.Callback, resume: Path | None = None, **o
 
 
 def result(trainer: L.Trainer) -> dict[str, Any]:
-    """What has to be the same: trained weights, the optimiser's and the schedule's state, the counters."""
+    """What has to be the same: trained weights, the optimiser's and the schedule's state, the number of steps."""
     model = trainer.lightning_module
     return {
         "weights": {name: value.detach() for name, value in model.named_parameters() if value.requires_grad},
         "optimizer": trainer.optimizers[0].state_dict()["state"],
         "rates": trainer.lr_scheduler_configs[0].scheduler.get_last_lr(),
         "steps": trainer.global_step,
-        "epochs": trainer.current_epoch,
     }
 
 
@@ -163,6 +163,10 @@ def forked(function: Callable[[], Any], log: Path) -> int:
             os.dup2(descriptor, 1), os.dup2(descriptor, 2)
             sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
             warnings.simplefilter("ignore")
+            for name in (None, "lightning.pytorch", "lightning.fabric", "lightning"):
+                for handler in logging.getLogger(name).handlers:
+                    if isinstance(handler, logging.StreamHandler):
+                        handler.setStream(sys.stderr)
             function()
             status = 0
         except SystemExit as stop:
@@ -202,3 +206,22 @@ def killed_again_and_again(directory: Path, when: list[At], **options: Any) -> t
     status, outcome = in_process(directory, **options)
     assert status == 0, (directory / "log.txt").read_text()
     return outcome, deaths
+
+
+if __name__ == "__main__":  # python tests/lightning_modules/interruption/killed_runs.py [KILLS] [SEED]
+    import tempfile
+
+    torch.set_num_threads(1)
+    kills, seed = (int(word) for word in (*sys.argv[1:], "20", "0")[:2])
+    root = Path(tempfile.mkdtemp())
+    _, expected = in_process(root / "straight")
+    outcome_file, times, first = root / "none", 0, 0
+    # A run ends after a few kills; further runs take the rest.
+    while times < kills:
+        plan = moments(kills - times, seed + first)
+        outcome_file, died = killed_again_and_again(root / f"run_{first}", plan)
+        times, first = times + died, first + 1
+        equal = same(torch.load(outcome_file), torch.load(expected))
+        print(f"run {first}: killed {died} times, ends {'with the same bits' if equal else 'DIFFERENT'}", flush=True)
+        if not equal:
+            sys.exit(1)
