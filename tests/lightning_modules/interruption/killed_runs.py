@@ -6,11 +6,13 @@ import logging
 import os
 import random
 import signal
+import socket
 import stat
 import sys
 import traceback
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +154,14 @@ def same(one: Any, other: Any) -> bool:
 
 def forked(function: Callable[[], Any], log: Path) -> int:
     """Run a function in a child; its exit status, or minus the signal that ended it. What it prints goes to `log`."""
+    return ended(start(function, log))
+
+
+def ended(child: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def start(function: Callable[[], Any], log: Path) -> int:
     sys.stdout.flush(), sys.stderr.flush()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # forks of processes with threads
@@ -176,7 +186,7 @@ def forked(function: Callable[[], Any], log: Path) -> int:
         finally:
             sys.stdout.flush(), sys.stderr.flush()
             os._exit(status)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return child
 
 
 def in_process(directory: Path, *callbacks: L.Callback, **options: Any) -> tuple[int, Path]:
@@ -192,6 +202,26 @@ def in_process(directory: Path, *callbacks: L.Callback, **options: Any) -> tuple
         torch.save(result(fit(directory, *callbacks, resume=resume, **options)), outcome)
 
     return forked(child, directory / "log.txt"), outcome
+
+
+def in_two_processes(directory: Path, *of_second: L.Callback, **options: Any) -> tuple[list[int], Path]:
+    """`fit` in two children with DDP; the callbacks are the second's."""
+    directory.mkdir(exist_ok=True)
+    outcome = directory / "result.pt"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    resume, _ = newest_intact(directory)
+
+    def child(rank: int) -> None:
+        os.environ |= {"LOCAL_RANK": str(rank), "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        callbacks = of_second if rank else ()
+        trainer = fit(directory, *callbacks, resume=resume, strategy="ddp", devices=2, num_workers=0, **options)
+        if rank == 0:
+            torch.save(result(trainer), outcome)
+
+    children = [start(partial(child, rank), directory / f"log_{rank}.txt") for rank in range(2)]
+    return [ended(one) for one in children], outcome
 
 
 def killed_again_and_again(directory: Path, when: list[At], **options: Any) -> tuple[Path, int]:

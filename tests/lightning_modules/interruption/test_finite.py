@@ -39,7 +39,7 @@ def mistake(tmp_path, *callbacks):
 @pytest.mark.filterwarnings("ignore")
 def test_nan_weight_is_named_at_its_step_with_the_learning_rates(tmp_path):
     message = mistake(tmp_path, Spoil(2))
-    assert "the loss is not finite at step 2 of epoch 0: task loss nan, balance loss 0.00" in message
+    assert "the loss is not finite at step 2 of epoch 0: task loss nan, balance loss 0.01" in message
     assert "these trained weights are not finite: task.model.head.bias" in message
     assert "now at most: experts 0.05, router 0.05, head 0.01" in message
     assert read_checkpoint(tmp_path / "newest.ckpt")["global_step"] == 2

@@ -10,7 +10,7 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
-from killed_runs import At, forked, in_process, same
+from killed_runs import At, forked, in_process, in_two_processes, same
 
 import train
 from lightning_modules import AdaptationModule
@@ -123,3 +123,17 @@ def test_run_without_checkpoints_says_that_none_was_written(tmp_path):
     status, _ = in_process(tmp_path, NoCheckpoints(), At("on_after_backward", 2, signalled(signal.SIGTERM)))
     assert status == 128 + signal.SIGTERM
     assert list(tmp_path.glob("*.ckpt")) == []
+
+
+def test_signal_to_one_of_two_processes_ends_both_at_one_step_and_both_go_on_with_their_own_random_numbers(tmp_path):
+    statuses, outcome = in_two_processes(tmp_path / "straight", max_epochs=1)
+    assert statuses == [0, 0], (tmp_path / "straight/log_0.txt").read_text()
+    straight = torch.load(outcome)
+    run = tmp_path / "run"
+    statuses, outcome = in_two_processes(run, At("on_after_backward", 3, signalled(signal.SIGTERM)), max_epochs=1)
+    assert statuses == [128 + signal.SIGTERM] * 2, (run / "log_0.txt").read_text()
+    states = read_checkpoint(run / "interrupted.ckpt")["random_states"]["states"]
+    assert len(states) == 2
+    statuses, outcome = in_two_processes(run, max_epochs=1)
+    assert statuses == [0, 0], (run / "log_0.txt").read_text()
+    assert same(torch.load(outcome), straight)
