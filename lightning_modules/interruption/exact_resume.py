@@ -42,7 +42,7 @@ class ExactResume(L.Callback):
         loader = trainer.train_dataloader
         if trainer.fit_loop.restarting and isinstance(loader, DataLoader) and hasattr(loader, "state_dict"):
             progress = trainer.fit_loop.epoch_loop.batch_progress.current
-            change = loader.state_dict()["batches"] - progress.processed
+            change = loader.state_dict()["batches"] - progress.ready
             for name in ("ready", "started", "processed", "completed"):
                 setattr(progress, name, getattr(progress, name) + change)
 
@@ -109,8 +109,9 @@ def _close_gaps(loops: dict[str, Any], trainer: L.Trainer, surplus: int, validat
     loaders = loops["state_dict"].get("combined_loader", ())
     loop = trainer.fit_loop.epoch_loop
     in_batch_end = batches["total"]["completed"] < batches["total"]["processed"]
+    fetcher = trainer.fit_loop._data_fetcher
     in_epoch_end = epochs["total"]["completed"] < epochs["total"]["processed"]
-    due = not surplus and (validating or (in_batch_end and loop._should_check_val_fx(trainer.fit_loop._data_fetcher)))
+    due = not surplus and (validating or (in_batch_end and fetcher is not None and loop._should_check_val_fx(fetcher)))
     if surplus:
         _count(batches, batches["current"]["ready"] - surplus, batches["total"]["ready"] - surplus)
         _count(validation, 0, 0)

@@ -42,7 +42,7 @@ class GracefulStop(L.Callback):
         environment = trainer._accelerator_connector.cluster_environment
         if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
             self._requeue = environment.requeue_signal
-        for number in {signal.SIGTERM, signal.SIGINT, self._requeue} - {None}:
+        for number in [signal.SIGTERM, signal.SIGINT] + ([] if self._requeue is None else [self._requeue]):
             self._before[number] = signal.signal(number, self._note)
 
     def on_train_batch_end(

@@ -13,11 +13,11 @@ RandomState = dict[str, Any]
 
 def random_state(device: torch.device) -> RandomState:
     """Of torch (CPU, and the GPU in use), numpy and Python's `random`, in this process."""
-    name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
+    name, keys, *rest = np.random.get_state(legacy=True)
     return {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
-        "numpy": (name, keys.tolist(), position, has_gauss, gauss),
+        "numpy": (name, [int(key) for key in keys], *rest),
         "python": random.getstate(),
     }
 

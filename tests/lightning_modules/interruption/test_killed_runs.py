@@ -13,6 +13,12 @@ def test_uninterrupted_runs_are_equal_to_the_bit_whoever_loads_the_data(tmp_path
     assert all(bool(value.abs().sum() > 0) for name, value in straight["weights"].items() if "coefficients" in name)
 
 
+def test_deterministic_algorithms_work_and_change_nothing_on_the_cpu(tmp_path, straight):
+    status, outcome = in_process(tmp_path, deterministic=True)
+    assert status == 0, (tmp_path / "log.txt").read_text()
+    assert same(torch.load(outcome), straight)
+
+
 def test_other_seed_is_another_run(tmp_path, straight):
     _, outcome = in_process(tmp_path, seed=1, max_epochs=1)
     assert not same(torch.load(outcome)["weights"], straight["weights"])
