@@ -40,9 +40,10 @@ class ExactResume(L.Callback):
         # Lightning does that only for loaders that nobody has asked for yet; a schedule counted in steps has.
         trainer.fit_loop._load_combined_loader_states()
         loader = trainer.train_dataloader
-        if trainer.fit_loop.restarting and isinstance(loader, DataLoader) and hasattr(loader, "state_dict"):
+        position = loader.state_dict() if isinstance(loader, DataLoader) and hasattr(loader, "state_dict") else {}
+        if trainer.fit_loop.restarting and "batches" in position:
             progress = trainer.fit_loop.epoch_loop.batch_progress.current
-            change = loader.state_dict()["batches"] - progress.ready
+            change = position["batches"] - progress.ready
             for name in ("ready", "started", "processed", "completed"):
                 setattr(progress, name, getattr(progress, name) + change)
 
@@ -106,7 +107,7 @@ def _batches_since_step(trainer: L.Trainer) -> int:
 def _close_gaps(loops: dict[str, Any], trainer: L.Trainer, surplus: int, validating: bool) -> None:
     """Change Lightning's record of the loops to one from which it goes on at the right place; see ExactResume."""
     batches, epochs, validation = loops[_LOOP + "batch_progress"], loops["epoch_progress"], loops[_VAL_LOOP + "batch_progress"]
-    loaders = loops["state_dict"].get("combined_loader", ())
+    loaders = [state for state in loops["state_dict"].get("combined_loader", ()) if "batches" in state]  # TrainLoader's
     loop = trainer.fit_loop.epoch_loop
     in_batch_end = batches["total"]["completed"] < batches["total"]["processed"]
     fetcher = trainer.fit_loop._data_fetcher

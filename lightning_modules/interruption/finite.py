@@ -7,6 +7,7 @@ from typing import Any
 
 import lightning as L
 from torch import Tensor
+from torch.optim import Optimizer
 
 
 def require_finite_loss(module: L.LightningModule, losses: Mapping[str, Tensor], batch: Mapping[str, Any]) -> None:
@@ -20,7 +21,8 @@ def require_finite_loss(module: L.LightningModule, losses: Mapping[str, Tensor],
         ValueError: on every process, with step, cause and advice.
     """
     own = not all(bool(loss.isfinite()) for loss in losses.values())
-    if not module.trainer.strategy.reduce_boolean_decision(own, all=False):
+    trainer = module._trainer  # None where someone calls training_step alone
+    if not (own if trainer is None else trainer.strategy.reduce_boolean_decision(own, all=False)):
         return
     values = ", ".join(f"{name} loss {float(loss):g}" for name, loss in losses.items())
     ids = ", ".join(map(str, list(batch["id"])[:4]))
@@ -31,8 +33,8 @@ def require_finite_loss(module: L.LightningModule, losses: Mapping[str, Tensor],
         else f"all trained weights are finite, so look at the batch (ids {ids}, ...)"
     )
     raise ValueError(
-        f"the loss is not finite at step {module.trainer.global_step} of epoch {module.trainer.current_epoch}: {values}"
-        f"{'' if own else ' here, but not on another process'}; {cause}; {_advice(module.trainer)}"
+        f"the loss is not finite at step {module.global_step} of epoch {module.current_epoch}: {values}"
+        f"{'' if own else ' here, but not on another process'}; {cause}; {_advice(trainer.optimizers if trainer else [])}"
     )
 
 
@@ -46,7 +48,7 @@ def require_finite_weights(trainer: L.Trainer, state: Mapping[str, Tensor]) -> N
     if names:
         raise ValueError(
             f"no checkpoint is written at step {trainer.global_step} of epoch {trainer.current_epoch}, since these trained "
-            f"weights are not finite: {names}; {_advice(trainer)}"
+            f"weights are not finite: {names}; {_advice(trainer.optimizers)}"
         )
 
 
@@ -55,8 +57,8 @@ def _not_finite(tensors: Iterable[tuple[str, Tensor]]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def _advice(trainer: L.Trainer) -> str:
-    groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+def _advice(optimizers: list[Optimizer]) -> str:
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     rates = ", ".join(f"{group['name']} {group['initial_lr']:g}" for group in groups)
     return (
         f"lower the learning rates (now at most: {rates}) or set --trainer.gradient_clip_val 1, and go on from the newest good "
