@@ -120,7 +120,9 @@ def find_checkpoint(name: str) -> str:
     for problem in problems:
         rank_zero_warn(f"damaged checkpoint left out: {problem}")
     if newest is None:
-        raise ValueError(f"ckpt_path={name!r} is a directory without an intact checkpoint; a .ckpt file in or below it is needed")
+        raise ValueError(
+            f"ckpt_path={name!r} is a directory without an intact checkpoint; a .ckpt file in or below it is needed"
+        )
     rank_zero_info(f"newest intact checkpoint of {path}: {newest}")
     return str(newest)
 
