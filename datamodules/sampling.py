@@ -1,6 +1,8 @@
 """Which examples, in which order: resumable shuffling for training, every example once for evaluation."""
 
 from collections.abc import Iterator, Sequence, Sized
+from itertools import islice
+from typing import Any
 
 import torch
 from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
@@ -11,13 +13,13 @@ from torch import Tensor
 from torch.utils.data import Sampler
 
 BATCHES_PER_CHUNK = 50
+_OTHER_STREAM = 0x5851F42D4C957F2D  # keeps the seeds of augmentation apart from the order
 
 
-class ShuffledSampler(Sampler[int]):
+class ShuffledSampler(Sampler[Any]):
     """A new order every epoch, fixed by (seed, epoch), so that a resumed run goes on where the interrupted one stopped.
 
-    Lightning calls ``set_epoch``; on several processes the wrapper, which gives each a share, passes the call on. With
-    ``lengths`` that wrapper must be ``process_share``'s: Lightning's own shuffles once more.
+    For a ``TrainLoader``, inside a ``TrainShare``, which passes Lightning's ``set_epoch`` on.
 
     Args:
         dataset: What is sampled from.
@@ -28,9 +30,11 @@ class ShuffledSampler(Sampler[int]):
             ``lengths``.
         weights: How often each example comes in an epoch, on average: with 2.3, twice in every epoch and in 3 of 10 a third
             time. Every epoch has the same number of examples, the sum of the weights rounded down.
+        with_seeds: Give pairs of an index and a seed, from which the example's augmentation is to draw. The seeds are fixed by
+            (seed, epoch, place in the order), so that neither workers nor an interruption change what is drawn.
 
     Attributes:
-        generator: For the DataLoader, whose workers' augmentation it seeds. The order does not depend on what is drawn from it.
+        generator: For the DataLoader, which would otherwise draw from the run's own.
 
     Raises:
         ValueError: An argument does not fit the data set, or the weights add up to less than one example.
@@ -44,8 +48,10 @@ class ShuffledSampler(Sampler[int]):
         lengths: Sequence[int] | None = None,
         batch_size: int | None = None,
         weights: Sequence[float] | None = None,
+        with_seeds: bool = False,
     ) -> None:
         self._seed = seed
+        self._with_seeds = with_seeds
         if lengths is not None and len(lengths) != len(dataset):
             raise ValueError(f"lengths has {len(lengths)} entries, but the data set has {len(dataset)} examples")
         if (lengths is None) != (batch_size is None) or (batch_size is not None and batch_size < 1):
@@ -54,24 +60,29 @@ class ShuffledSampler(Sampler[int]):
         self._batch_size = batch_size
         self._weights = None if weights is None else _check_weights(weights, len(dataset))
         self._length = len(dataset) if self._weights is None else sum(_split_counts(self._weights))
-        self.generator, self._order = torch.Generator(), torch.Generator()
+        self.generator, self._order, self._seeds = torch.Generator(), torch.Generator(), torch.Generator()
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
+        seed = self._seed + 0x9E3779B1 * epoch
         for generator in (self.generator, self._order):
-            generator.manual_seed((self._seed + 0x9E3779B1 * epoch) % 2**63)
+            generator.manual_seed(seed % 2**63)
+        self._seeds.manual_seed((seed + _OTHER_STREAM) % 2**63)
 
     def __len__(self) -> int:
         return self._length
 
-    def __iter__(self) -> Iterator[int]:
+    def __iter__(self) -> Iterator[Any]:
         examples = None if self._weights is None else _repeat(self._weights, self._order)
         order = torch.randperm(self._length, generator=self._order)
         if examples is not None:
             order = examples[order]
         if self._lengths is not None:
             order = self._group(order, self._lengths[order])
-        return iter(order.tolist())
+        if not self._with_seeds:
+            return iter(order.tolist())
+        seeds = torch.randint(2**63 - 1, (self._length,), generator=self._seeds)
+        return zip(order.tolist(), seeds.tolist(), strict=True)
 
     def _group(self, order: Tensor, lengths: Tensor) -> Tensor:
         """Puts shuffled examples into batches of similar lengths."""
@@ -135,15 +146,23 @@ def num_shares(trainer: Trainer | None) -> int:
     return 1 if trainer is None else (trainer.distributed_sampler_kwargs or {}).get("num_replicas", 1)
 
 
-def process_share(sampler: Sampler[int], trainer: Trainer | None) -> Sampler[int]:
-    """On several processes, every process's own examples of a training sampler, dealt out one by one in the sampler's order.
+class TrainShare(DistributedSamplerWrapper):
+    """A process's own examples of a training sampler, dealt out one by one in the sampler's order.
 
-    A stretch of ``batch_size * num_shares`` examples of the sampler becomes one step of all processes.
+    A stretch of ``batch_size * num_shares`` examples of the sampler becomes one step of all processes. One process gets all.
+
+    Attributes:
+        first: Place among its own examples where the next pass begins; the passes after that begin at 0.
     """
-    division = None if trainer is None else trainer.distributed_sampler_kwargs
-    if division is None or division["num_replicas"] == 1:
-        return sampler
-    return DistributedSamplerWrapper(sampler, shuffle=False, **division)
+
+    def __init__(self, sampler: Sampler[Any], trainer: Trainer | None) -> None:
+        division = (None if trainer is None else trainer.distributed_sampler_kwargs) or {"num_replicas": 1, "rank": 0}
+        super().__init__(sampler, shuffle=False, **division)
+        self.first = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        first, self.first = self.first, 0
+        return islice(super().__iter__(), first, None)
 
 
 def evaluation_sampler(dataset: Sized, trainer: Trainer | None) -> Sampler[int] | None:

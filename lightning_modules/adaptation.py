@@ -31,6 +31,7 @@ from fourier_moe.inject import adapter_config, regularization
 from lightning_modules.blocks import checkpoint_activations
 from lightning_modules.building_code import building_code
 from lightning_modules.evaluation_sets import EvaluationSets, each_loader, num_own, set_names
+from lightning_modules.interruption import ExactResume, GracefulStop, require_finite_loss, require_finite_weights
 from lightning_modules.optimization import Optimization
 from lightning_modules.sharding import check_strategy
 from lightning_modules.tasks import Task
@@ -118,6 +119,10 @@ class AdaptationModule(L.LightningModule):
         names = getattr(getattr(self._trainer, "datamodule", None), "class_names", None)
         return list(names) if names else None
 
+    def configure_callbacks(self) -> list[L.Callback]:
+        """What every run needs to survive an interruption."""
+        return [ExactResume(), GracefulStop()]
+
     def on_validation_start(self) -> None:
         self._require_trained()
         self.val_sets = self._start("val", self.val_sets, self.trainer.val_dataloaders)
@@ -161,6 +166,7 @@ class AdaptationModule(L.LightningModule):
             task_loss = self.task.loss(batch)
             balance = balance_loss(self.model)
         penalty = regularization(self.model)
+        require_finite_loss(self, {"task": task_loss, "balance": balance, "penalty": penalty}, batch)
         loss = task_loss + balance + penalty
         logs = {"train/loss": task_loss.detach()}
         if self.report is not None and self.report.trained.get("router"):
@@ -230,6 +236,7 @@ class AdaptationModule(L.LightningModule):
         """Keep what is trained, drop the frozen model, remember what it belongs to."""
         trained = {f"task.model.{key}" for key in adapter_state_dict(self.model)}
         checkpoint["state_dict"] = {key: value for key, value in checkpoint["state_dict"].items() if key in trained}
+        require_finite_weights(self.trainer, checkpoint["state_dict"])
         checkpoint["adaptation"] = {
             "backbone": backbone_name(self.model),
             "backbone_fingerprint": backbone_fingerprint(self.model),

@@ -10,11 +10,14 @@ from typing import Any
 
 import lightning as L
 from jsonargparse import set_parsing_settings
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from fourier_moe import AdapterConfig
 from lightning_modules.adaptation import AdaptationModule, untrained
 from lightning_modules.callbacks import EvaluationReport
+from lightning_modules.interruption import CheckedCheckpointIO, newest_intact, require_writable
 from lightning_modules.tasks.hugging_face_models import tokenizer_name
 
 _OUR_PACKAGES = ("fourier_moe", "lightning_modules", "datamodules")
@@ -57,9 +60,33 @@ class AdaptationCLI(LightningCLI):
         if "seed" in adapter and adapter.seed is None and config.seed_everything is not False:
             adapter.seed = int(config.seed_everything)
         _agree_on_tokenizer(config.data.get("init_args", {}), config.model.task.get("init_args", {}))
+        if config.get("weights_only") is False:
+            raise ValueError("weights_only=false would run code from a checkpoint; leave it out")
         path = config.get("ckpt_path")
         if path and path not in ("best", "last", "hpc"):
-            check_checkpoint_path(path)
+            config.ckpt_path = find_checkpoint(path)
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        """Lightning's, with checkpoint files that are checked, unless a plugin says otherwise."""
+        trainer = super().instantiate_trainer(**kwargs)
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = CheckedCheckpointIO()
+        return trainer
+
+    def before_fit(self) -> None:
+        """Refuse a directory that cannot be written to before anything is loaded; find the run's own newest checkpoint.
+
+        `--ckpt_path last` begins anew where there is none, so that a job that is requeued may run the same line again.
+        """
+        options = self.config_init[self.subcommand]
+        if self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        directory = Path(self.trainer.log_dir or self.trainer.default_root_dir)
+        require_writable(directory)
+        if options.ckpt_path == "last":
+            options.ckpt_path = None
+            if any(directory.rglob("*.ckpt")):
+                options.ckpt_path = find_checkpoint(str(directory))
 
     def before_test(self) -> None:
         """Refuse to evaluate a new head before data and weights are fetched; one table of results is enough."""
@@ -81,11 +108,23 @@ class AdaptationCLI(LightningCLI):
         """Nothing: Lightning would let hyper-parameters found in the checkpoint win over the command line, silently."""
 
 
-def check_checkpoint_path(path: str) -> None:
-    """Refuse a local checkpoint that is not there, and name those beside it."""
-    if "://" not in path and not Path(path).exists():
-        near = ", ".join(sorted(str(file) for file in Path(path).parent.glob("*.ckpt"))) or "none"
-        raise ValueError(f"ckpt_path={path!r} does not exist; checkpoints beside it: {near}")
+def find_checkpoint(name: str) -> str:
+    """A checkpoint file as it is; in or below a directory, the newest one that is intact."""
+    path = Path(name)
+    if "://" in name or path.is_file():
+        return name
+    if not path.exists():
+        near = ", ".join(sorted(str(file) for file in path.parent.glob("*.ckpt"))) or "none"
+        raise ValueError(f"ckpt_path={name!r} does not exist; checkpoints beside it: {near}")
+    newest, problems = newest_intact(path)
+    for problem in problems:
+        rank_zero_warn(f"damaged checkpoint left out: {problem}")
+    if newest is None:
+        raise ValueError(
+            f"ckpt_path={name!r} is a directory without an intact checkpoint; a .ckpt file in or below it is needed"
+        )
+    rank_zero_info(f"newest intact checkpoint of {path}: {newest}")
+    return str(newest)
 
 
 def _agree_on_tokenizer(data: Any, task: Any) -> None:

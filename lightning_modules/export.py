@@ -14,7 +14,7 @@ from fourier_moe import push_adapter, save_adapter
 from fourier_moe.lora_export import ProjectionExport, export_loras
 from lightning_modules.adaptation import untrained
 from lightning_modules.building_code import building_code
-from lightning_modules.cli import AdaptationCLI, check_checkpoint_path
+from lightning_modules.cli import AdaptationCLI, find_checkpoint
 from lightning_modules.markdown import markdown_table
 from lightning_modules.static_merge import MergeReport, merge
 
@@ -61,7 +61,7 @@ def export(args: list[str]) -> Path:
     if output.exists():
         raise ValueError(f"--output {output} exists; give a new directory, or remove it first")
     if options.ckpt_path:
-        check_checkpoint_path(options.ckpt_path)
+        options.ckpt_path = find_checkpoint(options.ckpt_path)
     configs = [word for path in options.config for word in ("--config", path)]
     alone = ("devices=1", "num_nodes=1", "strategy=auto", "inference_mode=false")
     cli = AdaptationCLI([*configs, *fit_args, *(f"--trainer.{word}" for word in alone)], run=False)

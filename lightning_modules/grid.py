@@ -14,11 +14,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, Timer
 
 from lightning_modules.cli import AdaptationCLI, user_mistake
 from lightning_modules.graded_examples import GradedExamples, GradedSet, save_examples
+from lightning_modules.interruption import read_checkpoint
 from lightning_modules.peak_memory import PeakMemory
 from lightning_modules.provenance import config_hash, repository_commit, versions
 
@@ -186,7 +186,7 @@ def _best_checkpoint(callbacks: list[Any]) -> tuple[str, int] | None:
     """Path and step of the checkpoint that was best on validation, None if no callback keeps one."""
     for callback in callbacks:
         if isinstance(callback, ModelCheckpoint) and callback.monitor and callback.best_model_path:
-            checkpoint = torch.load(callback.best_model_path, map_location="cpu", weights_only=True)
+            checkpoint = read_checkpoint(callback.best_model_path)
             return callback.best_model_path, checkpoint["global_step"]
     return None
 

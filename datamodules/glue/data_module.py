@@ -25,7 +25,8 @@ from datamodules.glue.summary import SetSummary, summarise
 from datamodules.glue.synthetic import write_tsv_files
 from datamodules.glue.tasks import TEST, TRAIN, VALIDATION, find_task
 from datamodules.glue.tokenization import TokenizedExamples, tokenize
-from datamodules.sampling import ShuffledSampler, evaluation_sampler, hold_out, num_shares, process_share, run_seed
+from datamodules.loading import TrainLoader, leave_signals_to_main_process
+from datamodules.sampling import ShuffledSampler, TrainShare, evaluation_sampler, hold_out, num_shares, run_seed
 from datamodules.tokenizers import check_max_length, load_tokenizer
 
 MAX_SELECTION = 5000
@@ -179,7 +180,7 @@ class GlueDataModule(L.LightningDataModule):
         batch_size = self.batch_size * num_shares(self.trainer)
         # Seeded by the run, not by what a model has drawn before: all methods see the same order under the same seed.
         sampler = ShuffledSampler(dataset, run_seed(self.trainer), lengths=dataset.lengths, batch_size=batch_size)
-        return self._loader(dataset, sampler=process_share(sampler, self.trainer), generator=sampler.generator)
+        return TrainLoader(sampler=TrainShare(sampler, self.trainer), generator=sampler.generator, **self._options(dataset))
 
     def val_dataloader(self) -> Any:
         return self._evaluation_loaders(SELECTION)
@@ -193,21 +194,21 @@ class GlueDataModule(L.LightningDataModule):
     def _evaluation_loaders(self, part: str) -> Any:
         """A loader, or a dict of loaders where there is more than one evaluation set."""
         loaders = {
-            name: self._loader(dataset, sampler=evaluation_sampler(dataset, self.trainer))
+            name: DataLoader(sampler=evaluation_sampler(dataset, self.trainer), **self._options(dataset))
             for name, dataset in self.datasets(part).items()
         }
         return loaders if len(loaders) > 1 else next(iter(loaders.values()))
 
-    def _loader(self, dataset: TextDataset, **options: Any) -> DataLoader[dict[str, Any]]:
-        return DataLoader(
-            dataset,
-            batch_size=self.batch_size,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
-            collate_fn=PadBatch(self.load_tokenizer().pad_token_id),
-            **options,
-        )
+    def _options(self, dataset: TextDataset) -> dict[str, Any]:
+        return {
+            "dataset": dataset,
+            "batch_size": self.batch_size,
+            "num_workers": self.num_workers,
+            "persistent_workers": self.num_workers > 0,
+            "pin_memory": torch.cuda.is_available(),
+            "collate_fn": PadBatch(self.load_tokenizer().pad_token_id),
+            "worker_init_fn": leave_signals_to_main_process,
+        }
 
     def _open(self) -> GlueSource:
         """Opens the data wherever they are, unless that has been done."""

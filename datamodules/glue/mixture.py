@@ -14,7 +14,8 @@ from datamodules.arguments import require
 from datamodules.glue.data_module import PREDICT, SELECTION, GlueDataModule
 from datamodules.glue.dataset import PadBatch, TaskDataset
 from datamodules.glue.tasks import TRAIN, VALIDATION
-from datamodules.sampling import ShuffledSampler, evaluation_sampler, num_shares, process_share, run_seed
+from datamodules.loading import TrainLoader, leave_signals_to_main_process
+from datamodules.sampling import ShuffledSampler, TrainShare, evaluation_sampler, num_shares, run_seed
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,7 @@ class GlueMixtureDataModule(L.LightningDataModule):
             batch_size=self.batch_size * num_shares(self.trainer),
             weights=weights,
         )
-        return self._loader(everything, sampler=process_share(sampler, self.trainer), generator=sampler.generator)
+        return TrainLoader(sampler=TrainShare(sampler, self.trainer), generator=sampler.generator, **self._options(everything))
 
     def val_dataloader(self) -> dict[str, DataLoader[dict[str, Any]]]:
         return self._evaluation_loaders(SELECTION)
@@ -158,18 +159,18 @@ class GlueMixtureDataModule(L.LightningDataModule):
 
     def _evaluation_loaders(self, part: str) -> dict[str, DataLoader[dict[str, Any]]]:
         return {
-            name: self._loader(dataset, sampler=evaluation_sampler(dataset, self.trainer))
+            name: DataLoader(sampler=evaluation_sampler(dataset, self.trainer), **self._options(dataset))
             for name, dataset in self._sets(part).items()
         }
 
-    def _loader(self, dataset: Any, **options: Any) -> DataLoader[dict[str, Any]]:
+    def _options(self, dataset: Any) -> dict[str, Any]:
         tokenizer = next(iter(self._tasks.values())).load_tokenizer()
-        return DataLoader(
-            dataset,
-            batch_size=self.batch_size,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
-            collate_fn=PadBatch(tokenizer.pad_token_id),
-            **options,
-        )
+        return {
+            "dataset": dataset,
+            "batch_size": self.batch_size,
+            "num_workers": self.num_workers,
+            "persistent_workers": self.num_workers > 0,
+            "pin_memory": torch.cuda.is_available(),
+            "collate_fn": PadBatch(tokenizer.pad_token_id),
+            "worker_init_fn": leave_signals_to_main_process,
+        }

@@ -18,7 +18,8 @@ from datamodules.images.directory import open_directory
 from datamodules.images.files import IMAGE_EXTENSIONS, find_images
 from datamodules.images.sources import find_source
 from datamodules.images.transforms import CLIP_MEAN, CLIP_STD, eval_transform, train_transform
-from datamodules.sampling import ShuffledSampler, evaluation_sampler, hold_out, run_seed
+from datamodules.loading import TrainLoader, leave_signals_to_main_process
+from datamodules.sampling import ShuffledSampler, TrainShare, evaluation_sampler, hold_out, run_seed
 
 _PREDICT = "predict"
 _SPLITS_OF_STAGE = {
@@ -152,8 +153,8 @@ class ImageDataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[dict[str, Any]]:
         # Seeded by the run, not by what a model has drawn before: all methods see the same order under the same seed.
-        sampler = ShuffledSampler(self._datasets[TRAIN], run_seed(self.trainer))
-        return self._loader(TRAIN, sampler=sampler, generator=sampler.generator)
+        sampler = ShuffledSampler(self._datasets[TRAIN], run_seed(self.trainer), with_seeds=True)
+        return TrainLoader(sampler=TrainShare(sampler, self.trainer), generator=sampler.generator, **self._options(TRAIN))
 
     def val_dataloader(self) -> DataLoader[dict[str, Any]]:
         return self._evaluation_loader(VALIDATION)
@@ -165,17 +166,17 @@ class ImageDataModule(L.LightningDataModule):
         return self._evaluation_loader(_PREDICT)
 
     def _evaluation_loader(self, split: str) -> DataLoader[dict[str, Any]]:
-        return self._loader(split, sampler=evaluation_sampler(self._datasets[split], self.trainer))
+        return DataLoader(sampler=evaluation_sampler(self._datasets[split], self.trainer), **self._options(split))
 
-    def _loader(self, split: str, **options: Any) -> DataLoader[dict[str, Any]]:
-        return DataLoader(
-            self._datasets[split],
-            batch_size=self.batch_size,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
-            **options,
-        )
+    def _options(self, split: str) -> dict[str, Any]:
+        return {
+            "dataset": self._datasets[split],
+            "batch_size": self.batch_size,
+            "num_workers": self.num_workers,
+            "persistent_workers": self.num_workers > 0,
+            "pin_memory": torch.cuda.is_available(),
+            "worker_init_fn": leave_signals_to_main_process,
+        }
 
     @property
     def _is_local(self) -> bool:

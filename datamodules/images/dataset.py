@@ -92,8 +92,20 @@ class ImageDataset(Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, item: int) -> dict[str, Any]:
-        index = self.indices[item]
+    def __getitem__(self, item: int | tuple[int, int]) -> dict[str, Any]:
+        """The example at a place, or at the first of a pair, whose second seeds what ``transform`` draws from torch."""
+        if isinstance(item, int):
+            return self._example(item)
+        place, seed = item
+        state = torch.get_rng_state()
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the GPU's generator, too
+        try:
+            return self._example(place)
+        finally:
+            torch.set_rng_state(state)
+
+    def _example(self, place: int) -> dict[str, Any]:
+        index = self.indices[place]
         example: dict[str, Any] = {"image": self.transform(decode_rgb(*self.split.read(index))), "id": self.split.ids[index]}
         if self.split.labels is not None:
             example["label"] = self.split.labels[index]

@@ -22,7 +22,8 @@ from datamodules.instructions.prompts import STYLES
 from datamodules.instructions.source import Files, LocalFiles, PinnedFiles, default_cache_directory
 from datamodules.instructions.synthetic import write_synthetic
 from datamodules.instructions.tokenization import InstructionTokenizer
-from datamodules.sampling import ShuffledSampler, evaluation_sampler, num_shares, process_share, run_seed
+from datamodules.loading import TrainLoader, leave_signals_to_main_process
+from datamodules.sampling import ShuffledSampler, TrainShare, evaluation_sampler, num_shares, run_seed
 from datamodules.tokenizers import check_max_length, load_tokenizer
 
 _WORTH_CACHING = 20_000  # training examples; fewer are tokenised in seconds
@@ -206,8 +207,11 @@ class InstructionDataModule(L.LightningDataModule):
             batch_size=self.batch_size * num_shares(self.trainer),
             weights=None if set(weight_of.values()) == {1.0} else [weight_of[str(task)] for task in self._train.tasks],
         )
-        share = process_share(sampler, self.trainer)
-        return self._loader(self._train, self.batch_size, sampler=share, generator=sampler.generator)
+        return TrainLoader(
+            sampler=TrainShare(sampler, self.trainer),
+            generator=sampler.generator,
+            **self._options(self._train, self.batch_size),
+        )
 
     def val_dataloader(self) -> Any:
         loaders = self._evaluation_loaders(self._validation)
@@ -223,20 +227,19 @@ class InstructionDataModule(L.LightningDataModule):
 
     def _evaluation_loaders(self, sets: Mapping[str, EvaluationDataset]) -> dict[str, DataLoader[dict[str, Any]]]:
         return {
-            name: self._loader(dataset, self.eval_batch_size, sampler=evaluation_sampler(dataset, self.trainer))
+            name: DataLoader(sampler=evaluation_sampler(dataset, self.trainer), **self._options(dataset, self.eval_batch_size))
             for name, dataset in sets.items()
         }
 
-    def _loader(self, dataset: TrainDataset | EvaluationDataset, batch_size: int, **options: Any) -> DataLoader[dict[str, Any]]:
-        pad_token_id = self._load_tokenizer().pad_token_id
-        return DataLoader(
-            dataset,
-            batch_size=batch_size,
-            num_workers=self.num_workers,
-            pin_memory=torch.cuda.is_available(),
-            collate_fn=Collator(pad_token_id),
-            **options,
-        )
+    def _options(self, dataset: TrainDataset | EvaluationDataset, batch_size: int) -> dict[str, Any]:
+        return {
+            "dataset": dataset,
+            "batch_size": batch_size,
+            "num_workers": self.num_workers,
+            "pin_memory": torch.cuda.is_available(),
+            "collate_fn": Collator(self._load_tokenizer().pad_token_id),
+            "worker_init_fn": leave_signals_to_main_process,
+        }
 
     def _train_dataset(self, examples: Sequence[Example]) -> TrainDataset:
         cache = self._cache_directory / "tokens" if len(examples) >= _WORTH_CACHING else None

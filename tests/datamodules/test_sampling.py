@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch.utils.data.distributed import DistributedSampler
 
-from datamodules.sampling import BATCHES_PER_CHUNK, ShuffledSampler, evaluation_sampler, num_shares, process_share, run_seed
+from datamodules.sampling import BATCHES_PER_CHUNK, ShuffledSampler, TrainShare, evaluation_sampler, num_shares, run_seed
 
 SIZE = 4
 LENGTHS = torch.randint(1, 200, (6 * BATCHES_PER_CHUNK * SIZE + 3,), generator=torch.Generator().manual_seed(0)).tolist()
@@ -96,7 +96,7 @@ def test_each_process_gets_similar_lengths_in_the_same_step():
     shares = []
     for rank in range(processes):
         trainer = SimpleNamespace(distributed_sampler_kwargs={"num_replicas": processes, "rank": rank})
-        share = process_share(grouped(size=per_process * num_shares(trainer)), trainer)
+        share = TrainShare(grouped(size=per_process * num_shares(trainer)), trainer)
         shares.append(epoch(share, 1))
         assert isinstance(share, DistributedSampler)  # Lightning takes any other for undivided, and divides again
         assert epoch(share, 2) != epoch(share, 1) == shares[-1]
@@ -111,7 +111,7 @@ def test_one_process_has_the_whole():
     sampler = grouped()
     for trainer in (None, SimpleNamespace(distributed_sampler_kwargs=None)):
         assert num_shares(trainer) == 1
-        assert process_share(sampler, trainer) is sampler
+        assert epoch(TrainShare(sampler, trainer), 3) == epoch(sampler, 3)
 
 
 # Weights

@@ -96,13 +96,13 @@ def test_closing_line_says_the_best_value_and_that_of_the_last_weights(tmp_path,
 
 
 class Spoil(L.Callback):
-    """Makes the trained parameters NaN at the end of an epoch, after its validation."""
+    """Makes the trained parameters NaN after the last batch of an epoch, before its validation."""
 
     def __init__(self, epoch):
         self.epoch = epoch
 
-    def on_train_epoch_end(self, trainer, pl_module):
-        if trainer.current_epoch == self.epoch:
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.current_epoch == self.epoch and trainer.is_last_batch:
             with torch.no_grad():
                 for parameter in pl_module.parameters():
                     if parameter.requires_grad:
@@ -110,7 +110,7 @@ class Spoil(L.Callback):
 
 
 def test_adapter_with_nan_is_refused_with_its_step_and_the_last_good_one_stays(tmp_path):
-    trainer = token_trainer(tmp_path, Score(0.5, 0.75), Spoil(0), AdapterCheckpoint("val/score"), max_epochs=2)
+    trainer = token_trainer(tmp_path, Score(0.5, 0.75), Spoil(1), AdapterCheckpoint("val/score"), max_epochs=2)
     with pytest.raises(ValueError, match=r"the adapter of step 6 was not written: the adapter holds NaN or infinity in"):
         trainer.fit(token_module(), TokenData())
     assert score(tmp_path) == 0.5

@@ -1,0 +1,17 @@
+"""What lets a run survive: checked checkpoints, exact resumption, a graceful stop, and an early end of what cannot succeed."""
+
+from lightning_modules.interruption.checkpoints import CheckedCheckpointIO, newest_intact, read_checkpoint, require_writable
+from lightning_modules.interruption.exact_resume import ExactResume
+from lightning_modules.interruption.finite import require_finite_loss, require_finite_weights
+from lightning_modules.interruption.graceful_stop import GracefulStop
+
+__all__ = [
+    "CheckedCheckpointIO",
+    "ExactResume",
+    "GracefulStop",
+    "newest_intact",
+    "read_checkpoint",
+    "require_finite_loss",
+    "require_finite_weights",
+    "require_writable",
+]

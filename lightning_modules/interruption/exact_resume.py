@@ -1,0 +1,138 @@
+"""ExactResume: a resumed run does what the uninterrupted one would have done, to the bit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch.utils.data import DataLoader
+
+from lightning_modules.interruption.random_state import RandomState, all_random_states, random_state, reseed, set_random_state
+
+_LOOP, _VAL_LOOP = "epoch_loop.", "epoch_loop.val_loop."
+
+
+class ExactResume(L.Callback):
+    """Keep random state and position in checkpoints; AdaptationModule brings it along.
+
+    Random numbers: every training batch begins with the state that the one before it left, whatever validation, loggers or
+    start-up have drawn in between. A checkpoint holds that state of every process. Resumed with another number of processes,
+    or on another kind of device, each draws anew from (seed of the run, step, rank), and a warning says so.
+
+    Position: Lightning's own record of the loops has gaps, which are closed in the checkpoint. Written in the midst of
+    accumulation, it would lose the gradients so far: it goes back to the first batch of the optimiser step. Written when a
+    validation is due or has begun, it would skip it or go on with half of the metrics: the validation is done from its start.
+    Written at the end of an epoch, it would go on differently with max_steps, limits or no validation: the next epoch begins.
+    """
+
+    def __init__(self) -> None:
+        self._next: RandomState | None = None  # of the next training batch
+        self._first: RandomState | None = None  # of the first batch of this optimiser step
+        self._validating = False
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._validating = False
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Put the loader where the checkpoint was, and count batches as it does, also where they have another size now."""
+        # Lightning does that only for loaders that nobody has asked for yet; a schedule counted in steps has.
+        trainer.fit_loop._load_combined_loader_states()
+        loader = trainer.train_dataloader
+        position = loader.state_dict() if isinstance(loader, DataLoader) and hasattr(loader, "state_dict") else {}
+        if trainer.fit_loop.restarting and "batches" in position:
+            progress = trainer.fit_loop.epoch_loop.batch_progress.current
+            change = position["batches"] - progress.ready
+            for name in ("ready", "started", "processed", "completed"):
+                setattr(progress, name, getattr(progress, name) + change)
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+        device = trainer.strategy.root_device
+        if self._next is None:
+            self._next = random_state(device)
+        set_random_state(self._next, device)
+        if batch_idx % trainer.accumulate_grad_batches == 0:
+            self._first = self._next
+        # Where TensorBoard's x-axis is; Lightning is one off after some resumptions.
+        trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._next = random_state(trainer.strategy.root_device)
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._validating = trainer.state.fn == "fit" and not trainer.sanity_checking
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._validating = False
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        surplus = _batches_since_step(trainer)
+        state = self._first if surplus else self._next
+        states = all_random_states(state or random_state(trainer.strategy.root_device))
+        checkpoint["random_states"] = {"seed": torch.initial_seed(), "step": trainer.global_step, "states": states}
+        _close_gaps(checkpoint["loops"]["fit_loop"], trainer, surplus, self._validating)
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        device = trainer.strategy.root_device
+        if trainer.state.fn != "fit":
+            return
+        stored = checkpoint.get("random_states")
+        if stored is None:
+            rank_zero_warn("the checkpoint has no random state (an older version wrote it): the run goes on with other draws")
+            return
+        states = stored["states"]
+        if len(states) == trainer.world_size and (states[0]["cuda"] is None) == (device.type != "cuda"):
+            self._next = states[trainer.global_rank]
+            return
+        kind = "CPU" if states[0]["cuda"] is None else "GPU"
+        rank_zero_warn(
+            f"the checkpoint is of {len(states)} process(es) on {kind}, this run has {trainer.world_size} on "
+            f"{device.type.upper()}: random numbers (dropout) are drawn anew from the seed, the step and the rank"
+        )
+        before = random_state(device)
+        reseed(stored["seed"], stored["step"], trainer.global_rank)
+        self._next = random_state(device)
+        set_random_state(before, device)
+
+
+def _batches_since_step(trainer: L.Trainer) -> int:
+    """How many batches have been accumulated since the last optimiser step."""
+    loop = trainer.fit_loop.epoch_loop
+    return loop.batch_progress.current.ready % trainer.accumulate_grad_batches if loop._should_accumulate() else 0
+
+
+def _close_gaps(loops: dict[str, Any], trainer: L.Trainer, surplus: int, validating: bool) -> None:
+    """Change Lightning's record of the loops to one from which it goes on at the right place; see ExactResume."""
+    batches, epochs, validation = loops[_LOOP + "batch_progress"], loops["epoch_progress"], loops[_VAL_LOOP + "batch_progress"]
+    loaders = [state for state in loops["state_dict"].get("combined_loader", ()) if "batches" in state]  # TrainLoader's
+    loop = trainer.fit_loop.epoch_loop
+    in_batch_end = batches["total"]["completed"] < batches["total"]["processed"]
+    fetcher = trainer.fit_loop._data_fetcher
+    in_epoch_end = epochs["total"]["completed"] < epochs["total"]["processed"]
+    due = not surplus and (validating or (in_batch_end and fetcher is not None and loop._should_check_val_fx(fetcher)))
+    if surplus:
+        _count(batches, batches["current"]["ready"] - surplus, batches["total"]["ready"] - surplus)
+        _count(validation, 0, 0)
+        for state in loaders:
+            state["batches"] -= surplus
+    elif due:  # Lightning takes this for a validation that has begun, and finishes it from batch 0
+        _count(batches, batches["current"]["ready"], batches["total"]["ready"])
+        _count(validation, 0, 0)
+        validation["total"] |= {"ready": 1, "started": 1}
+    elif in_epoch_end or (in_batch_end and loop._num_ready_batches_reached()):  # the next epoch's beginning
+        _count(batches, 0, batches["total"]["ready"])
+        _count(epochs, epochs["current"]["ready"], epochs["total"]["ready"])
+        _count(validation, 0, 0)
+        for state in loaders:
+            state |= {"epoch": epochs["current"]["ready"], "batches": 0}
+
+
+def _count(progress: dict[str, Any], current: int, total: int) -> None:
+    """So many are done, and none is in between."""
+    progress["current"] = dict.fromkeys(progress["current"], current)
+    progress["total"] = dict.fromkeys(progress["total"], total)
+    if "is_last_batch" in progress and not current:
+        progress["is_last_batch"] = False
