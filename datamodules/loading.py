@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import signal
 from collections.abc import Iterator
 from typing import Any
@@ -68,7 +70,10 @@ class TrainLoader(DataLoader[Any]):
 def leave_signals_to_main_process(worker: int) -> None:
     """For ``worker_init_fn``: schedulers and Ctrl-C signal every process, and the main one still needs its workers' batches.
 
-    A worker ends when its main process does.
+    A worker ends when its main process does. (torch's looks for that, but not for one that was gone before it first looked.)
     """
+    main_process = multiprocessing.parent_process()
+    if main_process is not None and main_process.pid != os.getppid():
+        os._exit(1)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)

@@ -183,7 +183,7 @@ def test_misspelt_command_does_not_parse(parse):
 
 
 def test_resume_command_goes_on_in_the_same_directory(main, run_directory, words_of):
-    (command,) = [command for command in COMMANDS if "last.ckpt" in command]
+    (command,) = [command for command in COMMANDS if "--ckpt_path" in command]
     words = words_of(command)
     resumed = main(*words, "--trainer.max_epochs", "2")
     assert Path(resumed.trainer.log_dir) == run_directory
