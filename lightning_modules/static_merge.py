@@ -109,7 +109,7 @@ def merge(
     swap(model.model, merged)
     trainer.callbacks = [OnBatches(compare, task_name)]  # type: ignore[attr-defined]
     metrics = _metrics(run(model, data, verbose=False), split)
-    difference = float((sums[0] / sums[1]).sqrt()) if sums[0] > 0 else 0.0
+    difference = float((sums[0] / sums[1]).sqrt()) if sums[0] != 0 else 0.0
     main = _main_metric(model.task, routed, split, task_name)
     return MergeReport(split, main, routed, metrics, difference, {name: values.tolist() for name, values in gates.items()})
 
@@ -151,8 +151,11 @@ def _record(task: Task, batch: Batch) -> None:
 
 
 def _squares(routed: Tensor, merged: Tensor) -> Tensor:
-    """Sums of squares of the difference and of the routed logits, (2,), without what is masked by -infinity."""
-    seen = routed.isfinite()
+    """Sums of squares of the difference and of the routed logits, (2,), without what is masked by -infinity.
+
+    NaN and infinity, for example of a half-precision weight that overflowed in the merge, make the difference NaN.
+    """
+    seen = ~routed.isneginf()
 
     def centred(logits: Tensor) -> Tensor:
         logits = logits.double().where(seen, 0)
