@@ -76,11 +76,11 @@ class AdapterBank:
         """Add an adapter, `path` as in `load_adapter`, under a name of your choice; it does nothing before it is chosen.
 
         Raises:
-            ValueError: for a name in use or with a dot, a path that `load_adapter` refuses, or an adapter that changes the
+            ValueError: for an empty name or one in use, a path that `load_adapter` refuses, or an adapter that changes the
                 pretrained weights (full fine-tuning, PiSSA), which the others share.
         """
-        if not name or "." in name or name in self._loaded:
-            raise ValueError(f"name={name!r} must be new and without dots; loaded: {', '.join(self.names) or 'none'}")
+        if not name or name in self._loaded:
+            raise ValueError(f"name={name!r} must be new and not empty; loaded: {', '.join(self.names) or 'none'}")
         directory = local_directory(path)
         description, data = read(directory)
         if description.config.trains_backbone():

@@ -90,7 +90,8 @@ class BankProjection(nn.Module):
         self.name, self.selection = name, selection
         self.base = base
         self.in_features, self.out_features = projection_shape(base)
-        self.adapters = nn.ModuleDict(adapters)
+        self.adapters = adapters
+        self._children = nn.ModuleList(adapters.values())  # by name they could not be called `train` or `v1.0`
         self._known = (KnownOutput(base),)
         for adapter in adapters.values():
             adapter.rebase(self._known[0])
@@ -134,7 +135,8 @@ class BankHead(nn.Module):
         super().__init__()
         self.name, self.selection = name, selection
         self.original = original
-        self.heads = nn.ModuleDict(heads)
+        self.heads = heads
+        self._children = nn.ModuleList(heads.values())
 
     def forward(self, features: Tensor, *args: Any, **kwargs: Any) -> Any:
         groups = self.selection.groups(features, self.name)

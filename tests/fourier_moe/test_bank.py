@@ -167,9 +167,10 @@ def test_base_is_there_once_and_computed_once_and_idle_adapters_never(bank):
     with bank.per_example(["moe", None, "moe", "lora", "moe"]):
         bank.model(tokens(5))
     assert calls == {"base": len(layers), "moe": [3] * 4, "lora": [1] * 4}
+    assert all(layer._known[0].output is None for layer in layers)  # activations are not kept
     base = sum(parameter.numel() for parameter in roberta().parameters())
     own = sum(p.numel() for layer in layers for adapter in layer.adapters.values() for p in adapter.parameters())
-    heads = sum(p.numel() for p in bank.model.classifier.heads.parameters())
+    heads = sum(p.numel() for head in bank.model.classifier.heads.values() for p in head.parameters())
     assert sum(parameter.numel() for parameter in bank.model.parameters()) == base + own + heads
     assert len(plain) == len(list(bank.model.parameters()))
 
@@ -382,11 +383,24 @@ def test_adapter_of_another_backbone_is_refused_and_nothing_is_changed(bank, alo
     same(bank.model(tokens(2)).logits, alone["moe"](tokens(2)).logits)
 
 
-def test_adapter_inside_another_ones_head_is_refused(bank, tmp_path):
-    trained(tmp_path / "x", roberta(), LoRAConfig(targets=["classifier.dense"], r=2))
+@pytest.mark.parametrize(
+    "config", [LoRAConfig(targets=["classifier.dense"], r=2), HeadOnly(head=["classifier.dense"])], ids=["adapter", "head"]
+)
+def test_adapter_or_head_inside_another_ones_head_is_refused(bank, tmp_path, config):
+    trained(tmp_path / "x", roberta(), config)
     with pytest.raises(ValueError, match=r"'moe' brings a classifier of its own, of which 'x' changes classifier\.dense"):
         bank.load("x", tmp_path / "x")
     assert "x" not in bank.names
+
+
+def test_adapter_of_another_ones_head_is_refused_whichever_comes_first(tmp_path):
+    configs = {"trains": HeadOnly(head=["head"]), "adapts": LoRAConfig(targets=["head"], r=2)}
+    directories = {name: trained(tmp_path / name, Tower(), config) for name, config in configs.items()}
+    for first, second in (("trains", "adapts"), ("adapts", "trains")):
+        bank = AdapterBank(Tower().float())
+        bank.load(first, directories[first])
+        with pytest.raises(ValueError, match="'trains' brings a head of its own, of which 'adapts' changes head;"):
+            bank.load(second, directories[second])
 
 
 def test_head_of_another_shape_than_its_classes_is_refused(bank, tmp_path):
@@ -421,8 +435,8 @@ def test_head_without_examples_first_is_refused_in_a_mixed_batch(tmp_path):
 
 
 def test_names(bank, directories):
-    for name in ("moe", "", "v1.0"):
-        with pytest.raises(ValueError, match=f"name='{name}' must be new and without dots; loaded: moe, other_moe"):
+    for name in ("moe", ""):
+        with pytest.raises(ValueError, match=f"name='{name}' must be new and not empty; loaded: moe, other_moe"):
             bank.load(name, directories["moe"])
     for call in (bank.activate, bank.unload, lambda name: bank.per_example([None, name]).__enter__()):
         with pytest.raises(ValueError, match="no adapter 'lorra' is loaded; loaded: moe"):
@@ -435,6 +449,15 @@ def test_names(bank, directories):
     bank.activate(None)
     with pytest.raises(ValueError, match="'lora' is active"), bank.per_example(["lora"]):
         bank.unload("lora")
+
+
+@pytest.mark.parametrize("name", ["train", "type", "keys", "v1.0", "a b"])
+def test_any_text_is_a_name(directories, alone, name):
+    bank = AdapterBank(roberta())
+    bank.load(name, directories["moe"])
+    bank.model.double()
+    bank.activate(name)
+    same(bank.model(tokens(2)).logits, alone["moe"](tokens(2)).logits)
 
 
 def test_an_adapted_model_takes_no_bank(bank):
