@@ -9,7 +9,8 @@ from pathlib import Path
 from fourier_moe.adapter_format import CARD, DESCRIPTION, TENSORS, read
 
 SCHEME = "hf://"
-_REPOSITORY = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(@(?P<revision>[^@\s]+))?")
+_ID = r"[\w.-]+/[\w.-]+"
+_REPOSITORY = re.compile(rf"(?P<id>{_ID})(@(?P<revision>[^@\s]+))?")
 
 
 def local_directory(path: str | os.PathLike[str]) -> Path:
@@ -42,6 +43,16 @@ def local_directory(path: str | os.PathLike[str]) -> Path:
         ) from error
 
 
+def check_repo_id(repo_id: str) -> None:
+    """Refuse what is no name of a repository.
+
+    Raises:
+        ValueError: with its form.
+    """
+    if not re.fullmatch(_ID, repo_id):
+        raise ValueError(f"repo_id={repo_id!r} must be owner/name")
+
+
 def push_adapter(
     directory: str | os.PathLike[str], repo_id: str, *, private: bool = True, commit_message: str | None = None
 ) -> str:
@@ -60,9 +71,8 @@ def push_adapter(
     Raises:
         ValueError: if there is no adapter, a damaged one, or the hub refuses it.
     """
+    check_repo_id(repo_id)
     description, _ = read(Path(directory))
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id):
-        raise ValueError(f"repo_id={repo_id!r} must be owner/name")
     import huggingface_hub
 
     api = huggingface_hub.HfApi(library_name="fourier_moe")

@@ -82,7 +82,7 @@ class AdaptationCLI(LightningCLI):
         if self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         directory = Path(self.trainer.log_dir or self.trainer.default_root_dir)
-        require_writable(directory)
+        require_writable(directory, "--trainer.logger.init_args.save_dir")
         if options.ckpt_path == "last":
             options.ckpt_path = None
             if any(directory.rglob("*.ckpt")):

@@ -11,14 +11,19 @@ from pathlib import Path
 from typing import Any
 
 from fourier_moe import push_adapter, save_adapter
+from fourier_moe.hub import check_repo_id
 from fourier_moe.lora_export import ProjectionExport, export_loras
 from lightning_modules.adaptation import untrained
 from lightning_modules.building_code import building_code
 from lightning_modules.cli import AdaptationCLI, find_checkpoint
+from lightning_modules.interruption import require_writable
 from lightning_modules.markdown import markdown_table
 from lightning_modules.static_merge import MergeReport, merge
 
 FORMATS = ("adapter", "lora", "merged")
+
+# Options of a single format.
+_ONLY_OF = {"push": "adapter", **dict.fromkeys(("split", "task", "max_difference", "max_drop", "force"), "merged")}
 
 
 def export(args: list[str]) -> Path:
@@ -55,11 +60,15 @@ def export(args: list[str]) -> Path:
     merged.add_argument("--force", action="store_true", help="write the merged model whatever the difference")
     options, fit_args = parser.parse_known_args(args)
 
-    if options.push and options.format != "adapter":
-        parser.error(f"--push takes --format adapter, not {options.format}")
+    for name, of in _ONLY_OF.items():
+        if options.format != of and getattr(options, name) != parser.get_default(name):
+            parser.error(f"--{name} takes --format {of}, not {options.format}")
+    if options.push:
+        check_repo_id(options.push)
     output = Path(options.output or f"runs/export/{Path(options.config[0]).stem}/{options.format}")
     if output.exists():
         raise ValueError(f"--output {output} exists; give a new directory, or remove it first")
+    require_writable(output, "--output")
     if options.ckpt_path:
         options.ckpt_path = find_checkpoint(options.ckpt_path)
     configs = [word for path in options.config for word in ("--config", path)]
@@ -74,11 +83,14 @@ def export(args: list[str]) -> Path:
     partial = output.with_name(output.name + ".part")  # what is interrupted leaves no half of an export
     shutil.rmtree(partial, ignore_errors=True)
     write = {"adapter": _write_adapter, "lora": _write_loras, "merged": _write_merged}[options.format]
-    table, facts = write(cli, options, partial)
-    if facts:
-        facts = {"format": options.format, "source": options.ckpt_path or cli.model.adapter_path, **facts}
-        (partial / "export.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, output)
+    try:
+        table, facts = write(cli, options, partial)
+        if facts:
+            facts = {"format": options.format, "source": options.ckpt_path or cli.model.adapter_path, **facts}
+            (partial / "export.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        os.replace(partial, output)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     print(f"\n{table}\n\nWritten to {output}")
     if options.push:
         print(f"On the hub: {push_adapter(output, options.push)}")
@@ -89,7 +101,7 @@ def _load(cli: AdaptationCLI, ckpt_path: str | None) -> None:
     """Build the adapted model without reading data, and load a checkpoint into it."""
     model = cli.model
     model.trainer, cli.trainer.datamodule = cli.trainer, cli.datamodule  # type: ignore[attr-defined] # what fit would do
-    if ckpt_path is None:
+    if not ckpt_path:
         model.configure_model()
         return
     checkpoint = cli.trainer.strategy.checkpoint_io.load_checkpoint(ckpt_path, map_location="cpu", weights_only=True)
@@ -140,7 +152,7 @@ def lora_table(exports: list[ProjectionExport]) -> str:
 
 def _write_merged(cli: AdaptationCLI, options: Any, directory: Path) -> tuple[str, dict[str, Any]]:
     report = merge(
-        cli.trainer, cli.model, cli.datamodule, split=options.split, task_name=options.task, ckpt_path=options.ckpt_path
+        cli.trainer, cli.model, cli.datamodule, split=options.split, task_name=options.task, ckpt_path=options.ckpt_path or None
     )
     table = merge_table(report)
     problems = []

@@ -96,8 +96,11 @@ def newest_intact(directory: Path) -> tuple[Path | None, list[str]]:
     return None, problems
 
 
-def require_writable(directory: Path) -> None:
+def require_writable(directory: Path, option: str) -> None:
     """Try to write where a directory is or will be.
+
+    Args:
+        option: which one it comes from, for the message.
 
     Raises:
         ValueError: if that fails.
@@ -108,8 +111,7 @@ def require_writable(directory: Path) -> None:
             file.write(b"0")
     except OSError as error:
         raise ValueError(
-            f"the run's directory {directory} cannot be written to ({there}: {error.strerror}); "
-            "choose another with --trainer.logger.init_args.save_dir DIR"
+            f"{directory} cannot be written to ({there}: {error.strerror}); choose another directory with {option} DIR"
         ) from error
 
 

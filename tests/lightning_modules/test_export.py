@@ -21,7 +21,7 @@ import train
 from fourier_moe import adapters, load_adapter, recording, save_adapter
 from fourier_moe.attention import split_attention
 from lightning_modules.cli import AdaptationCLI, user_mistake
-from lightning_modules.static_merge import merge
+from lightning_modules.static_merge import _squares, merge
 from lightning_modules.tasks.open_clip_models import load_open_clip
 
 REPOSITORY = Path(__file__).parents[2]
@@ -93,8 +93,6 @@ def test_push_sends_what_was_written(demo, export, monkeypatch, capsys):
     written = export("adapter", *DEMO, *adapter_of(demo), "--push", "a/b")
     assert pushed == [(written, "a/b")]
     assert "On the hub: hf://a/b@c" in capsys.readouterr().out
-    with pytest.raises(SystemExit):
-        export("lora", *DEMO, *adapter_of(demo), "--push", "a/b")
 
 
 # ---------------------------------------------------------------- lora
@@ -185,8 +183,23 @@ def test_merge_beyond_a_limit_is_refused_after_the_table_and_nothing_is_written(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_difference_of_logits_leaves_out_what_is_masked_and_never_hides_nan():
+    routed = torch.tensor([[1.0, 3.0, -torch.inf], [0.0, 2.0, 4.0]])
+    merged = torch.tensor([[2.0, 3.0, -torch.inf], [5.0, 7.0, 9.0]])  # the second row is only shifted
+    assert _squares(routed, merged).tolist() == pytest.approx([0.5, 2 + 8])
+    for broken in (torch.nan, torch.inf):
+        assert _squares(routed, merged.index_fill(1, torch.tensor(1), broken))[0].isnan()
+
+
+def test_merge_whose_logits_are_nan_is_refused(demo, export, monkeypatch):
+    broken = torch.full((), torch.nan)
+    monkeypatch.setattr("fourier_moe.experts.SpectralExperts.mixture", lambda self, _: broken * self.delta_weight(0))
+    with pytest.raises(ValueError, match="differs too much: logits by nan%"):
+        export("merged", *DEMO, *adapter_of(demo), "--max_drop", "100")
+
+
 def test_merge_on_test(demo, export):
-    words = ("--split", "test", "--max_difference", "10", "--max_drop", "100")
+    words = ("--split", "test", "--trainer.limit_test_batches", "2", "--max_difference", "10", "--max_drop", "100")
     facts = json.loads((export("merged", *DEMO, *adapter_of(demo), *words) / "export.json").read_text())
     assert facts["split"] == "test"
     assert set(facts["merged"]) >= {"accuracy", "loss"}
@@ -309,6 +322,31 @@ def test_unknown_format_lists_the_known_ones(main, capsys):
     assert "adapter, lora, merged" in capsys.readouterr().err.replace("'", "")
 
 
+@pytest.mark.parametrize(
+    ("format_", "words", "message"),
+    [
+        ("lora", ("--push", "a/b"), "--push takes --format adapter, not lora"),
+        ("lora", ("--force",), "--force takes --format merged, not lora"),
+        ("adapter", ("--split", "test"), "--split takes --format merged, not adapter"),
+        ("adapter", ("--max_drop", "3"), "--max_drop takes --format merged, not adapter"),
+    ],
+)
+def test_option_of_another_format_is_refused(export, capsys, format_, words, message):
+    with pytest.raises(SystemExit):
+        export(format_, *DEMO, "--model.adapter_path", "nowhere", *words)
+    assert message in capsys.readouterr().err
+
+
+def test_name_on_the_hub_and_output_are_checked_before_anything_is_loaded(export, main, tmp_path):
+    with pytest.raises(ValueError, match="repo_id='bad' must be owner/name"):
+        export("adapter", *DEMO, "--model.adapter_path", "nowhere", "--push", "bad")
+    (tmp_path / "file").touch()
+    output = str(tmp_path / "file" / "x")
+    with pytest.raises(ValueError, match=r"file/x cannot be written to .*choose another directory with --output") as error:
+        main("export", "--format", "lora", "--output", output, *DEMO, "--model.adapter_path", "nowhere")
+    assert user_mistake(error.value) is error.value
+
+
 def test_existing_output_is_kept(demo, export, tmp_path):
     (tmp_path / "adapter").mkdir()
     with pytest.raises(ValueError, match="exists; give a new directory"):
@@ -320,7 +358,7 @@ def test_lora_of_another_method_is_refused_by_name_and_leaves_nothing(tmp_path, 
     run = fit(tmp_path / "run", *words, "--trainer.max_epochs", "1", "--trainer.limit_train_batches", "1")
     with pytest.raises(ValueError, match="LoRAConfig has no spectral experts"):
         export("lora", *words, *adapter_of(run))
-    assert not (tmp_path / "lora").exists()
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith("lora")]
 
 
 def test_checkpoint_of_another_adapter_is_refused(demo, export):

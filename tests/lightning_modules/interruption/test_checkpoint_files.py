@@ -168,11 +168,11 @@ def test_full_disk_leaves_the_file_before_and_no_other(file, monkeypatch, call):
 def test_directory_that_cannot_be_written_is_named(tmp_path, parent):
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match=r"cannot be written to .*Not a directory.*save_dir"):
-        require_writable(tmp_path / "file" / parent)
+        require_writable(tmp_path / "file" / parent, "--save_dir")
 
 
 def test_writable_directory_need_not_exist_and_is_not_made(tmp_path):
-    require_writable(tmp_path / "runs/demo")
+    require_writable(tmp_path / "runs/demo", "--save_dir")
     assert list(tmp_path.iterdir()) == []
 
 
