@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from fourier_moe.config import FourierMoEConfig
 from fourier_moe.frequencies import band_centers, draw_frequencies
+from fourier_moe.low_rank import low_rank_factors
 from fourier_moe.router import Routing
-from fourier_moe.spectral import dense_delta_weight, dense_spectrum, low_rank_factors, routed_spectral_product
+from fourier_moe.spectral import dense_delta_weight, dense_spectrum, routed_spectral_product
 
 
 class SpectralExperts(nn.Module):
