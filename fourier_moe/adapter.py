@@ -54,9 +54,9 @@ class Adapter(nn.Module, ABC):
             gates: for a method that routes, the gate (E,) of every expert, the same for all tokens.
 
         Raises:
-            ValueError: if the method's update is no fixed matrix, or the weight cannot take one (quantised, sharded).
+            ValueError: if the method has no merge, or the weight cannot take an update (quantised, sharded).
         """
-        raise ValueError(f"{type(self).__name__}: this method's update cannot be merged into a weight")
+        raise ValueError(f"{type(self).__name__}: this method has no merge into a weight")
 
     # Code around a projection (dtype look-ups, fused kernels' checks) reads its weight: hand it on.
     @property

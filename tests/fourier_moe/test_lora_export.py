@@ -126,6 +126,7 @@ def test_peft_reads_every_expert_and_adds_it_to_every_projection(kind, tmp_path)
     exports = export_loras(model, tmp_path)
     assert [export.name for export in exports] == list(adapters(model))
     for expert in (0, 3):
+        plain_head = copy.deepcopy(base.classifier) if kind == "roberta" else None
         loaded = peft.PeftModel.from_pretrained(base, str(tmp_path / f"expert_{expert}")).eval()
         for name, layer in adapters(model).items():
             x = torch.randn(2, 5, layer.in_features)
@@ -136,20 +137,40 @@ def test_peft_reads_every_expert_and_adds_it_to_every_projection(kind, tmp_path)
             features = torch.randn(2, 5, 32)
             classifier = loaded.get_submodule("base_model.model.classifier")
             torch.testing.assert_close(classifier(features), model.classifier(features))
+            with loaded.disable_adapter():
+                torch.testing.assert_close(classifier(features), plain_head(features))
         base = loaded.unload()
 
 
-def test_routed_model_can_be_computed_from_the_exported_files(tmp_path):
-    _, model = adapted(llama, ["q_proj", "k_proj", "v_proj"], router_scope="input")
+def test_ranks_are_those_of_whole_names(tmp_path):
+    """One projection is called like the end of another one's name."""
+
+    def make():
+        return nn.ModuleDict({"proj": nn.Linear(2, 40), "inner": nn.ModuleDict({"proj": nn.Linear(30, 20)})})
+
+    base, model = adapted(make, ["proj"], bandwidth=2.0)
+    ranks = [export.ranks[0] for export in export_loras(model, tmp_path)]
+    assert ranks[0] != ranks[1]
+    loaded = peft.PeftModel.from_pretrained(base, str(tmp_path / "expert_0"))
+    x, layer = torch.randn(3, 30), model["inner"].proj
+    actual = loaded.base_model.model["inner"].proj(x)
+    torch.testing.assert_close(actual, layer.base(x) + x @ layer.experts.delta_weight(0).T)
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_routed_model_can_be_computed_from_the_exported_files(tmp_path, top_k):
+    _, model = adapted(llama, ["q_proj", "k_proj", "v_proj"], router_scope="input", top_k=top_k)
     export_loras(model, tmp_path)
     router = json.loads((tmp_path / "router.json").read_text())
     weights = load_file(tmp_path / "router.safetensors")
-    assert router == {"top_k": 2, "normalize_gates": True, "split_attention": []}
+    assert router == {"top_k": top_k, "normalize_gates": top_k > 1, "split_attention": []}
     experts = [load_file(tmp_path / f"expert_{expert}/adapter_model.safetensors") for expert in range(4)]
     for name, layer in adapters(model).items():
         x = torch.randn(7, layer.in_features)
         gates, active = (x @ weights[name].T).softmax(-1).topk(router["top_k"])
-        gates = torch.zeros(7, 4).scatter(1, active, gates / gates.sum(-1, keepdim=True))
+        if router["normalize_gates"]:
+            gates = gates / gates.sum(-1, keepdim=True)
+        gates = torch.zeros(7, 4).scatter(1, active, gates)
         y = layer.base(x)
         for expert, tensors in enumerate(experts):
             lora_A, lora_B = (tensors[f"base_model.model.{name}.lora_{side}.weight"] for side in "AB")

@@ -113,7 +113,7 @@ class Other(Adapter):
 
 
 def test_what_cannot_be_merged_is_refused_by_name():
-    with pytest.raises(ValueError, match=r"layer\.0: Other: this method's update cannot be merged"):
+    with pytest.raises(ValueError, match=r"layer\.0: Other: this method has no merge"):
         check_mergeable({"layer.0": Other(nn.Linear(2, 2))})
     for config in (MOE, EXACT[0]):
         adapter = network(config)[0]
