@@ -18,10 +18,10 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 import lightning_modules.export
 import train
-from fourier_moe import adapters, load_adapter, recording, save_adapter
+from fourier_moe import StatisticsReader, adapters, load_adapter, recording, save_adapter
 from fourier_moe.attention import split_attention
 from lightning_modules.cli import AdaptationCLI, user_mistake
-from lightning_modules.static_merge import _squares, merge
+from lightning_modules.static_merge import _record, _squares, merge
 from lightning_modules.tasks.open_clip_models import load_open_clip
 
 REPOSITORY = Path(__file__).parents[2]
@@ -198,10 +198,12 @@ def test_merge_whose_logits_are_nan_is_refused(demo, export, monkeypatch):
         export("merged", *DEMO, *adapter_of(demo), "--max_drop", "100")
 
 
-def test_merge_on_test(demo, export):
-    words = ("--split", "test", "--trainer.limit_test_batches", "2", "--max_difference", "10", "--max_drop", "100")
+def test_merge_on_test_writes_nothing_else(demo, export, tmp_path):
+    words = ("--trainer.logger.init_args.save_dir", str(tmp_path / "runs"))
+    words += ("--split", "test", "--trainer.limit_test_batches", "2", "--max_difference", "10", "--max_drop", "100")
     facts = json.loads((export("merged", *DEMO, *adapter_of(demo), *words) / "export.json").read_text())
     assert facts["split"] == "test"
+    assert [path.name for path in tmp_path.iterdir()] == ["merged"]
     assert set(facts["merged"]) >= {"accuracy", "loss"}
 
 
@@ -274,12 +276,25 @@ def test_gates_of_one_task_and_the_metric_of_its_set(tmp_path):
     torch.testing.assert_close(both, share * small + (1 - share) * large, rtol=0, atol=1e-4)
 
 
+def test_padding_has_no_share_in_the_gates():
+    module = language_module()
+    module.configure_model()
+    ids, gates = torch.randint(3, 300, (1, 6)), []
+    for padding in (0, 30):
+        masked = {"attention_mask": F.pad(torch.ones_like(ids), (0, padding)), "labels": F.pad(ids, (0, padding), value=-100)}
+        with StatisticsReader(module.model.eval()) as reader:
+            _record(module.task, {"id": ["a"], "input_ids": F.pad(ids, (0, padding)), **masked})
+            gates.append(torch.stack([statistics.mean_gate for statistics in reader.read().values()]))
+    torch.testing.assert_close(*gates)
+
+
 def test_merged_language_model_loads_with_transformers_alone_with_a_weight_that_was_tied(tmp_path):
     module, report, adapter = merged_sums(tmp_path, None)
     module.model.config.tie_word_embeddings = True  # as if an update of the output layer had parted it from the embeddings
     assert 0 < report.logit_difference < 2
     module.task.save_model(tmp_path / "merged", None)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    assert not loaded.config.tie_word_embeddings
     ids = torch.randint(3, 300, (2, 9))
     torch.testing.assert_close(loaded(ids).logits, module.model.eval()(ids).logits, rtol=1e-4, atol=1e-4)
     routed = language_module()
