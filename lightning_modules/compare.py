@@ -138,9 +138,9 @@ def _sizes(cells: Mapping[str, Cell], budget: Budget | None) -> tuple[dict[str, 
             continue
         field = adapter.size_field if budget else None
         words[name] = [f"--model.adapter.init_args.{field}", str(getattr(adapter, field))] if field else []
-        count, pretrained = adapter_parameters(report), report.frozen + report.trained["backbone"]
+        count = adapter_parameters(report)
         size = adapter.describe_size() or ("as it is" if budget else "-")
-        rows.append([name, type(adapter).__name__, size, f"{count:,}", f"{100 * count / pretrained:.3f} %"])
+        rows.append([name, type(adapter).__name__, size, f"{count:,}", f"{100 * count / report.pretrained:.3f} %"])
         rows[-1] += [f"{report.trained[kind]:,}" for kind in ("head", "backbone")]
     raise_together(problems)
     header = ["adapter", "class", "size", "adapter parameters", "of the model", "head", "backbone"]
