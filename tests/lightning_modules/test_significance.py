@@ -59,6 +59,17 @@ def test_without_examples_it_is_the_paired_t_test_over_seeds():
     assert math.isnan(alone.low)
 
 
+def test_interaction_of_seeds_and_examples_counts_once():
+    """Every seed errs on examples of its own, so that the seeds' variance is the examples': 1/3 in the mean, and not 2/3."""
+    resampled = np.random.default_rng(0).normal(size=(3, 20000))
+    found = paired_difference(
+        Scores(np.array([-1.0, 0.0, 1.0]), resampled, 10**6), Scores(np.zeros(3), np.zeros((3, 20000)), 10**6)
+    )
+    assert (found.high - found.low) / 2 == pytest.approx(stats.t.ppf(0.975, 2) * math.sqrt(1 / 3), rel=0.03)
+    found = paired_difference(Scores(np.zeros(3), resampled[:1].repeat(3, 0), 10**6), Scores(np.zeros(3), 0 * resampled, 10**6))
+    assert (found.high - found.low) / 2 == pytest.approx(stats.norm.ppf(0.975), rel=0.03)  # all of it is the examples'
+
+
 def test_same_answers_differ_in_nothing_and_of_a_constant_difference_nothing_is_known():
     answers = np.random.default_rng(0).random(50) < 0.5
     same = paired([answers, answers], [answers, answers])
