@@ -475,6 +475,17 @@ def test_file_of_other_experts_is_refused(config, tmp_path):
         load_adapter(model, tmp_path)
 
 
+@of_each(ONE_EACH)
+def test_file_goes_on_with_another_seed_dropout_and_balance_weight_but_no_other_value(config):
+    other = {"seed": 99, "dropout": 0.5, "balance_weight": 0.5}
+    other = {name: value for name, value in other.items() if hasattr(config, name)}
+    assert config.difference(replace(config, **other)) is None
+    for name in ("r", "alpha", "top_k", "max_threshold", "rho"):
+        if value := getattr(config, name, None):
+            changed = replace(config, **{name: value * 2 if name in ("r", "alpha", "rho") else value + 1})
+            assert config.difference(changed).startswith(f"{name}: ")
+
+
 @of_each(CONFIGS)
 def test_config_survives_json(config):
     assert AdapterConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
