@@ -34,8 +34,9 @@ def compare(args: list[str]) -> list[Result]:
         ValueError: before any run, if one does not parse, does not fit its model, or cannot have the budget.
     """
     options, fit_args = _parse(args)
-    overlays = {name: _overlay(name) for name in options.adapters.split(",")}
-    if len({cell_name(name) for name in overlays}) < len(overlays) or {OWN, FOURIER_MOE} <= overlays.keys():
+    names = options.adapters.split(",")
+    overlays = {name: _overlay(name) for name in names}
+    if len({cell_name(name) for name in names}) < len(names) or {OWN, FOURIER_MOE} <= overlays.keys():
         raise ValueError(f"--adapters {options.adapters}: names must differ, results go to directories of these names")
     budget = Budget.parse(options.match_parameters) if options.match_parameters else None
     output = Path(options.output or f"runs/compare/{Path(options.config[0]).stem}")

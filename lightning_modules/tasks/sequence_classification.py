@@ -26,7 +26,7 @@ class SequenceClassification(Task):
     """Classify sentences, or pairs of them, with a frozen encoder (RoBERTa, BERT) or decoder (LLaMA).
 
     Of several tasks at once (a batch with `classes`, see GlueMixtureDataModule) each example is classified among the classes of
-    its own task, as with a head per task; metrics count a task's classes from 0.
+    its own task, as with an output layer per task; metrics count a task's classes from 0.
 
     Args:
         model: name on the Hugging Face hub, or directory of a model.
