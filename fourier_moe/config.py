@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import nn
 
+from fourier_moe.checks import at_least_one, dropout, not_negative, refuse, top_k
+
 if TYPE_CHECKING:
     from fourier_moe.adapter import Adapter
     from fourier_moe.inject import InjectionReport
@@ -170,11 +172,7 @@ class FourierMoEConfig(ProjectionAdapterConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        problems = []
-        if self.num_experts < 1:
-            problems.append(f"num_experts={self.num_experts} must be at least 1")
-        if not 1 <= self.top_k <= self.num_experts:
-            problems.append(f"top_k={self.top_k} must be between 1 and num_experts={self.num_experts}")
+        problems = [*at_least_one(self, "num_experts"), *top_k(self)]
         if self.num_coefficients < 1 or (self.num_experts >= 1 and self.num_coefficients % (2 * self.num_experts)):
             problems.append(self._indivisible())
         if not (self.bandwidth > 0 and math.isfinite(self.bandwidth)):
@@ -184,20 +182,14 @@ class FourierMoEConfig(ProjectionAdapterConfig):
                 problems.append(f"scaling={self.scaling!r} must be a positive number or 'relative'")
         elif not (self.scaling > 0 and math.isfinite(self.scaling)):
             problems.append(f"scaling={self.scaling} must be a positive number or 'relative'")
-        if not 0 <= self.dropout < 1:
-            problems.append(f"dropout={self.dropout} must be in [0, 1)")
-        for field in ("balance_weight", "init_std"):
-            if not (getattr(self, field) >= 0 and math.isfinite(getattr(self, field))):
-                problems.append(f"{field}={getattr(self, field)} must be 0 or more")
+        problems += [*dropout(self), *not_negative(self, "balance_weight"), *not_negative(self, "init_std")]
         for field, choices in (
             ("coefficients", ("complex", "real", "imaginary")),
             ("router_scope", ("projection", "input", "block")),
         ):
             if getattr(self, field) not in choices:
                 problems.append(f"{field}={getattr(self, field)!r} must be one of {', '.join(choices)}")
-        problems += self._check_layout()
-        if problems:
-            raise ValueError("FourierMoEConfig: " + "; ".join(problems))
+        refuse(self, [*problems, *self._check_layout()])
 
     def _check_layout(self) -> list[str]:
         if self.band_layout in ("cover", "stack"):

@@ -51,10 +51,14 @@ class InjectionReport:
         return sum(self.trained.values())
 
     @property
+    def pretrained(self) -> int:
+        """Parameters that the model had, without the head."""
+        return self.frozen + self.trained.get("backbone", 0) + self.replaced
+
+    @property
     def percent(self) -> float:
         """Trained parameters in percent of the pretrained model's."""
-        pretrained = self.frozen + self.trained.get("backbone", 0) + self.replaced
-        return 100 * self.total / pretrained if pretrained else float("inf")
+        return 100 * self.total / self.pretrained if self.pretrained else float("inf")
 
     def __str__(self) -> str:
         kinds = sorted({kind for projection in self.projections for kind in projection.parameters})

@@ -45,8 +45,7 @@ class Budget:
 
     def parameters(self, report: InjectionReport) -> float:
         """The same as a number of parameters of the adapters of the model that `report` is of."""
-        pretrained = report.frozen + report.trained["backbone"]
-        return self.amount / 100 * pretrained if self.is_percentage else self.amount
+        return self.amount / 100 * report.pretrained if self.is_percentage else self.amount
 
 
 def adapter_parameters(report: InjectionReport) -> int:

@@ -34,8 +34,9 @@ def compare(args: list[str]) -> list[Result]:
         ValueError: before any run, if one does not parse, does not fit its model, or cannot have the budget.
     """
     options, fit_args = _parse(args)
-    overlays = {name: _overlay(name) for name in options.adapters.split(",")}
-    if len({cell_name(name) for name in overlays}) < len(overlays) or {OWN, FOURIER_MOE} <= overlays.keys():
+    names = options.adapters.split(",")
+    overlays = {name: _overlay(name) for name in names}
+    if len({cell_name(name) for name in names}) < len(names) or {OWN, FOURIER_MOE} <= overlays.keys():
         raise ValueError(f"--adapters {options.adapters}: names must differ, results go to directories of these names")
     budget = Budget.parse(options.match_parameters) if options.match_parameters else None
     output = Path(options.output or f"runs/compare/{Path(options.config[0]).stem}")
@@ -138,9 +139,9 @@ def _sizes(cells: Mapping[str, Cell], budget: Budget | None) -> tuple[dict[str, 
             continue
         field = adapter.size_field if budget else None
         words[name] = [f"--model.adapter.init_args.{field}", str(getattr(adapter, field))] if field else []
-        count, pretrained = adapter_parameters(report), report.frozen + report.trained["backbone"]
+        count = adapter_parameters(report)
         size = adapter.describe_size() or ("as it is" if budget else "-")
-        rows.append([name, type(adapter).__name__, size, f"{count:,}", f"{100 * count / pretrained:.3f} %"])
+        rows.append([name, type(adapter).__name__, size, f"{count:,}", f"{100 * count / report.pretrained:.3f} %"])
         rows[-1] += [f"{report.trained[kind]:,}" for kind in ("head", "backbone")]
     raise_together(problems)
     header = ["adapter", "class", "size", "adapter parameters", "of the model", "head", "backbone"]

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
+from lightning_modules.class_scores import SCORES
 from lightning_modules.graded_examples import GradedSet, load_examples
 from lightning_modules.grid import Result, cell_file
 from lightning_modules.markdown import markdown_table
-from lightning_modules.significance import METRICS, Difference, Scores, holm, paired_difference, resample
+from lightning_modules.significance import Difference, Scores, holm, paired_difference, resample
 
 _SAME = 1e-4  # metrics are logged in float32
 
@@ -70,7 +71,7 @@ def _resampled(
 ) -> tuple[dict[tuple[str, int], np.ndarray], int, str | None]:
     """The metric on bootstrap samples by name and seed, the number of examples, and a problem instead if there is one."""
     of_set, _, name = metric.removeprefix("test/").rpartition("/")
-    if name not in METRICS:
+    if name not in SCORES:
         return {}, 0, f"{metric} is not computed from single answers: intervals are over seeds alone"
     keys = [(overlay, seed) for overlay, seeds in by_name.items() for seed in seeds]
     graded: dict[tuple[str, int], list[GradedSet]] = {}
@@ -78,7 +79,7 @@ def _resampled(
         path = cell_file(output, overlay, seed).with_suffix(".npz")
         sets = load_examples(path) if path.is_file() else {}
         graded[overlay, seed] = [sets[key] for key in sorted(sets) if not of_set or key == of_set]
-        values = [METRICS[name](one.given, one.right, np.ones(len(one.ids))) for one in graded[overlay, seed]]
+        values = [SCORES[name](one.given, one.right, np.ones(len(one.ids))) for one in graded[overlay, seed]]
         if not values or abs(np.mean(values) - by_name[overlay][seed].metrics[metric]) > _SAME:
             return {}, 0, f"{overlay}, seed {seed}: its answers do not give its {metric}: intervals are over seeds alone"
     reference = graded[keys[0]]
@@ -88,6 +89,6 @@ def _resampled(
             np.array_equal(one.ids, other.ids) for one, other in zip(own, reference, strict=True)
         ):
             return {}, 0, f"{overlay}, seed {seed} was tested on other examples: intervals are over seeds alone"
-    samples = resample(METRICS[name], [[graded[key]] for key in keys])
+    samples = resample(SCORES[name], [[graded[key]] for key in keys])
     size = sum(len(one.ids) for one in reference)
     return {key: sample[0] for key, sample in zip(keys, samples, strict=True)}, size, None

@@ -12,20 +12,20 @@ that is S - 1, so that two or three seeds are not taken for many. Several method
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from scipy import stats
 
+from lightning_modules.class_scores import Score
 from lightning_modules.graded_examples import GradedSet
 
 RESAMPLES = 2000  # the standard error is then known to 2 %
 _CONFIDENCE = 0.95
+_ROUNDING = 1e-6  # metrics are logged in float32: what is less is no difference, and no variation
 _CHUNK = 2**24  # numbers drawn at once
 _SEED = 2604_01762  # one that data are hardly drawn with: samples must not depend on them
-
-Metric = Callable[[np.ndarray, np.ndarray, np.ndarray], float]
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,8 @@ class Difference:
 
     Attributes:
         mean: over the seeds.
-        low, high: 95 % interval; nan where nothing is known of the variation (one seed and no graded examples).
+        low, high: 95 % interval; nan where nothing is known of the variation: one seed and no graded examples, or a difference
+            that is exactly the same in all that varies.
         p: two-sided, of no difference; nan likewise.
         sources: `seeds and examples`, `examples` (one seed) or `seeds`: what varies in interval and p.
     """
@@ -80,11 +81,13 @@ def paired_difference(scores: Scores, others: Scores) -> Difference:
     if not terms:
         return Difference(mean, math.nan, math.nan, math.nan, "nothing")
     variance = sum(term for term, _ in terms.values()) - shared
-    sources = " and ".join(terms)
-    if variance == 0:  # the same answers throughout, or a difference without any variation
-        return Difference(mean, mean, mean, 1.0 if mean == 0 else 0.0, sources)
+    error, sources = math.sqrt(variance), " and ".join(terms)
+    if (
+        error < _ROUNDING
+    ):  # the same answers throughout; or the same difference, which is no proof: of two seeds, of one example
+        same = abs(mean) < _ROUNDING
+        return Difference(mean, mean, mean, 1.0, sources) if same else Difference(mean, math.nan, math.nan, math.nan, sources)
     freedom = variance**2 / sum(term**2 / own for term, own in terms.values())
-    error = math.sqrt(variance)
     half = float(stats.t.ppf((1 + _CONFIDENCE) / 2, freedom)) * error
     p = 2 * float(stats.t.sf(abs(mean) / error, freedom))
     return Difference(mean, mean - half, mean + half, p, sources)
@@ -100,7 +103,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return corrected
 
 
-def resample(metric: Metric, methods: Sequence[Sequence[Sequence[GradedSet]]]) -> list[np.ndarray]:
+def resample(metric: Score, methods: Sequence[Sequence[Sequence[GradedSet]]]) -> list[np.ndarray]:
     """A metric, the mean over the test sets, of bootstrap samples of their examples.
 
     Args:
@@ -123,44 +126,3 @@ def resample(metric: Metric, methods: Sequence[Sequence[Sequence[GradedSet]]]) -
                     of_samples = [metric(sets[index].given, sets[index].right, sample) for sample in weights]
                     result[seed, begin : begin + len(weights)] += np.array(of_samples) / num_sets
     return results
-
-
-def accuracy(given: np.ndarray, right: np.ndarray, weights: np.ndarray) -> float:
-    """Share of the weight on right answers."""
-    return float(weights[given == right].sum() / weights.sum())
-
-
-def balanced_accuracy(given: np.ndarray, right: np.ndarray, weights: np.ndarray) -> float:
-    """Mean of the share of right answers over the classes that occur or are given."""
-    hits, named, actual = _counts(given, right, weights)
-    known = named + actual > 0
-    return float((hits[known] / np.maximum(actual[known], 1)).mean())
-
-
-def f1(given: np.ndarray, right: np.ndarray, weights: np.ndarray) -> float:
-    """Of class 1 if there are no more than two classes, else the mean over the classes that occur or are given."""
-    hits, named, actual = _counts(given, right, weights)
-    both = named + actual
-    if len(both) == 2:
-        return float(2 * hits[1] / both[1]) if both[1] else 0.0
-    return float((2 * hits[both > 0] / both[both > 0]).mean())
-
-
-def matthews(given: np.ndarray, right: np.ndarray, weights: np.ndarray) -> float:
-    """Matthews' correlation coefficient for any number of classes (Gorodkin 2004); 0 where one class is all there is."""
-    hits, named, actual = _counts(given, right, weights)
-    total = weights.sum()
-    spread = (total**2 - (named**2).sum()) * (total**2 - (actual**2).sum())
-    return float((hits.sum() * total - (named * actual).sum()) / math.sqrt(spread)) if spread > 0 else 0.0
-
-
-METRICS: dict[str, Metric] = {"accuracy": accuracy, "balanced_accuracy": balanced_accuracy, "f1": f1, "matthews": matthews}
-
-
-def _counts(given: np.ndarray, right: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Weight by class of right answers, of answers, and of examples."""
-    classes = int(max(given.max(), right.max())) + 1
-    hit = given == right
-    pairs = ((given[hit], weights[hit]), (given, weights), (right, weights))
-    hits, named, actual = (np.bincount(labels, weight, minlength=max(2, classes)) for labels, weight in pairs)
-    return hits, named, actual

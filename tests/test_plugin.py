@@ -46,7 +46,7 @@ def test_entry_point_adds_the_callback_where_the_variable_is_set(installed, monk
 
 def test_installed_but_not_asked_for_changes_nothing(installed, monkeypatch, run):
     monkeypatch.delenv("ADAPTIVE_BALANCE", raising=False)
-    assert "AdaptiveBalance" not in names(run("fit", "--config", "configs/demo.yaml", "--trainer.fast_dev_run", "true"))
+    assert "AdaptiveBalance" not in names(run("fit", "--config", "configs/demo.yaml", *QUICK))
 
 
 def test_class_path_adds_the_callback_and_it_steers_the_weights(installed, monkeypatch, run):

@@ -38,7 +38,7 @@ class GlueMixtureDataModule(L.LightningDataModule):
 
     A batch is that of GlueDataModule with examples of all tasks: ``task`` names the task of each, ``label`` counts the classes
     of all tasks one after the other, and ``classes`` int64 (B, 2) has the first class of an example's task and the one after
-    its last. ``SequenceClassification`` lets an example choose among its own task's classes only: one head per task.
+    its last. ``SequenceClassification`` lets an example choose among its own task's classes only: one output layer per task.
 
     Every task has evaluation sets of its own (``cola``; ``mnli/matched`` and ``mnli/mismatched``).
 

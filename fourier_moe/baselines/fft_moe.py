@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from fourier_moe.adapter import Adapter, device_of, projection_shape
-from fourier_moe.baselines.routed_config import RoutedConfig, balance_problems
+from fourier_moe.baselines.routed_config import RoutedConfig
 from fourier_moe.baselines.singular_layers import pretrained_matrix
+from fourier_moe.checks import not_negative, top_k
 from fourier_moe.frequencies import named_generator
 from fourier_moe.inject import InjectionReport, count_parameters
 from fourier_moe.quantization import is_quantized
@@ -41,9 +42,7 @@ class FFTMoEConfig(RoutedConfig):
     balance_weight: float = 1e-3
 
     def problems(self) -> list[str]:
-        possible = 2 <= self.top_k <= self.num_experts
-        problem = f"top_k={self.top_k} must be between 2 and num_experts={self.num_experts}"
-        return [*super().problems(), *([] if possible else [problem]), *balance_problems(self.balance_weight)]
+        return [*super().problems(), *top_k(self, least=2), *not_negative(self, "balance_weight")]
 
     def inject(self, model: nn.Module) -> InjectionReport:
         if is_quantized(model):

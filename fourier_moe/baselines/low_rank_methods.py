@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, ClassVar
 from torch import nn
 
 from fourier_moe.adapter import projection_shape
-from fourier_moe.baselines.checks import check_at_least_one, check_low_rank, rank_problem
 from fourier_moe.baselines.low_rank_layers import LoRADashLinear, LowRankLinear, MELoRALinear, TopLoRALinear
+from fourier_moe.checks import at_least_one, low_rank, rank_problem, refuse
 from fourier_moe.config import ProjectionAdapterConfig
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class LowRankConfig(ProjectionAdapterConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_low_rank(self)
+        refuse(self, low_rank(self))
 
     def check_fit(self, in_features: int, out_features: int) -> str | None:
         """What is impossible for a projection of this size, or None."""
@@ -81,8 +81,7 @@ class LoRADashConfig(LowRankConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_at_least_one(self, "num_directions")
-        check_at_least_one(self, "start")
+        refuse(self, [*at_least_one(self, "num_directions"), *at_least_one(self, "start")])
 
     def check_fit(self, in_features: int, out_features: int) -> str | None:
         largest = min(in_features, out_features)
@@ -122,7 +121,7 @@ class MELoRAConfig(LowRankConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_at_least_one(self, "num_blocks")
+        refuse(self, at_least_one(self, "num_blocks"))
 
     def check_fit(self, in_features: int, out_features: int) -> str | None:
         if in_features % self.num_blocks or out_features % self.num_blocks:

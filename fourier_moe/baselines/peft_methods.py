@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from fourier_moe.adapter import projection_shape
-from fourier_moe.baselines.checks import check_at_least_one, check_low_rank, check_positive, rank_problem
 from fourier_moe.baselines.peft_layer import PeftLinear
+from fourier_moe.checks import at_least_one, low_rank, not_negative, positive, rank_problem, refuse
 from fourier_moe.config import ProjectionAdapterConfig
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ class LoRAConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_low_rank(self)
+        refuse(self, low_rank(self))
 
     def to_peft(self, target: str) -> peft.PeftConfig:
         from peft import LoraConfig
@@ -127,8 +127,7 @@ class FourierFTConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_at_least_one(self, "num_coefficients")
-        check_positive(self, "scaling")
+        refuse(self, [*at_least_one(self, "num_coefficients"), *positive(self, "scaling")])
 
     def build_layer(self, base: nn.Module, name: str) -> Adapter:
         with torch.device("cpu"):  # the positions are in no state dict: drawn for real also on the meta device
@@ -166,10 +165,7 @@ class PEANuTConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_at_least_one(self, "r")
-        check_positive(self, "scaling")
-        if self.depth < 0:
-            raise ValueError(f"depth={self.depth} must be 0 or more")
+        refuse(self, [*at_least_one(self, "r"), *positive(self, "scaling"), *not_negative(self, "depth")])
 
     def to_peft(self, target: str) -> peft.PeftConfig:
         from peft import PeanutConfig

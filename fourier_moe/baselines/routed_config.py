@@ -5,7 +5,6 @@ s is the factor of the update, r_e the rank of one expert, E the number of exper
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -13,6 +12,7 @@ import torch
 from torch import nn
 
 from fourier_moe.adapter import device_of, projection_shape
+from fourier_moe.checks import at_least_one, dropout, not_negative, positive, refuse
 from fourier_moe.config import ProjectionAdapterConfig
 from fourier_moe.frequencies import named_generator
 
@@ -39,13 +39,11 @@ class RoutedConfig(ProjectionAdapterConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        problems = self.problems()
-        if problems:
-            raise ValueError(f"{type(self).__name__}: {'; '.join(problems)}")
+        refuse(self, self.problems())
 
     def problems(self) -> list[str]:
         """What is impossible, each with what would be valid."""
-        return [] if self.num_experts >= 1 else [f"num_experts={self.num_experts} must be at least 1"]
+        return at_least_one(self, "num_experts")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +87,7 @@ class RoutedLoRAConfig(RoutedConfig):
             *super().problems(),
             *self._rank_problems(),
             *self._scaling_problems(),
-            *([] if 0 <= self.dropout < 1 else [f"dropout={self.dropout} must be in [0, 1)"]),
+            *dropout(self),
         ]
 
     def _rank_problems(self) -> list[str]:
@@ -103,7 +101,7 @@ class RoutedLoRAConfig(RoutedConfig):
         ]
 
     def _scaling_problems(self) -> list[str]:
-        return [] if is_positive(self.alpha) else [f"alpha={self.alpha} must be a positive number"]
+        return positive(self, "alpha")
 
     def largest_rank(self, in_features: int, out_features: int) -> int:
         """The largest possible r for a projection of this size."""
@@ -149,14 +147,4 @@ class BalancedLoRAConfig(RoutedLoRAConfig):
         return self.balance_weight
 
     def problems(self) -> list[str]:
-        return [*super().problems(), *balance_problems(self.balance_weight)]
-
-
-def balance_problems(weight: float) -> list[str]:
-    """What is wrong with a weight of the load-balancing loss."""
-    return [] if weight >= 0 and math.isfinite(weight) else [f"balance_weight={weight} must be 0 or more"]
-
-
-def is_positive(value: float | None) -> bool:
-    """Whether a value is a positive number."""
-    return value is not None and value > 0 and math.isfinite(value)
+        return [*super().problems(), *not_negative(self, "balance_weight")]

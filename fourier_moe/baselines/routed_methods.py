@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from fourier_moe.adapter import projection_shape
-from fourier_moe.baselines.routed_config import BalancedLoRAConfig, RoutedLoRAConfig, is_positive
+from fourier_moe.baselines.routed_config import BalancedLoRAConfig, RoutedLoRAConfig
+from fourier_moe.checks import at_least_one, positive, top_k
 
 if TYPE_CHECKING:
     from fourier_moe.baselines.lora_experts import LoRAExperts
@@ -41,9 +42,7 @@ class MoLoRAConfig(BalancedLoRAConfig):
     normalize_gates: bool = True
 
     def problems(self) -> list[str]:
-        possible = 1 <= self.top_k <= self.num_experts
-        problem = f"top_k={self.top_k} must be between 1 and num_experts={self.num_experts}"
-        return [*super().problems(), *([] if possible else [problem])]
+        return [*super().problems(), *top_k(self)]
 
     def build_router(self, in_features: int, generator: torch.Generator, device: torch.device) -> Router:
         from fourier_moe.router import TopKRouter
@@ -86,14 +85,14 @@ class GOATConfig(MoLoRAConfig):
         return super().scaling(in_features)
 
     def problems(self) -> list[str]:
-        return [*super().problems(), *([] if is_positive(self.rho) else [f"rho={self.rho} must be a positive number"])]
+        return [*super().problems(), *positive(self, "rho")]
 
     def _scaling_problems(self) -> list[str]:
         if self.eta is None:
             return super()._scaling_problems()
         if self.alpha is not None:
             return [f"alpha={self.alpha} has no effect beside eta={self.eta}; set one of them to null"]
-        return [] if is_positive(self.eta) else [f"eta={self.eta} must be a positive number"]
+        return positive(self, "eta")
 
     def largest_rank(self, in_features: int, out_features: int) -> int:
         return min(in_features, out_features) // self.num_experts * self.num_experts
@@ -163,7 +162,7 @@ class HydraLoRAConfig(RoutedLoRAConfig):
         return self.r
 
     def _rank_problems(self) -> list[str]:
-        return [] if self.r >= 1 else [f"r={self.r} must be at least 1"]
+        return at_least_one(self, "r")
 
     def largest_rank(self, in_features: int, out_features: int) -> int:
         return min(in_features, out_features)

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from fourier_moe.baselines.checks import check_not_negative, rank_problem
 from fourier_moe.baselines.peft_methods import LoRAConfig
 from fourier_moe.baselines.singular_layers import KaSALinear, MiLoRALinear
+from fourier_moe.checks import not_negative, rank_problem, refuse
 
 if TYPE_CHECKING:
     import peft
@@ -77,8 +77,7 @@ class KaSAConfig(SingularLoRAConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_not_negative(self, "beta")
-        check_not_negative(self, "gamma")
+        refuse(self, [*not_negative(self, "beta"), *not_negative(self, "gamma")])
         if tuple(map(int, version("peft").split(".")[:2])) < (0, 21):
             raise ValueError(f"KaSAConfig needs peft 0.21 or newer, and {version('peft')} is installed: pip install -U peft")
 

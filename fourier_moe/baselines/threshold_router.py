@@ -10,7 +10,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from fourier_moe.router import Router, Routing, logits
+from fourier_moe.router import Router, Routing
+from fourier_moe.router_logits import logits
 
 
 class ThresholdRouter(Router):

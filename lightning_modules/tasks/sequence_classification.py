@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import Metric, MetricCollection
-from torchmetrics.classification import BinaryF1Score, MulticlassAccuracy, MulticlassF1Score, MulticlassMatthewsCorrCoef
+from torchmetrics.classification import MulticlassAccuracy
 from transformers import PreTrainedModel
 
 from datamodules.tokenizers import load_tokenizer
+from lightning_modules.class_scores import F1, Matthews
 from lightning_modules.tasks.base import Batch, Evaluation, Task
 from lightning_modules.tasks.hugging_face_models import check_model, load_sequence_classifier, save_hugging_face, tokenizer_name
 from lightning_modules.tasks.quantization import modules_outside_body
@@ -25,7 +26,7 @@ class SequenceClassification(Task):
     """Classify sentences, or pairs of them, with a frozen encoder (RoBERTa, BERT) or decoder (LLaMA).
 
     Of several tasks at once (a batch with `classes`, see GlueMixtureDataModule) each example is classified among the classes of
-    its own task, as with a head per task; metrics count a task's classes from 0.
+    its own task, as with an output layer per task; metrics count a task's classes from 0.
 
     Args:
         model: name on the Hugging Face hub, or directory of a model.
@@ -107,11 +108,10 @@ class SequenceClassification(Task):
         return F.cross_entropy(self(batch), batch["label"])
 
     def new_metrics(self) -> MetricCollection:
-        binary = self.num_classes == 2
         known: dict[str, Metric] = {
             "accuracy": MulticlassAccuracy(self.num_classes, average="micro"),
-            "f1": BinaryF1Score() if binary else MulticlassF1Score(self.num_classes, average="macro"),
-            "matthews": MulticlassMatthewsCorrCoef(self.num_classes),
+            "f1": F1(self.num_classes),
+            "matthews": Matthews(self.num_classes),
         }
         return MetricCollection({name: known[name] for name in self.metric_names})
 

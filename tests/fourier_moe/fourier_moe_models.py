@@ -1,4 +1,4 @@
-"""Tiny models to adapt."""
+"""Tiny models to adapt, and routers of a few experts."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fourier_moe import AdapterConfig, FourierMoEConfig, inject
+from fourier_moe import AdapterConfig, FourierMoEConfig, TopKRouter, inject, recording
 
 
 def config(**changes: Any) -> FourierMoEConfig:
@@ -50,8 +50,8 @@ class Transformer(nn.Module):
         return self.classifier(self.norm(self.layers(x).mean(1)))
 
 
-def tokens(*shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+def tokens(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def trained(settings: AdapterConfig | None = None, **changes: Any) -> Transformer:
@@ -64,3 +64,29 @@ def trained(settings: AdapterConfig | None = None, **changes: Any) -> Transforme
             if parameter.requires_grad:
                 parameter.normal_(0, 0.3, generator=generator)
     return model.eval()
+
+
+class DenseRouter(TopKRouter):
+    """Gives the gates of all experts, 0 for the inactive ones."""
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x).dense(self.num_experts)
+
+
+def router(top_k: int = 2, num_experts: int = 4, in_features: int = 6, seed: int = 0, **options: Any) -> DenseRouter:
+    """For tokens (..., 6) if not told otherwise."""
+    return DenseRouter(in_features, num_experts, top_k, generator=torch.Generator().manual_seed(seed), **options)
+
+
+def transparent_router(top_k: int, num_experts: int) -> DenseRouter:
+    """R = identity, so that the input log(p) gives the probabilities p."""
+    layer = router(top_k, num_experts, num_experts)
+    nn.init.eye_(layer.weight)
+    return layer
+
+
+def balance(layer: TopKRouter, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    """The load-balancing loss of a router on tokens."""
+    with recording(layer, mask):
+        layer(x)
+        return layer.balance_loss()

@@ -1,68 +1,34 @@
 """fourier_moe.attention: a split module computes what the fused one did, and refuses what it would get wrong."""
 
 import copy
-import inspect
 import pickle
 import re
 
 import pytest
 import torch
-from open_clip import transformer as open_clip_transformer
-from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
+from attention_modules import (
+    DTYPES,
+    E,
+    H,
+    L,
+    N,
+    OpenClip4,
+    S,
+    assert_same,
+    make_mha,
+    mask_of,
+    mha_inputs,
+    randomise,
+    split_of,
+)
 from torch import nn
 
 from fourier_moe.attention import FUSED_PROJECTIONS, is_fused_attention, split_attention
-
-N, L, S, E, H = 2, 5, 7, 16, 4
-TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
-DTYPES = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 
 
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
-
-
-def assert_same(actual, expected, dtype=torch.float32, **kwargs):
-    torch.testing.assert_close(actual, expected, rtol=0, atol=TOLERANCE[dtype], **kwargs)
-
-
-def randomise(module):
-    """Untrained biases, norms and head scales are zeros or ones, which would hide most mistakes."""
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.normal_(std=0.3)
-    return module
-
-
-def make_mha(dtype=torch.float64, **options):
-    return randomise(nn.MultiheadAttention(E, H, dtype=dtype, **options))
-
-
-def split_of(module):
-    """The split of a copy, since a split module takes over out_proj and norms of its original."""
-    return split_attention(copy.deepcopy(module))
-
-
-def mask_of(kind, *shape, dtype=torch.float64):
-    """A random mask that hides some keys of each query, never all."""
-    if kind is None:
-        return None
-    if kind == "float":
-        return torch.randn(shape, dtype=dtype)
-    hidden = torch.rand(shape) < 0.5
-    hidden[..., 0] = False
-    hidden[..., 1] = True
-    return hidden
-
-
-def mha_inputs(layout, dtype=torch.float64, kdim=E, vdim=E):
-    shapes = [(N, L, E), (N, S, kdim), (N, S, vdim)]
-    if layout == "unbatched":
-        shapes = [shape[1:] for shape in shapes]
-    if layout == "sequence_first":
-        shapes = [(shape[1], shape[0], shape[2]) for shape in shapes]
-    return [torch.randn(shape, dtype=dtype) for shape in shapes]
 
 
 # nn.MultiheadAttention
@@ -299,204 +265,6 @@ def test_fused_weight_of_a_split_module_is_an_error():
     nested = torch.nested.nested_tensor([torch.ones(3, E), torch.ones(2, E)], layout=torch.jagged)
     with pytest.raises(ValueError, match="nested"):
         split(nested, nested, nested)
-
-
-# open_clip's own Attention
-
-
-class StandInForOpenClip4(nn.Module):
-    """The interface of open_clip 4's Attention, as its callers see it, written naively: one query and head at a time."""
-
-    def __init__(
-        self, dim, num_heads=8, kdim=None, vdim=None, qkv_bias=True, qk_norm=False, scaled_cosine=False,
-        scale_heads=False, inner_norm=False, attn_drop=0.0, proj_drop=0.0,
-    ):  # fmt: skip
-        super().__init__()
-        self.num_heads, self.head_dim, self.scale = num_heads, dim // num_heads, (dim // num_heads) ** -0.5
-        self.scaled_cosine, self.scale_heads, self.logit_scale_max, self.use_sdpa = scaled_cosine, scale_heads, 4.6, True
-        self.in_proj_weight = self.q_proj_weight = self.k_proj_weight = self.v_proj_weight = None
-        if kdim is None and vdim is None:
-            self.in_proj_weight = nn.Parameter(torch.randn(3 * dim, dim))
-        else:
-            self.q_proj_weight = nn.Parameter(torch.randn(dim, dim))
-            self.k_proj_weight = nn.Parameter(torch.randn(dim, kdim or dim))
-            self.v_proj_weight = nn.Parameter(torch.randn(dim, vdim or dim))
-        self.in_proj_bias = nn.Parameter(torch.randn(3 * dim)) if qkv_bias else None
-        self.logit_scale = nn.Parameter(torch.ones(num_heads, 1, 1)) if scaled_cosine else None
-        self.head_scale = nn.Parameter(torch.randn(num_heads, 1, 1)) if scale_heads else None
-        self.ln_q = nn.LayerNorm(self.head_dim) if qk_norm else nn.Identity()
-        self.ln_k = nn.LayerNorm(self.head_dim) if qk_norm else nn.Identity()
-        self.ln_inner = nn.LayerNorm(dim) if inner_norm else nn.Identity()
-        self.attn_drop, self.out_drop = nn.Dropout(attn_drop), nn.Dropout(proj_drop)
-        self.out_proj = nn.Linear(dim, dim)
-
-    def forward(self, x, k_x=None, v_x=None, attn_mask=None):
-        k_x, v_x = x if k_x is None else k_x, x if v_x is None else v_x
-        separate = [self.q_proj_weight, self.k_proj_weight, self.v_proj_weight]
-        w_q, w_k, w_v = separate if self.in_proj_weight is None else self.in_proj_weight.chunk(3)
-        b_q, b_k, b_v = torch.zeros(3, 1) if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
-        q, k, v = x @ w_q.T + b_q, k_x @ w_k.T + b_k, v_x @ w_v.T + b_v
-        mask = torch.zeros(1) if attn_mask is None else attn_mask
-        if mask.dtype == torch.bool:
-            mask = torch.where(mask, 0.0, -torch.inf)
-        mask = mask.reshape(-1, *mask.shape[-2:]) if mask.dim() == 4 else mask
-        mask = mask.expand(len(x) * self.num_heads, q.shape[1], k.shape[1])
-        samples = []
-        for n in range(len(x)):
-            heads = []
-            for h in range(self.num_heads):
-                width = slice(h * self.head_dim, (h + 1) * self.head_dim)
-                scores = self.ln_q(q[n, :, width]) @ self.ln_k(k[n, :, width]).T * self.scale
-                head = self.attn_drop((scores + mask[n * self.num_heads + h]).softmax(-1)) @ v[n, :, width]
-                heads.append(head if self.head_scale is None else head * self.head_scale[h])
-            samples.append(torch.cat(heads, dim=-1))
-        return self.out_drop(self.out_proj(self.ln_inner(torch.stack(samples))))
-
-
-InstalledAttention = open_clip_transformer.Attention
-if "k_x" in inspect.signature(InstalledAttention.forward).parameters:
-    OpenClip3, OpenClip4 = None, InstalledAttention
-else:
-    StandInForOpenClip4.__module__, StandInForOpenClip4.__qualname__ = "open_clip.transformer", "Attention"
-    OpenClip3, OpenClip4 = InstalledAttention, StandInForOpenClip4
-
-needs_open_clip_3 = pytest.mark.skipif(OpenClip3 is None, reason="the installed open_clip has no Attention of version 3")
-OPEN_CLIP_OPTIONS = pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"qkv_bias": False},
-        {"qk_norm": True},
-        {"scale_heads": True},
-        {"inner_norm": True},
-        {"qk_norm": True, "scale_heads": True, "inner_norm": True},
-    ],
-    ids=str,
-)
-OPEN_CLIP_MASKS = pytest.mark.parametrize("mask", [None, "bool 2-D", "float 2-D", "bool 3-D", "float 3-D", "float 4-D"])
-
-
-def open_clip_mask(mask, source, dtype):
-    kind, dimensions = mask.split() if mask else (None, "2-D")
-    shapes = {"2-D": (L, source), "3-D": (N * H, L, source), "4-D": (N, H, L, source)}
-    return mask_of(kind, *shapes[dimensions], dtype=dtype)
-
-
-@DTYPES
-@needs_open_clip_3
-@OPEN_CLIP_OPTIONS
-@OPEN_CLIP_MASKS
-def test_open_clip_3(options, mask, dtype):
-    norm = {"norm_layer": nn.LayerNorm}  # its default computes in float32
-    module = randomise(OpenClip3(E, H, **options, **norm)).to(dtype)
-    x, mask = torch.randn(N, L, E, dtype=dtype), open_clip_mask(mask, L, dtype)
-    split = split_of(module)
-    assert_same(split(x, attn_mask=mask), module(x, attn_mask=mask), dtype)
-    assert_same(split(x, mask), module(x, mask), dtype)
-
-
-@DTYPES
-@OPEN_CLIP_OPTIONS
-@OPEN_CLIP_MASKS
-def test_open_clip_4(options, mask, dtype):
-    module = randomise(OpenClip4(E, H, **options)).to(dtype)
-    module.scale = 0.3
-    split = split_of(module)
-    x, k_x, v_x = mha_inputs("batch_first", dtype)
-    self_mask, cross_mask = open_clip_mask(mask, L, dtype), open_clip_mask(mask, S, dtype)
-    assert_same(split(x, attn_mask=self_mask), module(x, attn_mask=self_mask), dtype)
-    assert_same(split(x, x.flip(1)), module(x, x.flip(1)), dtype)
-    if OpenClip4 is StandInForOpenClip4 or "3-D" not in str(mask):  # open_clip reshapes 3-D masks to (N, H, L, L)
-        expected = module(x, k_x=k_x, v_x=v_x, attn_mask=cross_mask)
-        assert_same(split(x, k_x=k_x, v_x=v_x, attn_mask=cross_mask), expected, dtype)
-
-
-@pytest.mark.parametrize("options", [{"kdim": 6}, {"vdim": 3, "qkv_bias": False}, {"kdim": 6, "vdim": 3}], ids=str)
-def test_open_clip_4_with_separate_widths(options):
-    module = randomise(OpenClip4(E, H, **options)).double()
-    assert is_fused_attention(module)
-    inputs = mha_inputs("batch_first", kdim=options.get("kdim", E), vdim=options.get("vdim", E))
-    assert_same(split_of(module)(*inputs), module(*inputs), torch.float64)
-
-
-OPEN_CLIP_CLASSES = pytest.mark.parametrize(
-    "attention", [pytest.param(OpenClip3, marks=needs_open_clip_3, id="3"), pytest.param(OpenClip4, id="4")]
-)
-
-
-@OPEN_CLIP_CLASSES
-def test_open_clip_gradients_and_state(attention):
-    options = {"qk_norm": True, "scale_heads": True, "inner_norm": True}
-    module = randomise(attention(E, H, **options))
-    split = split_of(module)
-    x = torch.randn(N, L, E)
-    for each in (module, split):
-        each(x).square().sum().backward()
-    fused = dict(module.named_parameters())
-    parameters = dict(split.named_parameters())
-    projections = [parameters.pop(f"{name}.weight") for name in ("q_proj", "k_proj", "v_proj")]
-    biases = [parameters.pop(f"{name}.bias") for name in ("q_proj", "k_proj", "v_proj")]
-    torch.testing.assert_close(torch.cat([p.grad for p in projections]), fused.pop("in_proj_weight").grad)
-    torch.testing.assert_close(torch.cat([p.grad for p in biases]), fused.pop("in_proj_bias").grad, atol=1e-4, rtol=1e-4)
-    assert parameters.keys() == fused.keys() >= {"head_scale", "ln_q.weight", "ln_inner.bias", "out_proj.weight"}
-    for name, parameter in parameters.items():
-        torch.testing.assert_close(parameter.grad, fused[name].grad, atol=1e-4, rtol=1e-4)
-
-
-@OPEN_CLIP_CLASSES
-@pytest.mark.parametrize("option", ["attn_drop", "proj_drop"])
-def test_open_clip_dropout(attention, option):
-    module = randomise(attention(E, H, **{option: 0.5}))
-    split, x = split_of(module), torch.randn(N, L, E)
-    assert not torch.allclose(split(x), split(x))
-    if option == "proj_drop":
-        torch.manual_seed(1)
-        expected = module(x)
-        torch.manual_seed(1)
-        assert_same(split(x), expected)
-    assert_same(split.eval()(x), module.eval()(x))
-
-
-@OPEN_CLIP_CLASSES
-def test_open_clip_scaled_cosine_is_refused(attention):
-    with pytest.raises(ValueError, match="scaled_cosine"):
-        split_attention(attention(E, H, scaled_cosine=True))
-
-
-# Whole open_clip models
-
-
-def split_all(model):
-    """Replaces every fused attention; returns how many."""
-    fused = [name for name, module in model.named_modules() if is_fused_attention(module)]
-    for name in fused:
-        model.set_submodule(name, split_attention(model.get_submodule(name)))
-    return len(fused)
-
-
-@pytest.mark.parametrize(
-    ("vision", "text", "expected_splits"),
-    [
-        ({}, {}, 2 + 2),
-        ({"attentional_pool": True, "attn_pooler_queries": 3, "attn_pooler_heads": 2}, {}, 3 + 2),
-        ({"qk_norm": True, "scale_heads": True, "scale_attn_inner": True}, {"block_type": "custom"}, 2 + 2),
-    ],
-    ids=["default", "attentional_pool", "custom"],
-)
-def test_open_clip_model(vision, text, expected_splits):
-    vision_cfg = CLIPVisionCfg(layers=2, width=32, head_width=8, patch_size=4, image_size=8, **vision)
-    text_cfg = CLIPTextCfg(context_length=6, vocab_size=20, width=32, heads=4, layers=2, **text)
-    model = randomise(CLIP(24, vision_cfg, text_cfg)).eval()
-    inputs = torch.randn(N, 3, 8, 8), torch.randint(20, (N, 6))
-    expected, expected_without_grad = model(*inputs)[:2], torch.no_grad()(model)(*inputs)[:2]
-    num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    assert split_all(model) == expected_splits
-    assert sum(parameter.numel() for parameter in model.parameters()) == num_parameters
-    assert not any("in_proj" in name for name in model.state_dict())
-    assert_same(model(*inputs)[:2], expected)
-    assert_same(torch.no_grad()(model)(*inputs)[:2], expected_without_grad)
-    model.get_submodule("visual.transformer.resblocks.0.attn.v_proj").weight.data.mul_(2)
-    assert not torch.allclose(model(*inputs)[0], expected[0], atol=1e-3)
 
 
 # What is recognised, and what is refused

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from fourier_moe import FourierMoEConfig, LoRAConfig, inject
-from fourier_moe.baselines import HeadOnly, PEANuTConfig
+from fourier_moe import FFTMoEConfig, FourierMoEConfig, LoRAConfig, inject
+from fourier_moe.baselines import FullFineTuning, HeadOnly, PEANuTConfig
 from lightning_modules.budget import Budget, adapter_parameters, match, nearest
 from lightning_modules.cli import AdaptationCLI
 from lightning_modules.optimization import Optimization, ParameterGroup
@@ -73,6 +73,14 @@ def test_outline_leaves_the_model_alone_and_shares_what_is_shared():
 def test_budget_is_a_number_or_a_share_of_the_pretrained_model(text, expected):
     report = dataclasses.replace(cell(HeadOnly()).try_out(HeadOnly()), frozen=5000)
     assert Budget.parse(text).parameters(report) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    "adapter", [HeadOnly(), LoRAConfig(targets=["q_proj"]), FullFineTuning(), FFTMoEConfig(targets=["q_proj"])]
+)
+def test_share_is_of_the_same_pretrained_model_whatever_becomes_of_it(adapter):
+    report = inject(outline(Model()), dataclasses.replace(adapter, head=["head"]))
+    assert Budget.parse("10%").parameters(report) == pytest.approx((64 * 48 + 64 + 48 * 48 + 48) / 10)
 
 
 @pytest.mark.parametrize("text", ["", "%", "-1", "0", "nan", "inf", "1%%", "many"])

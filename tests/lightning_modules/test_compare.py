@@ -298,6 +298,7 @@ def _no_run(monkeypatch):
             "--adapters lora,configs/adapters/lora.yaml: names must differ",
         ),
         (("--adapters", "config,fourier_moe"), "names must differ"),
+        (("--adapters", "lora,head_only,lora"), "names must differ"),
         (("--config", "configs/adapters/lora.yaml", "--adapters", "fourier_moe"), "fourier_moe: .*own adapter is LoRAConfig"),
         (("--adapters", "lora", "--metric", "f1"), "lora: --metric 'f1' is no metric of the task; known: accuracy, balanced_"),
         (("--adapters", "lora", "--match-parameters", "many"), "'many' must be a positive number"),

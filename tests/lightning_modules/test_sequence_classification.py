@@ -137,6 +137,13 @@ def test_f1_of_three_classes_is_the_mean_over_the_classes(bert):
     assert float(metrics.compute()["f1"]) == pytest.approx((1 + 2 / 3 + 2 / 3) / 3)
 
 
+def test_f1_of_two_classes_is_that_of_class_1_also_in_a_head_of_several_tasks(bert):
+    task = built(bert, 5, metrics=["f1"])
+    metrics = task.new_metrics()
+    metrics.update(preds=torch.tensor([1, 1, 0, 0, 1]), target=torch.tensor([1, 0, 0, 1, 1]))
+    assert float(metrics.compute()["f1"]) == pytest.approx(2 / 3)
+
+
 def test_evaluation_has_the_loss_of_each_example_and_its_mean_is_the_training_loss(bert):
     task = built(bert)
     task.model.eval()

@@ -10,10 +10,11 @@ from scipy import stats
 from torchmetrics.classification import BinaryF1Score, MulticlassAccuracy, MulticlassF1Score, MulticlassMatthewsCorrCoef
 
 import lightning_modules.significance
+from lightning_modules.class_scores import F1, SCORES, Matthews, accuracy, matthews
 from lightning_modules.compare_statistics import differences, format_differences
 from lightning_modules.graded_examples import GradedSet, load_examples, save_examples
 from lightning_modules.grid import Result
-from lightning_modules.significance import METRICS, Scores, accuracy, holm, matthews, paired_difference, resample
+from lightning_modules.significance import Scores, holm, paired_difference, resample
 
 
 def graded(correct):
@@ -58,12 +59,26 @@ def test_without_examples_it_is_the_paired_t_test_over_seeds():
     assert math.isnan(alone.low)
 
 
-def test_same_answers_differ_in_nothing_and_a_constant_difference_is_certain():
+def test_interaction_of_seeds_and_examples_counts_once():
+    """Every seed errs on examples of its own, so that the seeds' variance is the examples': 1/3 in the mean, and not 2/3."""
+    resampled = np.random.default_rng(0).normal(size=(3, 20000))
+    found = paired_difference(
+        Scores(np.array([-1.0, 0.0, 1.0]), resampled, 10**6), Scores(np.zeros(3), np.zeros((3, 20000)), 10**6)
+    )
+    assert (found.high - found.low) / 2 == pytest.approx(stats.t.ppf(0.975, 2) * math.sqrt(1 / 3), rel=0.03)
+    found = paired_difference(Scores(np.zeros(3), resampled[:1].repeat(3, 0), 10**6), Scores(np.zeros(3), 0 * resampled, 10**6))
+    assert (found.high - found.low) / 2 == pytest.approx(stats.norm.ppf(0.975), rel=0.03)  # all of it is the examples'
+
+
+def test_same_answers_differ_in_nothing_and_of_a_constant_difference_nothing_is_known():
     answers = np.random.default_rng(0).random(50) < 0.5
     same = paired([answers, answers], [answers, answers])
     assert (same.mean, same.low, same.high, same.p) == (0, 0, 0, 1)
-    constant = paired([np.zeros(50, bool)], [np.ones(50, bool)])
-    assert (constant.mean, constant.p) == (1, 0)
+    of_one_example = paired([np.zeros(1, bool)], [np.ones(1, bool)])
+    of_two_seeds = paired_difference(Scores(np.float32([0.65, 0.55])), Scores(np.float32([0.6, 0.5])))
+    for constant, mean in ((of_one_example, 1), (of_two_seeds, 0.05)):
+        assert constant.mean == pytest.approx(mean)
+        assert all(math.isnan(value) for value in (constant.p, constant.low, constant.high))
 
 
 def test_holm_against_a_worked_example():
@@ -145,15 +160,23 @@ def test_metrics_are_torchmetrics_and_weights_are_repetitions(classes):
         "f1": BinaryF1Score() if classes == 2 else MulticlassF1Score(classes, average="macro"),
         "matthews": MulticlassMatthewsCorrCoef(classes),
     }
-    assert references.keys() == METRICS.keys()
+    assert references.keys() == SCORES.keys()
     for name, reference in references.items():
-        own = METRICS[name](given.numpy(), right.numpy(), weights.double().numpy())
+        own = SCORES[name](given.numpy(), right.numpy(), weights.double().numpy())
         assert own == pytest.approx(float(reference(*repeated)), abs=1e-6), name
+        if name in ("f1", "matthews"):
+            logged = {"f1": F1, "matthews": Matthews}[name](classes + 3)  # also in a head with classes of other tasks
+            for part in zip(*(tensor.split(37) for tensor in repeated), strict=True):
+                logged.update(*part)
+            assert float(logged.compute()) == pytest.approx(own, abs=1e-6), name
 
 
-def test_matthews_of_a_single_class_is_none():
-    zeros = np.zeros(5, dtype=int)
-    assert matthews(zeros, zeros, np.ones(5)) == 0
+@pytest.mark.parametrize("given", [0, 1])
+@pytest.mark.parametrize("right", [[0] * 5, [1] * 5, [0, 0, 1, 1, 1]])
+def test_matthews_of_one_answer_for_all_is_none(given, right):
+    answers, labels = np.full(5, given), np.array(right)
+    assert matthews(answers, labels, np.ones(5)) == 0
+    assert Matthews(2)(torch.tensor(answers), torch.tensor(labels)) == 0
 
 
 def test_samples_are_shared_between_methods_and_stay_within_their_test_set():
