@@ -26,13 +26,23 @@ from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fourier_moe import (
+    AdaMoLEConfig,
     DoRAConfig,
+    FFTMoEConfig,
     FourierFTConfig,
     FullFineTuning,
+    GOATConfig,
     HeadOnly,
+    HydraLoRAConfig,
+    KaSAConfig,
     LoRAConfig,
+    LoRADashConfig,
+    MELoRAConfig,
+    MiLoRAConfig,
+    MoLoRAConfig,
     PEANuTConfig,
     PiSSAConfig,
+    TopLoRAConfig,
     adapters,
     inject,
 )
@@ -128,31 +138,43 @@ def test_without_ordered_addition_losses_differ_by_rounding_alone(tmp_path):
         assert losses != one
 
 
+TWO = ["q_proj", "down_proj"]
 METHODS = {
-    "LoRA": LoRAConfig(targets=["q_proj", "down_proj"], r=2),
-    "DoRA": DoRAConfig(targets=["q_proj", "down_proj"], r=2),
-    "PiSSA": PiSSAConfig(targets=["q_proj", "down_proj"], r=2),
+    "LoRA": LoRAConfig(targets=TWO, r=2),
+    "DoRA": DoRAConfig(targets=TWO, r=2),
+    "PiSSA": PiSSAConfig(targets=TWO, r=2),
+    "MiLoRA": MiLoRAConfig(targets=TWO, r=2),
+    "KaSA": KaSAConfig(targets=TWO, r=2),
+    "LoRA-Dash": LoRADashConfig(targets=TWO, r=2, num_directions=2, start=1),
+    "TopLoRA": TopLoRAConfig(targets=TWO, r=2),
+    "MELoRA": MELoRAConfig(targets=TWO, r=2),
     "FourierFT": FourierFTConfig(targets=["q_proj"], num_coefficients=16),
     "PEANuT": PEANuTConfig(targets=["q_proj"], r=2),
+    "MoLoRA": MoLoRAConfig(targets=TWO, r=4, num_experts=4),
+    "AdaMoLE": AdaMoLEConfig(targets=TWO, r=4, num_experts=4),
+    "HydraLoRA": HydraLoRAConfig(targets=TWO, r=2, num_experts=4),
+    "GOAT": GOATConfig(targets=TWO, r=4, num_experts=4),
     "shared routers": replace(ADAPTER, targets=["q_proj", "k_proj"], router_scope="input"),
 }
 
 
 def runs_of_methods(directory):
+    """Two steps each: LoRA-Dash reads the weights after the first."""
     found = {}
     for name, adapter in METHODS.items():
-        kinds = ("experts", "router") if name == "shared routers" else ("adapter",)
+        routed = hasattr(adapter, "num_experts")
+        kinds = ("experts", "router") if routed else ("adapter",)
         rates = Optimization(**dict.fromkeys(kinds, ParameterGroup(0.01)))
-        options = {"adapter": adapter, "rates": rates, "max_epochs": 1, "base_dtype": torch.float32}
+        options = {"adapter": adapter, "rates": rates, "max_steps": 2, "base_dtype": torch.float32}
         found[name] = [fit(directory, kind, **options) for kind in ("ddp", "fsdp")]
     return found
 
 
 def test_every_method_trains_sharded_what_it_trains_in_copies(tmp_path):
-    """Also those that read the frozen weights at their start (PiSSA) or in every forward (DoRA)."""
+    """Also those that read the frozen weights at their start (PiSSA), after a step (LoRA-Dash) or in every forward (DoRA)."""
     for found in run_in_two(runs_of_methods, tmp_path):
         for name, ((losses, state), (sharded_losses, sharded_state)) in found.items():
-            assert len(losses) == 10
+            assert len(losses) == 4
             assert sharded_losses == losses, name
             assert all(torch.equal(value, sharded_state[key]) for key, value in state.items()), name
 
@@ -313,11 +335,17 @@ def test_strategies_that_do_something_else_are_refused(strategy, reason):
         check_strategy(strategy, ADAPTER)
 
 
-def test_full_fine_tuning_is_refused_with_the_sharded_base_alone():
-    with pytest.raises(ValueError, match=r"shards frozen weights, and FullFineTuning trains them all; use .*ddp\.yaml"):
-        check_strategy(ShardedBaseStrategy(), FullFineTuning())
-    check_strategy(DDPStrategy(), FullFineTuning())
-    check_strategy(SingleDeviceStrategy(), FullFineTuning())
+@pytest.mark.parametrize("adapter", [FullFineTuning(), FFTMoEConfig(targets=TWO)], ids=lambda adapter: type(adapter).__name__)
+def test_full_fine_tuning_is_refused_with_the_sharded_base_alone(adapter):
+    with pytest.raises(
+        ValueError, match=rf"shards frozen weights, and {type(adapter).__name__} trains them all; use .*ddp\.yaml"
+    ):
+        check_strategy(ShardedBaseStrategy(), adapter)
+    check_strategy(DDPStrategy(), adapter)
+    check_strategy(SingleDeviceStrategy(), adapter)
+
+
+def test_a_method_without_a_backbone_to_train_is_taken_by_the_sharded_base():
     check_strategy(ShardedBaseStrategy(), HeadOnly(head=["head"]))
 
 
