@@ -74,7 +74,7 @@ class GracefulStop(L.Callback):
             raise KeyboardInterrupt
         self._received = number
         again = ", again for an end without one" if number == signal.SIGINT else ""
-        if rank_zero_only.rank == 0:  # past sys.stderr, in whose midst the signal may have come
+        if getattr(rank_zero_only, "rank", 0) == 0:  # past sys.stderr, in whose midst the signal may have come
             os.write(2, f"\n{signal.Signals(number).name} received: checkpoint and end after this batch{again}\n".encode())
 
     def _restore(self) -> None:
