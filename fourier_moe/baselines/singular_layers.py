@@ -44,6 +44,8 @@ class KaSALinear(PeftLinear):
     def __init__(self, base: nn.Module, config: KaSAConfig, name: str) -> None:
         super().__init__(base, config, name)
         self.beta, self.gamma = config.beta, config.gamma
+        if self.weight.is_meta:  # peft would take the triplets out at the first forward, from a weight that has lost them
+            cast(Any, self.layer)._lora_kasa_truncation_deferred.clear()
 
     def regularization(self) -> Tensor:
         layer = cast(Any, self.layer)

@@ -9,7 +9,13 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader
 
-from lightning_modules.interruption.random_state import RandomState, all_random_states, random_state, reseed, set_random_state
+from lightning_modules.interruption.random_state import (
+    RandomState,
+    all_random_states,
+    new_state,
+    random_state,
+    set_random_state,
+)
 
 _LOOP, _VAL_LOOP = "epoch_loop.", "epoch_loop.val_loop."
 
@@ -18,8 +24,9 @@ class ExactResume(L.Callback):
     """Keep random state and position in checkpoints; AdaptationModule brings it along.
 
     Random numbers: every training batch begins with the state that the one before it left, whatever validation, loggers or
-    start-up have drawn in between. A checkpoint holds that state of every process. Resumed with another number of processes,
-    or on another kind of device, each draws anew from (seed of the run, step, rank), and a warning says so.
+    start-up have drawn in between. A checkpoint holds that state of every process. Several processes begin with states of their
+    own, from (seed of the run, 0, rank): seeded alike, they would drop the same activations. Resumed with another number of
+    processes, or on another kind of device, each draws anew from (seed, step, rank), and a warning says so.
 
     Position: Lightning's own record of the loops has gaps, which are closed in the checkpoint. Written in the midst of
     accumulation, it would lose the gradients so far: it goes back to the first batch of the optimiser step. Written when a
@@ -31,9 +38,11 @@ class ExactResume(L.Callback):
         self._next: RandomState | None = None  # of the next training batch
         self._first: RandomState | None = None  # of the first batch of this optimiser step
         self._validating = False
+        self._seed = 0
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._validating = False
+        self._seed = torch.initial_seed()  # now: putting a state back changes it
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Put the loader where the checkpoint was, and count batches as it does, also where they have another size now."""
@@ -50,7 +59,9 @@ class ExactResume(L.Callback):
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
         device = trainer.strategy.root_device
         if self._next is None:
-            self._next = random_state(device)
+            alone = trainer.world_size == 1
+            own = (self._seed, trainer.global_step, trainer.global_rank)
+            self._next = random_state(device) if alone else new_state(*own, device)
         set_random_state(self._next, device)
         if batch_idx % trainer.accumulate_grad_batches == 0:
             self._first = self._next
@@ -72,7 +83,7 @@ class ExactResume(L.Callback):
         surplus = _batches_since_step(trainer)
         state = self._first if surplus else self._next
         states = all_random_states(state or random_state(trainer.strategy.root_device))
-        checkpoint["random_states"] = {"seed": torch.initial_seed(), "step": trainer.global_step, "states": states}
+        checkpoint["random_states"] = {"seed": self._seed, "step": trainer.global_step, "states": states}
         _close_gaps(checkpoint["loops"]["fit_loop"], trainer, surplus, self._validating)
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -92,10 +103,7 @@ class ExactResume(L.Callback):
             f"the checkpoint is of {len(states)} process(es) on {kind}, this run has {trainer.world_size} on "
             f"{device.type.upper()}: random numbers (dropout) are drawn anew from the seed, the step and the rank"
         )
-        before = random_state(device)
-        reseed(stored["seed"], stored["step"], trainer.global_rank)
-        self._next = random_state(device)
-        set_random_state(before, device)
+        self._next = new_state(stored["seed"], stored["step"], trainer.global_rank, device)
 
 
 def _batches_since_step(trainer: L.Trainer) -> int:

@@ -24,6 +24,9 @@ def require_finite_loss(module: L.LightningModule, losses: Mapping[str, Tensor],
     trainer = module._trainer  # None where someone calls training_step alone
     if not (own if trainer is None else trainer.strategy.reduce_boolean_decision(own, all=False)):
         return
+    place = f"the loss is not finite at step {module.global_step} of epoch {module.current_epoch}"
+    if not own:
+        raise ValueError(f"{place} on another process, whose message names the cause")
     values = ", ".join(f"{name} loss {float(loss):g}" for name, loss in losses.items())
     ids = ", ".join(map(str, list(batch["id"])[:4]))
     weights = _not_finite((name, weight) for name, weight in module.named_parameters() if weight.requires_grad)
@@ -32,10 +35,7 @@ def require_finite_loss(module: L.LightningModule, losses: Mapping[str, Tensor],
         if weights
         else f"all trained weights are finite, so look at the batch (ids {ids}, ...)"
     )
-    raise ValueError(
-        f"the loss is not finite at step {module.global_step} of epoch {module.current_epoch}: {values}"
-        f"{'' if own else ' here, but not on another process'}; {cause}; {_advice(trainer.optimizers if trainer else [])}"
-    )
+    raise ValueError(f"{place}: {values}; {cause}; {_advice(trainer.optimizers if trainer else [])}")
 
 
 def require_finite_weights(trainer: L.Trainer, state: Mapping[str, Tensor]) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import lightning as L
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 
 NAME = "interrupted.ckpt"
 
@@ -74,7 +74,8 @@ class GracefulStop(L.Callback):
             raise KeyboardInterrupt
         self._received = number
         again = ", again for an end without one" if number == signal.SIGINT else ""
-        rank_zero_info(f"\n{signal.Signals(number).name} received: checkpoint and end after this batch{again}")
+        if getattr(rank_zero_only, "rank", 0) == 0:  # past sys.stderr, in whose midst the signal may have come
+            os.write(2, f"\n{signal.Signals(number).name} received: checkpoint and end after this batch{again}\n".encode())
 
     def _restore(self) -> None:
         for number, handler in self._before.items():

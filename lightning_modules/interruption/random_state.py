@@ -40,6 +40,15 @@ def reseed(seed: int, step: int, rank: int) -> None:
     random.seed(int(numbers[2]))
 
 
+def new_state(seed: int, step: int, rank: int, device: torch.device) -> RandomState:
+    """What `reseed` makes, with the present state left as it is."""
+    before = random_state(device)
+    reseed(seed, step, rank)
+    state = random_state(device)
+    set_random_state(before, device)
+    return state
+
+
 def all_random_states(state: RandomState) -> list[RandomState]:
     """Every process's state, by rank, on every process. All have to call it together."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):

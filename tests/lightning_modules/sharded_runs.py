@@ -15,7 +15,8 @@ ADAPTER = FourierMoEConfig(targets=["q_proj", "v_proj", "down_proj"], num_coeffi
 RATES = Optimization(experts=ParameterGroup(0.02), router=ParameterGroup(0.01), schedule="cosine", warmup_ratio=0.1)
 EPOCHS, STEPS_PER_EPOCH = 4, 5
 MICRO_BATCHES = 4  # of one optimiser step, all processes together
-HALFWAY = f"step={EPOCHS // 2 * STEPS_PER_EPOCH}.ckpt"
+STEPS_BEFORE_CHECKPOINT = (EPOCHS - 1) * STEPS_PER_EPOCH
+CHECKPOINT = f"step={STEPS_BEFORE_CHECKPOINT}.ckpt"
 STRATEGIES = {"ddp": lambda: "ddp", "fsdp": ShardedBaseStrategy}
 
 
@@ -71,15 +72,16 @@ class AddAsTwoProcessesDo(L.Callback):
 def fit(
     directory, strategy="auto", *callbacks, base_dtype=torch.bfloat16, checkpoint=None, adapter=ADAPTER, rates=RATES, **options
 ):
-    """One run: the losses of this process's micro-batches and the adapter's state. The adapter and the checkpoint of half the
-    steps are left in `directory`."""
+    """One run: the losses of this process's micro-batches and the adapter's state. The adapter and the checkpoint before the
+    last epoch are left in `directory`."""
+    torch.manual_seed(0)
     size = 1 if strategy == "auto" else 2
     module = AdaptationModule(Llama(base_dtype), adapter, rates, activation_checkpointing=True)
     losses = Losses()
-    halfway = ModelCheckpoint(directory, "{step}", every_n_epochs=EPOCHS // 2, save_top_k=-1)
+    saving = ModelCheckpoint(directory, "{step}", every_n_epochs=EPOCHS - 1)
     trainer = L.Trainer(
         default_root_dir=directory,
-        callbacks=[losses, *callbacks, *([] if checkpoint else [halfway])],
+        callbacks=[losses, *callbacks, *([] if checkpoint else [saving])],
         accelerator="cpu",
         devices=size,
         strategy=STRATEGIES[strategy]() if size > 1 else strategy,

@@ -12,10 +12,15 @@ from processes import run_in_two
 from lightning_modules import cli
 
 REPOSITORY = Path(__file__).parent.parent.parent
-QUICK = {
-    "fsdp": ["--data.init_args.test", "[gsm8k]", "--model.task.init_args.evaluation.max_new_tokens", "2"],
-    "ddp": [],
-}
+QUICK = [
+    "--trainer.limit_train_batches",
+    "2",
+    "--trainer.limit_val_batches",
+    "1",
+    "--model.adapter.init_args.num_coefficients",
+    "512",
+]
+QUICK_ANSWERS = ["--data.init_args.test", "[gsm8k]", "--model.task.init_args.evaluation.max_new_tokens", "2"]
 
 
 def fit_and_test(main, words, directory):
@@ -31,7 +36,8 @@ def fit_and_test(main, words, directory):
 def test_overlay_s_command_fits_and_tests_in_smoke_size_on_two_processes(main, tmp_path, name, strategy):
     """With every callback of the config that the command names."""
     first_line = (REPOSITORY / f"configs/strategies/{name}.yaml").read_text(encoding="utf-8").splitlines()[0]
-    words = [*shlex.split(first_line)[4:], "--config", "configs/smoke.yaml", "--trainer.limit_val_batches", "1", *QUICK[name]]
+    words = [*shlex.split(first_line)[4:], "--config", "configs/smoke.yaml", *QUICK]
+    words += QUICK_ANSWERS if name == "fsdp" else []
     first, second = run_in_two(fit_and_test, main, words, tmp_path)
     used, run, recomputing, metrics = first
     assert second == first
@@ -74,3 +80,5 @@ def test_slurm_script_is_bash_and_starts_one_process_for_each_gpu(script):
     (gpus,), (tasks,) = (re.findall(rf"#SBATCH --{name}=(\d+)", text) for name in ("gpus-per-node", "ntasks-per-node"))
     assert gpus == tasks
     assert re.search(r"srun python train\.py fit", text)
+    assert re.search(r"#SBATCH --requeue", text)
+    assert '--trainer.logger.init_args.version "job_$SLURM_JOB_ID" --ckpt_path last "$@"' in text  # or it would begin anew

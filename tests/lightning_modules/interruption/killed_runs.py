@@ -207,7 +207,7 @@ def in_process(directory: Path, *callbacks: L.Callback, **options: Any) -> tuple
 
 
 def in_two_processes(directory: Path, *of_second: L.Callback, **options: Any) -> tuple[list[int], Path]:
-    """`fit` in two children with DDP; the callbacks are the second's."""
+    """`fit` in two children, with DDP unless `strategy` says otherwise; the callbacks are the second's."""
     directory.mkdir(exist_ok=True)
     outcome = directory / "result.pt"
     with socket.socket() as free:
@@ -218,7 +218,7 @@ def in_two_processes(directory: Path, *of_second: L.Callback, **options: Any) ->
     def child(rank: int) -> None:
         os.environ |= {"LOCAL_RANK": str(rank), "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         callbacks = of_second if rank else ()
-        trainer = fit(directory, *callbacks, resume=resume, strategy="ddp", devices=2, num_workers=0, **options)
+        trainer = fit(directory, *callbacks, resume=resume, **{"strategy": "ddp", "devices": 2, "num_workers": 0, **options})
         if rank == 0:
             torch.save(result(trainer), outcome)
 

@@ -3,7 +3,7 @@
 import lightning as L
 import pytest
 import torch
-from killed_runs import fit
+from killed_runs import fit, in_two_processes
 
 from lightning_modules import AdaptationModule
 from lightning_modules.cli import user_mistake
@@ -51,6 +51,19 @@ def test_bad_example_is_named_where_the_weights_are_well(tmp_path):
     assert "at step 2 of epoch 0: task loss nan" in message
     assert "all trained weights are finite, so look at the batch (ids train/" in message
     assert all(bool(value.isfinite().all()) for value in read_checkpoint(tmp_path / "newest.ckpt")["state_dict"].values())
+
+
+def test_bad_example_of_one_of_two_processes_ends_both_before_a_weight_is_touched(tmp_path):
+    statuses, _ = in_two_processes(tmp_path, SpoilImage(), accumulate_grad_batches=1, max_epochs=1)
+    logs = [(tmp_path / f"log_{rank}.txt").read_text() for rank in range(2)]
+    assert statuses == [70, 70], logs
+    assert (
+        "ValueError: the loss is not finite at step 2 of epoch 0 on another process, whose message names the cause" in logs[0]
+    )
+    assert "at step 2 of epoch 0: task loss nan" in logs[1]
+    state = read_checkpoint(tmp_path / "newest.ckpt")
+    assert state["global_step"] == 2
+    assert all(bool(value.isfinite().all()) for value in state["state_dict"].values())
 
 
 @pytest.mark.filterwarnings("ignore")

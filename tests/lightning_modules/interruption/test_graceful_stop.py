@@ -15,6 +15,7 @@ from killed_runs import At, forked, in_process, in_two_processes, same
 import train
 from lightning_modules import AdaptationModule
 from lightning_modules.interruption import GracefulStop, read_checkpoint
+from lightning_modules.sharding import ShardedBaseStrategy
 
 REPOSITORY = Path(__file__).parents[3]
 
@@ -126,14 +127,16 @@ def test_run_without_checkpoints_says_that_none_was_written(tmp_path):
 
 
 def test_signal_to_one_of_two_processes_ends_both_at_one_step_and_both_go_on_with_their_own_random_numbers(tmp_path):
+    """The interrupted run sharded, in the midst of accumulation, and resumed with copies."""
     statuses, outcome = in_two_processes(tmp_path / "straight", max_epochs=1)
     assert statuses == [0, 0], (tmp_path / "straight/log_0.txt").read_text()
     straight = torch.load(outcome)
-    run = tmp_path / "run"
-    statuses, outcome = in_two_processes(run, At("on_after_backward", 3, signalled(signal.SIGTERM)), max_epochs=1)
+    run, hook = tmp_path / "run", At("on_after_backward", 3, signalled(signal.SIGTERM))
+    statuses, outcome = in_two_processes(run, hook, max_epochs=1, strategy=ShardedBaseStrategy())
     assert statuses == [128 + signal.SIGTERM] * 2, (run / "log_0.txt").read_text()
     states = read_checkpoint(run / "interrupted.ckpt")["random_states"]["states"]
     assert len(states) == 2
+    assert not states[0]["torch"].equal(states[1]["torch"])  # or both would drop the same activations
     statuses, outcome = in_two_processes(run, max_epochs=1)
     assert statuses == [0, 0], (run / "log_0.txt").read_text()
     assert same(torch.load(outcome), straight)
