@@ -96,7 +96,7 @@ def test_merged_projection_is_the_adapted_one_where_all_tokens_have_the_same_gat
 
 def test_upcycled_experts_are_refused_by_a_merge():
     layer, _ = moved_layer(CONFIGS[-1], 7, 5)
-    with pytest.raises(ValueError, match="FFTMoELinear: this method's update cannot be merged"):
+    with pytest.raises(ValueError, match="FFTMoELinear: this method has no merge into a weight"):
         layer.merged()
 
 
