@@ -89,7 +89,7 @@ class GracefulStop(L.Callback):
         if path is None:
             rank_zero_warn(f"{reason}; no checkpoint was written, since the run has no checkpoint callback")
         else:
-            trainer.save_checkpoint(path)
+            trainer.save_checkpoint(path, weights_only=False)  # unsaid, Lightning logs its default
             rank_zero_info(f"\n{reason}. Checkpoint: {path}\nResume: {resume_command(trainer, path)}")
         if number == self._requeue and trainer.is_global_zero:
             _requeue_job()
