@@ -1,10 +1,10 @@
 """The trainer: one LightningModule, tasks, optimisation, callbacks."""
 
-from lightning_modules.adaptation import AdaptationModule
-
-__all__ = ["AdaptationModule"]
-
 import logging
 
 # Imported by peft, imported by transformers, bitsandbytes asks everybody for a kernel that tasks/quantization.py switches off.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
+from lightning_modules.adaptation import AdaptationModule  # noqa: E402
+
+__all__ = ["AdaptationModule"]
