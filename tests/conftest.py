@@ -63,3 +63,29 @@ def main(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
 def run(main: Callable[..., Any], tmp_path: Path) -> Callable[..., Any]:
     """`main` for commands other than compare, writing to tmp_path instead of runs/."""
     return lambda *words: main(*words, "--trainer.logger.init_args.save_dir", str(tmp_path))
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The demo after one epoch of 3 steps: the CLI, for tests that only look."""
+    import train
+
+    words = [
+        "--trainer.logger.init_args.save_dir",
+        str(tmp_path_factory.mktemp("trained")),
+        "--trainer.enable_progress_bar",
+        "false",
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(REPOSITORY)
+        patch.setattr(sys, "argv", ["train.py"])
+        return train.main(
+            ["fit", "--config", "configs/demo.yaml", "--trainer.max_epochs", "1", "--trainer.limit_train_batches", "3", *words]
+        )
+
+
+@pytest.fixture
+def no_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lightning_modules import AdaptationModule
+
+    monkeypatch.setattr(AdaptationModule, "training_step", lambda *_: pytest.fail("training began"))
