@@ -193,7 +193,7 @@ def product_forward(
     y_parts = []
     for part in _parts(experts_TK, positions):
         active = _Active.of(positions, experts_TK[part], coefficients_EPC)
-        values_TKP = _read(torch.fft.rfft(x_TN[part].to(dtype)), active.columns_TKP, active.negative_v_TKP)
+        values_TKP = _read(_rfft(x_TN[part].to(dtype)), active.columns_TKP, active.negative_v_TKP)
         values_TKP.mul_(active.c_TKP).mul_(gates_TK[part].to(dtype).unsqueeze(-1))
         y_parts.append(_accumulate(values_TKP, active.rows_TKP, out_features, scale))
     return _join(y_parts)
@@ -219,9 +219,9 @@ def product_backward(
         active = _Active.of(positions, experts_TK[part], coefficients_EPC)
         gates_TK1 = gates_TK[part].to(dtype).unsqueeze(-1)
         # h_j = sum_p grad[p] exp(2 pi i u_j p/M): what an increment of position j's bracket earns.
-        h_TKP = _read(torch.fft.rfft(grad_TM[part].to(dtype)), active.rows_TKP, None)
+        h_TKP = _read(_rfft(grad_TM[part].to(dtype)), active.rows_TKP, None)
         if needs_gates or needs_coefficients:
-            x_TF = torch.fft.rfft(x_TN[part].to(dtype))
+            x_TF = _rfft(x_TN[part].to(dtype))
             products_TKP = _read(x_TF, active.columns_TKP, active.negative_v_TKP).mul_(h_TKP)
             if needs_gates:
                 gates_parts.append((scale * (products_TKP * active.c_TKP).real.sum(-1)).to(gates_TK.dtype))
@@ -263,8 +263,15 @@ def _read(spectrum_TF: Tensor, rows_TKP: Tensor, signs_TKP: Tensor | None) -> Te
     return values_TKP
 
 
+def _rfft(x_TN: Tensor) -> Tensor:
+    """torch.fft.rfft, also of no tokens at all, which torch 2.10 on a CPU refuses."""
+    return torch.fft.rfft(x_TN) if len(x_TN) else x_TN.new_zeros(0, x_TN.shape[1] // 2 + 1, dtype=x_TN.dtype.to_complex())
+
+
 def _accumulate(values_TKP: Tensor, rows_TKP: Tensor, size: int, scale: float) -> Tensor:
     """scale * Re sum_r values[r] exp(2 pi i rows[r] p / size) for p = 0..size-1, as (T, size)."""
+    if not len(values_TKP):
+        return values_TKP.real.new_zeros(0, size)
     spectrum_TF = values_TKP.new_zeros(len(values_TKP), size // 2 + 1)
     spectrum_TF.scatter_add_(1, rows_TKP.flatten(1), values_TKP.flatten(1))
     # irfft counts every inner frequency twice (itself and its conjugate), but DC and Nyquist once and only their real part.
