@@ -20,6 +20,7 @@ from fourier_moe import AdapterConfig, InjectionReport, inject
 from lightning_modules.cli import AdaptationCLI
 from lightning_modules.grid import resolved_config
 from lightning_modules.optimization import Optimization
+from lightning_modules.quiet import quiet
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,8 @@ def raise_together(problems: Sequence[str]) -> None:
 def _parse(words: Sequence[str], metric: str | None, outlines: dict[str, tuple[nn.Module, list[str]]]) -> Cell:
     errors = io.StringIO()
     try:
-        with contextlib.redirect_stderr(errors), _quiet():
+        # Lightning says which devices there are and how it seeds; the runs say it again.
+        with contextlib.redirect_stderr(errors), quiet(logging.INFO):
             cli = AdaptationCLI([*words, "--seed_everything", "0"], run=False)
     except SystemExit as error:
         message = " ".join(errors.getvalue().partition("error: ")[2].split())
@@ -145,14 +147,3 @@ def _flatten(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
         return
     for key, inner in value.items():
         yield from _flatten(f"{prefix}.{key}" if prefix else key, inner)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Lightning says which devices there are and how it seeds; the runs say it again."""
-    before = logging.root.manager.disable
-    logging.disable(max(before, logging.INFO))
-    try:
-        yield
-    finally:
-        logging.disable(before)

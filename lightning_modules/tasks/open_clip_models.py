@@ -6,8 +6,6 @@ import copy
 import difflib
 import json
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ from open_clip.factory import load_checkpoint, load_state_dict
 from safetensors.torch import save_file
 from torch import nn
 
+from lightning_modules.quiet import quiet
 from lightning_modules.tasks.base import without_weights
 
 _UNTRAINED_SEED = 0  # an untrained tower is the same one everywhere, so that an adapter of it can be used again
@@ -83,7 +82,8 @@ def load_open_clip(
     check_model(model, pretrained)
     name, config = _register(model)
     overrides = _tiny(config, model) if tiny else {}
-    with torch.random.fork_rng(devices=[]), _quiet():
+    # open_clip warns that a model is initialised randomly even when weights follow; our report names the weights.
+    with torch.random.fork_rng(devices=[]), quiet(logging.ERROR):
         torch.manual_seed(_UNTRAINED_SEED)
         if without_weights():
             return open_clip.create_model(name, force_image_size=image_size, pretrained_text=False, device="meta", **overrides)
@@ -117,17 +117,6 @@ def save_open_clip(clip: Any, model: str, directory: Path, *, image_size: int | 
     (directory / "open_clip_config.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in clip.state_dict().items()}
     save_file(state, directory / "open_clip_model.safetensors")
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """open_clip warns that a model is initialised randomly even when weights follow; our report names the weights."""
-    before = logging.root.manager.disable
-    logging.disable(max(before, logging.ERROR))
-    try:
-        yield
-    finally:
-        logging.disable(before)
 
 
 def _register(model: str) -> tuple[str, dict[str, Any]]:
