@@ -108,6 +108,10 @@ class ProjectionAdapterConfig(AdapterConfig):
 
         return replace_targets(model, self)
 
+    def check_fit(self, in_features: int, out_features: int) -> str | None:
+        """What is impossible for a projection of this size, or None. Asked for all targets before any layer is built."""
+        return None
+
     def build_layer(self, base: nn.Module, name: str) -> Adapter:
         """The adapter that takes the place of projection `base`, known in the model as `name`."""
         raise NotImplementedError

@@ -272,7 +272,7 @@ def _check_projections(model: nn.Module, names: Iterable[str], config: Projectio
     for name in sorted(names):
         projection = model.get_submodule(name)
         try:
-            projection_shape(projection)
+            in_features, out_features = projection_shape(projection)
         except ValueError as error:
             raise ValueError(f"targets match {name!r}: {error}") from error
         if config.reads_weights and is_quantized(projection):
@@ -280,6 +280,9 @@ def _check_projections(model: nn.Module, names: Iterable[str], config: Projectio
                 f"{type(config).__name__} computes with the pretrained weights, and those of {name!r} are quantised; load the "
                 "model without quantization, or take a method that only adds to the output (FourierMoEConfig, LoRAConfig)"
             )
+        problem = config.check_fit(in_features, out_features)
+        if problem:
+            raise ValueError(f"{name} is {out_features} x {in_features}: {problem}")
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, ClassVar
 
 from torch import nn
 
-from fourier_moe.adapter import projection_shape
 from fourier_moe.baselines.low_rank_layers import LoRADashLinear, LowRankLinear, MELoRALinear, TopLoRALinear
 from fourier_moe.checks import at_least_one, low_rank, rank_problem, refuse
 from fourier_moe.config import ProjectionAdapterConfig
@@ -42,14 +41,9 @@ class LowRankConfig(ProjectionAdapterConfig):
         refuse(self, low_rank(self))
 
     def check_fit(self, in_features: int, out_features: int) -> str | None:
-        """What is impossible for a projection of this size, or None."""
         return rank_problem(self.r, min(in_features, out_features))
 
     def build_layer(self, base: nn.Module, name: str) -> Adapter:
-        in_features, out_features = projection_shape(base)
-        problem = self.check_fit(in_features, out_features)
-        if problem:
-            raise ValueError(f"{name} is {out_features} x {in_features}: {problem}")
         return self.layer_class(base, self, name)
 
 

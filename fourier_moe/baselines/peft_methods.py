@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import nn
 
-from fourier_moe.adapter import projection_shape
 from fourier_moe.baselines.peft_layer import PeftLinear
 from fourier_moe.checks import at_least_one, low_rank, not_negative, positive, rank_problem, refuse
 from fourier_moe.config import ProjectionAdapterConfig
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class PeftConfig(ProjectionAdapterConfig):
-    """Base of the methods that peft computes: a subclass implements `to_peft` and `check_fit`.
+    """Base of the methods that peft computes: a subclass implements `to_peft`.
 
     Args:
         seed: seed of the adapters' start: what `torch.manual_seed(seed)` before `peft.get_peft_model` gives. None is the run's
@@ -41,20 +40,12 @@ class PeftConfig(ProjectionAdapterConfig):
         """The same settings as peft's config, for the module called `target`."""
         raise NotImplementedError
 
-    def check_fit(self, in_features: int, out_features: int) -> str | None:
-        """What is impossible for a projection of this size, or None."""
-        raise NotImplementedError
-
     def inject(self, model: nn.Module) -> InjectionReport:
         with torch.random.fork_rng(devices=[]):  # peft draws on the CPU; dropout and data must not depend on how much
             torch.default_generator.manual_seed(self.seed or 0)
             return super().inject(model)
 
     def build_layer(self, base: nn.Module, name: str) -> Adapter:
-        in_features, out_features = projection_shape(base)
-        problem = self.check_fit(in_features, out_features)
-        if problem:
-            raise ValueError(f"{name} is {out_features} x {in_features}: {problem}")
         return self.layer_class(base, self, name)
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from fourier_moe.adapter import device_of, projection_shape
-from fourier_moe.checks import at_least_one, dropout, not_negative, positive, refuse
+from fourier_moe.checks import at_least_one, dropout, not_negative, positive, rank_problem, refuse
 from fourier_moe.config import ProjectionAdapterConfig
 from fourier_moe.frequencies import named_generator
 
@@ -107,13 +107,13 @@ class RoutedLoRAConfig(RoutedConfig):
         """The largest possible r for a projection of this size."""
         return min(in_features, out_features) * self.num_experts
 
+    def check_fit(self, in_features: int, out_features: int) -> str | None:
+        return rank_problem(self.r, self.largest_rank(in_features, out_features))
+
     def build_layer(self, base: nn.Module, name: str) -> Adapter:
         from fourier_moe.baselines.lora_experts import RoutedLoRALinear
 
-        in_features, out_features = projection_shape(base)
-        largest = self.largest_rank(in_features, out_features)
-        if self.r > largest:
-            raise ValueError(f"{name} is {out_features} x {in_features}: r={self.r} must be at most {largest}")
+        in_features, _ = projection_shape(base)
         generator, device = named_generator(self.seed or 0, name), device_of(base)
         router = self.build_router(in_features, generator, device)
         base, experts = self.build_experts(base, generator, device)

@@ -119,7 +119,7 @@ class QuantizedLinear(nn.Module):
     ("config", "message"),
     [
         (
-            GOATConfig(targets=["q_proj", "packed"]),
+            GOATConfig(targets=["q_proj", "packed"], r=16),
             "^GOATConfig computes with the pretrained weights, and those of 'packed' are",
         ),
         (FFTMoEConfig(targets=["q_proj", "packed"]), "^FFT MoE trains the pretrained weights, and these are quantised"),
