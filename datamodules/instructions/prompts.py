@@ -39,8 +39,9 @@ class PromptStyle(ABC):
 class LLMAdaptersPrompt(PromptStyle):
     """The prompts of LLM-Adapters' scripts, with their white space, for figures that compare with published ones.
 
-    Every line but the first is indented by 16 spaces. In training the first line ends in two spaces and the blocks are
-    separated by a line of 16 spaces; in evaluation it ends in one space, and by an empty line.
+    Every line but the first is indented by 16 spaces. The blocks are separated by a line of 16 spaces in training and by an
+    empty line in evaluation. The first line ends in two spaces in training and one in evaluation; with an input it ends in
+    one space less, in both.
     """
 
     _INDENT = " " * 16
@@ -49,7 +50,7 @@ class LLMAdaptersPrompt(PromptStyle):
         return self._prompt(record, line_end=" " if record.input else "  ", between=f"\n{self._INDENT}\n")
 
     def evaluation(self, record: Record) -> Prompt:
-        return self._prompt(record, line_end=" ", between="\n\n")
+        return self._prompt(record, line_end="" if record.input else " ", between="\n\n")
 
     def response(self, output: str) -> str:
         return output

@@ -92,6 +92,28 @@ def test_llm_adapters_prompt_with_an_input():
     )
     assert prompt.question == f"Add.\n{SPACES}\n{SPACES}### Input:\n{SPACES}1 2"
     assert prompt.tail == f"\n{SPACES}\n{SPACES}### Response:\n{SPACES}"
+    assert prompt.head.partition("\n")[0].endswith("the request. ")
+
+
+def test_llm_adapters_evaluation_prompt_with_an_input_has_no_space_at_the_end_of_its_first_line():
+    first = (
+        "Below is an instruction that describes a task, paired with an input that provides further context. Write a response "
+        "that appropriately completes the request."
+    )
+    assert STYLES["llm_adapters"].evaluation(Record("Add.", "1 2", "3", "3")).text == "\n".join(
+        [
+            first,
+            "",
+            f"{SPACES}### Instruction:",
+            f"{SPACES}Add.",
+            "",
+            f"{SPACES}### Input:",
+            f"{SPACES}1 2",
+            "",
+            f"{SPACES}### Response:",
+            SPACES,
+        ]
+    )
 
 
 def test_plain_prompt_is_the_same_in_training_and_evaluation():
