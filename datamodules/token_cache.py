@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import tokenizers
 import transformers
-from safetensors import SafetensorError
+from lightning.pytorch.utilities import rank_zero_warn
+from safetensors import safe_open
 from safetensors.torch import load_file, save
-from torch import Tensor
+from torch import Tensor, uint8
 from transformers import PreTrainedTokenizerBase
 
-_VERSION = "2"  # raise it when the same inputs would give other files
+_VERSION = "3"  # raise it when the same inputs would give other files
+_CHECKSUM = "sha256"  # key of the file's metadata
 
 
 def load_or_make(cache_directory: Path, key: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The tensors that lie under a key; made and written down where there are none, or where their file is damaged.
+    """The tensors that lie under a key; made and written where there are none, or where their file is damaged.
 
-    Processes that read the same file share its memory.
+    Processes that read the same file share its memory. Of processes that write it at the same time the last one wins; none
+    ever reads a part of a file.
 
     Raises:
         ValueError: The directory cannot be written to.
@@ -29,22 +33,50 @@ def load_or_make(cache_directory: Path, key: str, make: Callable[[], dict[str, T
     path = cache_directory / f"{key}.safetensors"
     if path.is_file():
         try:
-            return load_file(path)
-        except SafetensorError:  # cut off, say by a machine that went down
-            pass
+            return _load_checked(path)
+        except Exception as error:  # a damaged header gives errors of many kinds
+            reason = " ".join(str(error).split())
+            rank_zero_warn(f"token cache: '{path}' is damaged ({reason}); the texts are tokenised again")
     tensors = make()
-    # Seen by its name only once it is complete. Process ids repeat on the nodes that share a directory.
+    content = save(tensors, metadata={_CHECKSUM: _checksum(tensors)})
+    # Process ids repeat on the nodes that share a directory.
     part = path.with_suffix(f".{uuid.uuid4().hex}.part")
     try:
         cache_directory.mkdir(parents=True, exist_ok=True)
         try:
-            part.write_bytes(save(tensors))  # what save_file writes, no other user could read
+            _write(part, content)
             part.replace(path)
         finally:
             part.unlink(missing_ok=True)
     except OSError as error:
         raise ValueError(f"cache_directory '{cache_directory}' cannot be written to ({error}); give another") from error
     return load_file(path)
+
+
+def _load_checked(path: Path) -> dict[str, Tensor]:
+    with safe_open(path, framework="pt") as file:
+        expected = (file.metadata() or {}).get(_CHECKSUM)
+    tensors = load_file(path)
+    if _checksum(tensors) != expected:
+        raise ValueError("its checksum differs")
+    return tensors
+
+
+def _checksum(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of names, types, shapes and values."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        digest.update(tensor.reshape(-1).view(uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Write a new file to the disk itself; other users may read it, unlike what `save_file` writes."""
+    with path.open("xb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def cache_key(tokenizer: PreTrainedTokenizerBase, settings: object, *columns: Iterable[str]) -> str:
