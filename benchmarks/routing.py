@@ -30,8 +30,7 @@ class BalancedRouter(TopKRouter):
         probabilities = self.probabilities(x)
         chosen = torch.topk(probabilities, self.top_k, -1).indices
         forced = torch.arange(chosen.numel(), device=x.device).remainder(self.num_experts).view_as(chosen)
-        if self._recording:
-            self._record(probabilities, forced)
+        self._record(probabilities, forced)
         values = probabilities.gather(-1, forced)
         return Routing(values / values.detach() / self.top_k, forced)
 

@@ -14,18 +14,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fourier_moe.recorded import SHARED, Recorded, Recording, opened, recording_of
 from fourier_moe.router_logits import logits
 from fourier_moe.router_statistics import RouterStatistics, TokenWeights
 
 AT_ONCE = 16  # routers that are counted together: few operations, and a bounded copy of what they recorded
-
-
-class _Recorded(NamedTuple):
-    """What the balance loss needs of one forward. Sums are left to `balance_loss`: under activation checkpointing an operation
-    here would belong to the recomputed region, which must be the same with and without recording."""
-
-    probabilities: Tensor  # what P_e is the mean of (..., E), carries the gradient
-    choice: Tensor  # what the router's `active` reads the active experts from, for example those in the top-K (..., K)
 
 
 class Routing(NamedTuple):
@@ -53,7 +46,7 @@ class Routing(NamedTuple):
 class Router(nn.Module, ABC):
     """Base of the routers: one logit per expert from a matrix R without bias, recording, balance loss and statistics.
 
-    A subclass implements `forward`, which calls `_record` while recording, and `active` and `gates`, which read the record.
+    A subclass implements `forward`, which calls `_record`, and `active` and `gates`, which read what was recorded.
 
     Args:
         in_features: N.
@@ -75,10 +68,8 @@ class Router(nn.Module, ABC):
         weight_EN = torch.empty(num_experts, in_features, device="cpu", dtype=torch.float32)
         nn.init.kaiming_uniform_(weight_EN, a=math.sqrt(5), generator=generator)
         self.weight = nn.Parameter(weight_EN.to(device))
-        self._recording = False
-        self._token_mask: Tensor | None = None
-        self._recorded: list[_Recorded] = []
-        self._weights: TokenWeights | None = None
+        self._num_recordings = 0  # open in any thread
+        self._recording = False  # whether there is one: torch.compile guards on it
         self._num_readers = 0  # StatisticsReader counts itself here
         # Not buffers: DDP hands the first process's buffers to all, and a model made on the meta device has none to add to.
         self._total: Tensor | None = None  # (S, 3E + 1), of all recordings since there is a reader
@@ -114,21 +105,22 @@ class Router(nn.Module, ABC):
             RuntimeError: outside of `recording`, or when no forward has run in it.
             ValueError: if a gradient is wanted, and the forward has run without.
         """
-        if not self._recorded:
+        recording = recording_of(self)
+        if recording is None or not recording.tokens[self]:
             raise RuntimeError(
                 "this router saw no tokens: read balance_loss() inside `with recording(model): ...`, after a forward pass that "
                 "uses the adapted projection"
             )
-        assert self._weights is not None
+        tokens, weights = recording.tokens[self], recording.weights
         trains = torch.is_grad_enabled() and self.weight.requires_grad
-        if trains and not all(recorded.probabilities.requires_grad for recorded in self._recorded):
+        if trains and not all(recorded.probabilities.requires_grad for recorded in tokens):
             raise ValueError(
                 "the balance loss would train no router, because the forward pass ran without gradients: in reentrant "
                 "activation checkpointing, where use_reentrant=False is needed, or under torch.no_grad()"
             )
-        probabilities_TE = torch.cat([recorded.probabilities.reshape(-1, self.num_experts) for recorded in self._recorded])
-        choice = torch.cat([recorded.choice.reshape(-1, recorded.choice.shape[-1]) for recorded in self._recorded])
-        mask_T1 = torch.cat([self._weights.mask(recorded.probabilities) for recorded in self._recorded]).unsqueeze(-1)
+        probabilities_TE = torch.cat([recorded.probabilities.reshape(-1, self.num_experts) for recorded in tokens])
+        choice = torch.cat([recorded.choice.reshape(-1, recorded.choice.shape[-1]) for recorded in tokens])
+        mask_T1 = torch.cat([weights.mask(recorded.probabilities) for recorded in tokens]).unsqueeze(-1)
         num_tokens = mask_T1.sum().clamp(min=1)
         active_TE = self.active(probabilities_TE.detach(), choice.detach())
         load_E, probability_E = ((part * mask_T1).sum(0) / num_tokens for part in (active_TE, probabilities_TE))
@@ -148,12 +140,29 @@ class Router(nn.Module, ABC):
         return RouterStatistics.of_tasks(*self._counted())
 
     def _record(self, probabilities: Tensor, choice: Tensor) -> None:
-        if self._token_mask is not None and self._token_mask.shape != probabilities.shape[:-1]:
+        """Keep a forward's tokens for the innermost recording of this thread; without one, do nothing.
+
+        Args:
+            probabilities: (..., E), see Recorded.
+            choice: (..., K).
+        """
+        if not self._recording or (recording := recording_of(self)) is None:
+            return
+        mask = recording.token_mask
+        if mask is not None and mask.shape != probabilities.shape[:-1]:
             raise ValueError(
-                f"token_mask has shape {tuple(self._token_mask.shape)}, but the adapted projection sees tokens of shape "
+                f"token_mask has shape {tuple(mask.shape)}, but the adapted projection sees tokens of shape "
                 f"{tuple(probabilities.shape[:-1])}; give one true/false per token of the projection's input"
             )
-        self._recorded.append(_Recorded(probabilities, choice))
+        recording.tokens[self].append(Recorded(probabilities, choice))
+
+    def _replicate_for_data_parallel(self) -> Router:
+        if recording_of(self) is not None:
+            raise ValueError(
+                "torch.nn.DataParallel runs copies of the routers in threads of its own, where `recording` sees nothing; use "
+                "DistributedDataParallel"
+            )
+        return super()._replicate_for_data_parallel()  # type: ignore[misc]
 
     def _alike(self) -> tuple[Any, ...]:
         """Routers for which this is equal have the same `active` and `gates`."""
@@ -161,22 +170,30 @@ class Router(nn.Module, ABC):
 
     def _add(self, sums: Tensor, names: tuple[str, ...]) -> None:
         """Add sums (S, 3E + 1) of the named tasks to the total."""
-        if self._tasks != names:
-            total = torch.zeros_like(sums)
-            if self._total is not None:
-                total[[names.index(task) for task in self._tasks]] = self._total
-            self._total, self._tasks = total, names
-        self._total = sums if self._total is None else self._total + sums
+        with SHARED:
+            if self._total is None:
+                self._total, self._tasks = sums, names
+                return
+            if self._tasks == names:
+                self._total = self._total + sums
+                return
+            tasks = tuple(dict.fromkeys([*self._tasks, *names]))  # another thread may have met others
+            total = sums.new_zeros(len(tasks), sums.shape[-1])
+            total[: len(self._tasks)] = self._total
+            total[[tasks.index(name) for name in names]] += sums
+            self._total, self._tasks = total, tasks
 
     def _counted(self) -> tuple[tuple[str, ...], Tensor]:
         """Names (S,) and sums (S, 3E + 1), never changed in place."""
-        if self._total is None:
-            return (), torch.zeros(0, 3 * self.num_experts + 1, **_exact(self.weight.device))
-        return self._tasks, self._total
+        with SHARED:
+            if self._total is None:
+                return (), torch.zeros(0, 3 * self.num_experts + 1, **_exact(self.weight.device))
+            return self._tasks, self._total
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy has no readers, so it counts nothing."""
-        return {**self.__dict__, "_num_readers": 0, "_total": None, "_tasks": ()}
+        """A copy has no readers, so it counts nothing, and belongs to no open recording."""
+        unshared = {"_num_readers": 0, "_num_recordings": 0, "_recording": False, "_total": None, "_tasks": ()}
+        return {**self.__dict__, **unshared}
 
 
 class TopKRouter(Router):
@@ -211,8 +228,7 @@ class TopKRouter(Router):
     def forward(self, x: Tensor) -> Routing:
         probabilities = self.probabilities(x)
         gates, experts = torch.topk(probabilities, self.top_k, -1)
-        if self._recording:
-            self._record(probabilities, experts)
+        self._record(probabilities, experts)
         if self.normalize_gates:
             gates = gates / gates.sum(-1, keepdim=True)
         return Routing(gates, experts)
@@ -241,6 +257,10 @@ def recording(model: nn.Module, token_mask: Tensor | None = None, tasks: Sequenc
     checkpointing runs the forward a second time during backward, which must not be counted again. Read `balance_loss` before it
     closes. Tokens of a step that fails are not counted.
 
+    It belongs to the thread or asyncio task that opened it, so that any number may be open on one model at the same time. A new
+    thread has none: open one there, or start it with `contextvars.copy_context().run`. Where one is opened inside another, the
+    inner one alone gets the tokens of its routers.
+
     Args:
         token_mask: true for real tokens, false for padding, in the leading shape of every adapted projection's input, for
             example (batch, length). None counts all.
@@ -251,24 +271,21 @@ def recording(model: nn.Module, token_mask: Tensor | None = None, tasks: Sequenc
         ValueError: if token_mask or tasks does not fit the projections' inputs.
     """
     found = list(routers(model).values())
-    read = [router for router in found if router._num_readers]
-    known = dict.fromkeys(name for router in read for name in router._tasks)
-    weights = TokenWeights(token_mask, tasks if read else None, list(known))
-    for router in found:
-        router._recording, router._token_mask, router._weights, router._recorded = True, token_mask, weights, []
-    try:
+    with SHARED:
+        read = [router for router in found if router._num_readers]
+        known = dict.fromkeys(name for router in read for name in router._tasks)
+    recording = Recording(found, token_mask, TokenWeights(token_mask, tasks if read else None, list(known)))
+    with opened(recording):
         yield
-        _count(read, weights)
-    finally:
-        for router in found:
-            router._recording, router._token_mask, router._weights, router._recorded = False, None, None, []
+        _count(read, recording)
 
 
-def _count(found: Sequence[Router], weights: TokenWeights) -> None:
+def _count(found: Sequence[Router], recording: Recording) -> None:
     """Add what the routers recorded to their statistics, in few operations for many routers."""
-    alike: dict[Any, list[tuple[Router, _Recorded]]] = {}
+    weights = recording.weights
+    alike: dict[Any, list[tuple[Router, Recorded]]] = {}
     for router in found:
-        for recorded in router._recorded:
+        for recorded in recording.tokens[router]:
             shapes = (recorded.probabilities.shape, recorded.choice.shape, recorded.probabilities.device)
             alike.setdefault((*shapes, *router._alike()), []).append((router, recorded))
     for group in alike.values():

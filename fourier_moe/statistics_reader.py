@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from fourier_moe.recorded import SHARED
 from fourier_moe.router import Router, routers
 from fourier_moe.router_statistics import RouterStatistics
 
@@ -28,9 +29,10 @@ class StatisticsReader:
 
     def __init__(self, model: nn.Module) -> None:
         self.routers = routers(model)
-        self._seen = {name: router._counted() for name, router in self.routers.items()}
-        for router in self.routers.values():
-            router._num_readers += 1
+        with SHARED:
+            self._seen = {name: router._counted() for name, router in self.routers.items()}
+            for router in self.routers.values():
+                router._num_readers += 1
         self._closing = weakref.finalize(self, _release, list(self.routers.values()))
 
     def read(self) -> dict[str, RouterStatistics]:
@@ -65,7 +67,8 @@ class StatisticsReader:
 
 
 def _release(found: Iterable[Router]) -> None:
-    for router in found:
-        router._num_readers -= 1
-        if not router._num_readers:
-            router._total, router._tasks = None, ()
+    with SHARED:
+        for router in found:
+            router._num_readers -= 1
+            if not router._num_readers:
+                router._total, router._tasks = None, ()

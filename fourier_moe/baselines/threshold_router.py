@@ -51,8 +51,7 @@ class ThresholdRouter(Router):
         threshold = self.max_threshold * torch.sigmoid(logits(x, self.threshold_weight) + self.threshold_bias)
         margin = probabilities - threshold
         kept = margin.clamp(min=0)
-        if self._recording:
-            self._record(kept, margin)
+        self._record(kept, margin)
         return Routing.to_all(_normalized(kept))
 
     def active(self, probabilities: Tensor, choice: Tensor) -> Tensor:
