@@ -1,17 +1,23 @@
-"""The loader of training batches: it knows where it is, and goes on from there in another process."""
+"""The loader of training batches, which can resume within an epoch, and what its worker processes need."""
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
+import shutil
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader
 
 from datamodules.sampling import TrainShare
+
+SHARED_MEMORY = Path("/dev/shm")
+_PREFETCH = 2  # batches that torch lets each worker prepare
 
 
 class TrainLoader(DataLoader[Any]):
@@ -77,3 +83,31 @@ def leave_signals_to_main_process(worker: int) -> None:
         os._exit(1)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+
+
+def require_shared_memory(num_workers: int, batch_size: int, num_examples: int, example_bytes: int, num_processes: int) -> None:
+    """Refuse loading processes whose batches do not fit into shared memory, of which Docker gives 64 MB.
+
+    A worker that finds no room there dies of a bus error.
+
+    Args:
+        num_workers: loading processes of a training process.
+        num_examples: how many there are in all, which bounds small data sets.
+        example_bytes: of one example.
+        num_processes: training processes on this machine.
+
+    Raises:
+        ValueError: what to set.
+    """
+    if not num_workers or not SHARED_MEMORY.is_dir():
+        return
+    free = shutil.disk_usage(SHARED_MEMORY).free
+    batch_bytes = min(batch_size, num_examples) * example_bytes
+    needed = min(num_processes * num_workers * _PREFETCH * batch_bytes, num_processes * num_examples * example_bytes)
+    if needed > free:
+        fitting = free // (num_processes * _PREFETCH * batch_bytes)
+        raise ValueError(
+            f"num_workers={num_workers} hand over batches of {batch_size} through shared memory, up to {needed / 2**30:.2f} "
+            f"GiB, and /dev/shm has {free / 2**30:.2f} GiB free; give the container more (docker run --shm-size="
+            f"{math.ceil(needed / 2**30)}g), or set --data.num_workers {fitting}"
+        )

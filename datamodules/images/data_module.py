@@ -17,8 +17,8 @@ from datamodules.images.dataset import FileSplit, ImageDataset, ImageSplit
 from datamodules.images.directory import open_directory
 from datamodules.images.files import IMAGE_EXTENSIONS, find_images
 from datamodules.images.sources import find_source
-from datamodules.images.transforms import CLIP_MEAN, CLIP_STD, eval_transform, train_transform
-from datamodules.loading import TrainLoader, leave_signals_to_main_process
+from datamodules.images.transforms import CLIP_MEAN, CLIP_STD, eval_transform, normalisation, train_transform
+from datamodules.loading import TrainLoader, leave_signals_to_main_process, require_shared_memory
 from datamodules.sampling import ShuffledSampler, TrainShare, evaluation_sampler, hold_out, run_seed
 
 _PREDICT = "predict"
@@ -35,7 +35,8 @@ class ImageDataModule(L.LightningDataModule):
 
     A batch is a dict: ``image`` float32 (B, 3, image_size, image_size), normalised; ``label`` int64 (B,), absent for
     images of ``predict_directory``; ``id`` list of B strings, the path relative to the directory or ``test/123`` for
-    row 123 of a table.
+    row 123 of a table. The loaders give the images as uint8; a trainer normalises them once they are on the model's device
+    (without a trainer: ``normalise``).
 
     A local directory holds class folders ``{train,test[,val]}/<class name>/*.jpg`` or the hub's parquet files
     (``train*.parquet``, ``test*.parquet``, perhaps ``validation*.parquet``, there or in ``data/``).
@@ -90,6 +91,7 @@ class ImageDataModule(L.LightningDataModule):
         self.dataset = dataset
         self.batch_size = batch_size
         self.num_workers = num_workers
+        self.image_size = image_size
         self.validation_fraction = validation_fraction
         self.seed = seed
         self.synthetic = synthetic
@@ -98,8 +100,9 @@ class ImageDataModule(L.LightningDataModule):
         if self._predict_directory is not None and not self._predict_directory.is_dir():
             raise ValueError(f"predict_directory '{predict_directory}' does not exist; expected a directory of images")
 
-        self._train_transform = train_transform(image_size, mean, std)
-        self._eval_transform = eval_transform(image_size, mean, std)
+        self._train_transform = train_transform(image_size)
+        self._eval_transform = eval_transform(image_size)
+        self._normalisation = normalisation(mean, std)
         self._class_names: list[str] = []
         self._remove_synthetic: Callable[[], object] | None = None
         self._collection: ImageCollection | None = None
@@ -118,9 +121,16 @@ class ImageDataModule(L.LightningDataModule):
         return self._class_names
 
     def prepare_data(self) -> None:
-        """Downloads the data set, if it comes from the hub and this run needs it."""
+        """Downloads the data set, if it comes from the hub and this run needs it.
+
+        Raises:
+            ValueError: The batches of the workers do not fit into shared memory.
+            RuntimeError: The hub cannot be reached.
+        """
         predicts_files = self.trainer is not None and self.trainer.predicting and self._predict_directory is not None
         if not self._is_local and not predicts_files:
+            if self._source.sizes:
+                self._require_shared_memory(max(self._source.sizes.values()))
             self._source.download(self.dataset)
 
     def setup(self, stage: str) -> None:
@@ -142,6 +152,7 @@ class ImageDataModule(L.LightningDataModule):
             transform = self._train_transform if split == TRAIN else self._eval_transform
             self._datasets[split] = ImageDataset(images, indices, transform)
         if missing:
+            self._require_shared_memory(max(len(self._datasets[split]) for split in missing))
             rank_zero_info(self._summary(missing))
 
     def teardown(self, stage: str) -> None:
@@ -150,6 +161,14 @@ class ImageDataModule(L.LightningDataModule):
             self._remove_synthetic()
             self._remove_synthetic = self._collection = None
             self._datasets.clear()
+
+    def normalise(self, images: torch.Tensor) -> torch.Tensor:
+        """What the model gets for the loaders' uint8 images (..., 3, H, W): float32, normalised with mean and std."""
+        return self._normalisation(images)
+
+    def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
+        """Normalises the images on the model's device."""
+        return {**batch, "image": self.normalise(batch["image"])}
 
     def train_dataloader(self) -> DataLoader[dict[str, Any]]:
         # Seeded by the run, not by what a model has drawn before: all methods see the same order under the same seed.
@@ -177,6 +196,10 @@ class ImageDataModule(L.LightningDataModule):
             "pin_memory": torch.cuda.is_available(),
             "worker_init_fn": leave_signals_to_main_process,
         }
+
+    def _require_shared_memory(self, num_images: int) -> None:
+        num_processes = 1 if self.trainer is None else self.trainer.num_devices
+        require_shared_memory(self.num_workers, self.batch_size, num_images, 3 * self.image_size**2, num_processes)
 
     @property
     def _is_local(self) -> bool:

@@ -76,7 +76,7 @@ class TableSplit(ImageSplit):
 class ImageDataset(Dataset[dict[str, Any]]):
     """Decoded and transformed images of a split.
 
-    An item is a dict: ``image`` float32 (3, H, W), ``label`` int (absent where the split has no labels), ``id`` str.
+    An item is a dict: ``image`` uint8 (3, H, W), ``label`` int (absent where the split has no labels), ``id`` str.
 
     Args:
         split: Where the images come from.

@@ -25,8 +25,8 @@ def main() -> None:
     torch.manual_seed(0)
     data = ImageDataModule("digits", image_size=8, num_workers=0, validation_fraction=0.1)
     data.setup("fit")
-    images, labels = _stack(data.train_dataloader())
-    held_out, held_out_labels = _stack(data.val_dataloader())
+    images, labels = _stack(data, data.train_dataloader())
+    held_out, held_out_labels = _stack(data, data.val_dataloader())
     task = ImageClassification(str(FOLDER / "digits_vit.json"), pretrained=None)
     model = task.build(num_classes=CLASSES)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.05)
@@ -52,11 +52,11 @@ def load_tower_state(backbone: torch.nn.Module) -> dict[str, torch.Tensor]:
     return state | {"proj": torch.zeros(64, 32, dtype=torch.half)}
 
 
-def _stack(loader: torch.utils.data.DataLoader) -> tuple[torch.Tensor, torch.Tensor]:
+def _stack(data: ImageDataModule, loader: torch.utils.data.DataLoader) -> tuple[torch.Tensor, torch.Tensor]:
     batches = list(loader)
     images, labels = (torch.cat([batch[key] for batch in batches]) for key in ("image", "label"))
     keep = labels < CLASSES
-    return images[keep], labels[keep]
+    return data.normalise(images[keep]), labels[keep]
 
 
 if __name__ == "__main__":

@@ -3,9 +3,10 @@ from collections import Counter
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms import v2
 
 from datamodules.images.dataset import FileSplit, ImageDataset
-from datamodules.images.transforms import CLIP_MEAN, CLIP_STD, eval_transform, train_transform
+from datamodules.images.transforms import CLIP_MEAN, CLIP_STD, eval_transform, normalisation, train_transform
 from datamodules.sampling import hold_out
 
 
@@ -52,7 +53,7 @@ def test_image_that_breaks_after_the_check_is_named(tmp_path, encode):
     path = tmp_path / "a" / "x.jpg"
     path.parent.mkdir()
     path.write_bytes(encode()[:150])
-    dataset = ImageDataset(FileSplit(tmp_path, [path], [0]), [0], eval_transform(8, CLIP_MEAN, CLIP_STD))
+    dataset = ImageDataset(FileSplit(tmp_path, [path], [0]), [0], eval_transform(8))
     with pytest.raises(ValueError, match=r"a/x\.jpg' cannot be decoded"):
         dataset[0]
 
@@ -60,27 +61,34 @@ def test_image_that_breaks_after_the_check_is_named(tmp_path, encode):
 def test_eval_transform_resizes_the_shorter_side_and_crops_the_centre():
     image = Image.new("RGB", (40, 20), (255, 0, 0))
     image.paste((0, 0, 255), (10, 0, 30, 20))
-    tensor = eval_transform(10, (0, 0, 0), (1, 1, 1))(image)
+    tensor = eval_transform(10)(image)
     assert tensor.shape == (3, 10, 10)
-    assert tensor.dtype == torch.float32
-    assert tensor[2, 5, 5] == 1
-    assert tensor[:, :, 5].mean(dim=1).argmax() == 2
+    assert tensor.dtype == torch.uint8
+    assert tensor[2, 5, 5] == 255
+    assert tensor[:, :, 5].float().mean(dim=1).argmax() == 2
 
 
-def test_transforms_normalise_with_mean_and_std():
+def test_white_is_normalised_with_mean_and_std():
     image = Image.new("RGB", (9, 7), (255, 255, 255))
     expected = (1 - torch.tensor(CLIP_MEAN)) / torch.tensor(CLIP_STD)
     for transform in (train_transform, eval_transform):
-        tensor = transform(6, CLIP_MEAN, CLIP_STD)(image)
+        tensor = normalisation(CLIP_MEAN, CLIP_STD)(transform(6)(image))
         torch.testing.assert_close(tensor, expected[:, None, None].expand(3, 6, 6))
+
+
+def test_batch_is_normalised_to_the_bit_as_image_by_image():
+    images = torch.arange(256, dtype=torch.uint8).reshape(2, 1, 8, 16).repeat(1, 3, 1, 1)
+    image_by_image = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(CLIP_MEAN), list(CLIP_STD))])
+    expected = torch.stack([image_by_image(image) for image in images])
+    assert torch.equal(normalisation(CLIP_MEAN, CLIP_STD)(images), expected)
 
 
 def test_train_transform_crops_at_least_ninety_percent_and_never_mirrors():
     ramp = Image.linear_gradient("L").rotate(90).convert("RGB")
-    transform = train_transform(32, (0, 0, 0), (1, 1, 1))
+    transform = train_transform(32)
     directions = set()
     for _ in range(20):
-        row = transform(ramp)[0, 16]
+        row = transform(ramp)[0, 16] / 255
         directions.add(bool(row[-1] > row[0]))
         assert (row[-1] - row[0]).abs() > 0.8
     assert len(directions) == 1

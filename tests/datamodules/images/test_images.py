@@ -145,9 +145,44 @@ def test_batch_has_images_labels_and_ids(directory):
     data = module(directory=str(directory))
     data.setup("test")
     first, last = list(data.test_dataloader())
-    assert (first["image"].shape, first["image"].dtype) == ((4, 3, 16, 16), torch.float32)
+    assert (first["image"].shape, first["image"].dtype) == ((4, 3, 16, 16), torch.uint8)
     assert (last["label"].tolist(), last["label"].dtype) == ([1], torch.int64)
     assert first["id"] == [f"test/a/{n}.jpg" for n in range(3)] + ["test/b/0.jpg"]
+
+
+def test_trainer_normalises_what_the_workers_hand_over_as_bytes(directory):
+    data, seen = module(directory=str(directory)), []
+
+    class Model(Recorder):
+        def test_step(self, batch, batch_idx):
+            seen.append(batch["image"])
+
+    trainer().test(Model(), datamodule=data, verbose=False)
+    loaded = [batch["image"] for batch in data.test_dataloader()]
+    assert {images.dtype for images in seen} == {torch.float32}
+    assert all(torch.equal(data.normalise(images), given) for images, given in zip(loaded, seen, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("free", "fits"), [(2 * 2 * 512 * 3 * 224 * 224, True), (2 * 2 * 512 * 3 * 224 * 224 - 1, False), (64 << 20, False)]
+)
+def test_too_little_shared_memory_is_refused_before_anything_is_downloaded(monkeypatch, free, fits):
+    monkeypatch.setattr("datamodules.loading.SHARED_MEMORY", Path.cwd())
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=free))
+    monkeypatch.setattr("datamodules.images.sources.HubSource.download", lambda *_: None)
+    data = ImageDataModule("cars", batch_size=512, num_workers=2)
+    if fits:
+        data.prepare_data()
+    else:
+        match = r"num_workers=2 .* up to 0\.29 GiB.*/dev/shm .*--shm-size=1g.*--data\.num_workers [01]"
+        with pytest.raises(ValueError, match=match):
+            data.prepare_data()
+
+
+def test_shared_memory_is_counted_for_the_images_there_are(directory, monkeypatch):
+    monkeypatch.setattr("datamodules.loading.SHARED_MEMORY", Path.cwd())
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=64 << 20))
+    module(directory=str(directory), batch_size=10_000, image_size=224, num_workers=8).setup("fit")
 
 
 def test_train_order_is_shuffled_and_follows_the_seed_of_the_run_only(directory):
