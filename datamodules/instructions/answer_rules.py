@@ -9,14 +9,19 @@ from __future__ import annotations
 import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
+
+from datamodules.instructions.numbers import first_number, has_number, last_number
+from datamodules.instructions.plain_text import ANSWER_MARK, plain_text
 
 TOLERANCE = 0.001  # between numbers that count as equal
 
 _NEXT_TURN = re.compile(r"\n\s*(?:### |Question:)")  # a model that was not taught to stop asks itself the next question
-_ANSWER = r"answer\s*(?:is\s*:?|:)\s*"
+_ANSWER = rf"(?:answer\s*(?:is\s*:?|:)|{ANSWER_MARK})\s*"
+_NEGATION = r"\b(?:not|never|cannot|\w+n't)\s+(?:(?:be|a|the|necessarily|always|really|quite)\s+)?"
+_OR = r"\W{0,2}\s*(?:\bor\b|\band\b|/|,)\s*\W{0,2}"  # what joins two answers that are offered side by side
 _SENTENCE_END = re.compile(r"\n|[.!?](?:\s|$)")
 
 
@@ -72,16 +77,26 @@ class ChoiceRule(AnswerRule):
     """One of a few words such as `answer1` or `true`.
 
     Published: the first place where any of them stands, even inside a word (`untrue`, `answer15`) or in a list of all of them.
-    Strict: the one after the last "answer is"; else the only one that is named as a word of its own and not after "not".
+    Strict, in any case (`True`, `Answer 1`): the one after the last "answer is" or in the last LaTeX box; else the only one
+    that is named as a word of its own and not after "not". Two that are offered side by side (`true or false`) are none.
+
+    Args:
+        choices: the words.
+        synonyms: words that stand for a choice where an answer is expected: after "answer is", or first in the output.
     """
 
-    def __init__(self, *choices: str) -> None:
+    def __init__(self, *choices: str, synonyms: Mapping[str, str] | None = None) -> None:
         self.choices = choices
         self.expected = f"one of {', '.join(choices)}"
-        any_choice = "|".join(map(re.escape, choices))
-        self._published = re.compile(any_choice)
-        self._explicit = re.compile(rf"(?i:{_ANSWER})\W{{0,2}}({any_choice})\b")
-        self._named = re.compile(rf"\b(?<!not )({any_choice})\b")
+        self._synonyms = dict(synonyms or {})
+        self._published = re.compile("|".join(map(re.escape, choices)))
+        spelled = "|".join(re.sub(r"(?<=[a-z])(?=\d)", "[ _-]?", choice) for choice in choices)
+        word = rf"\b({spelled})\b(?!\.?\d)"
+        short = rf"\b({'|'.join(self._synonyms) or '(?!)'})(?=\s*(?:[.,;:!)\"'\n]|$))"
+        self._explicit = re.compile(rf"{_ANSWER}\W{{0,2}}(?:{word}|{short})", re.IGNORECASE)
+        self._alternative = re.compile(rf"{_OR}{word}", re.IGNORECASE)
+        self._named = re.compile(rf"({_NEGATION})?{word}", re.IGNORECASE)
+        self._beginning = re.compile(rf"\W{{0,2}}{short}", re.IGNORECASE)
 
     def is_answer(self, answer: str) -> bool:
         return answer in self.choices
@@ -91,23 +106,44 @@ class ChoiceRule(AnswerRule):
         return match.group() if match else None
 
     def extract_strict(self, output: str) -> str | None:
-        return _last(self._explicit.findall(output)) or _only(self._named.findall(output))
+        text = plain_text(output)
+        explicit = list(self._explicit.finditer(text))
+        if explicit:
+            other = self._alternative.match(text, explicit[-1].end())
+            return _only([self._choice(found) for found in (explicit[-1], other) if found])
+        found = [self._choice(named) for named in self._named.finditer(text) if not named.group(1)]
+        beginning = self._beginning.match(text)
+        return _only([*found, self._choice(beginning)] if beginning else found)
+
+    def _choice(self, found: re.Match[str]) -> str:
+        """The choice in the last group of a match."""
+        word = re.sub(r"[ _-]", "", found.group(found.lastindex or 0).lower())
+        return self._synonyms.get(word, word)
 
 
 class LetterRule(AnswerRule):
     """The letter of an option, A to E.
 
     Published: the first of these capital letters anywhere, which for "A train ..." or "Because" is no answer at all.
-    Strict: the letter after the last "answer is"; else one that the output begins with ("B", "(B) 12", "B: 12"); else the only
-    one in parentheses.
+    Strict: the letter of the last "answer is", LaTeX box or "B is correct"; else one that the output begins with ("B",
+    "(B) 12", "b) 12"); else the only one in parentheses, in bold or after "option". Two that are offered side by side
+    ("A or B") are none.
     """
 
     letters: ClassVar[str] = "ABCDE"
     expected = "a letter from A to E"
 
-    _explicit = re.compile(rf"(?i:{_ANSWER}(?:option\s*)?)\W{{0,2}}([A-E])\b(?!')")
-    _beginning = re.compile(r"\(?([A-E])(?:\)|[.:]|\s*$)")
-    _in_parentheses = re.compile(r"\(([A-E])\)")
+    _explicit = re.compile(
+        r"(?i:(?:answer|option|choice)\s*(?:is\s*:?|:)\s*(?:the\s+)?(?:(?:option|choice|letter)\s*)?)\W{0,2}"
+        r"(?:([A-E])\b(?!')|([a-e])\))"
+        rf"|{ANSWER_MARK}\s*(?i:(?:option|choice)\s*)?\(?([A-Ea-e])\)?(?=\s*(?:[.:)]|$))"
+        r"|(?<!\bor )(?<!\bor \()(?<!\bnor )(?<!\bnor \()(?<!\band )(?<!\band \()\b([A-E])\)?\s+is\s+(?:the\s+)?"
+        r"(?:correct|right|best|answer)\b",
+        re.MULTILINE,
+    )
+    _beginning = re.compile(r"\(?(?:([A-E])(?:\)|[.:]|\s*$)|([a-e])(?:\)|[.:]\s|[.:]?\s*$))")
+    _named = re.compile(r"\(([A-E])\)|(?:\*{1,3}|__?)\(?([A-E])(?=[).:*_])|\b(?i:option|choice)\s+\(?([A-E])\b(?!')")
+    _alternative = re.compile(rf"{_OR}(?i:(?:option|choice)\s+)?([A-E])\b(?!')")
 
     def is_answer(self, answer: str) -> bool:
         return len(answer) == 1 and answer in self.letters
@@ -117,24 +153,29 @@ class LetterRule(AnswerRule):
         return match.group() if match else None
 
     def extract_strict(self, output: str) -> str | None:
-        beginning = self._beginning.match(output)
-        explicit = _last(self._explicit.findall(output))
-        return explicit or (beginning.group(1) if beginning else _only(self._in_parentheses.findall(output)))
+        text = plain_text(output)
+        explicit = list(self._explicit.finditer(text))
+        committed = explicit[-1] if explicit else self._beginning.match(text)
+        if committed:
+            other = self._alternative.match(text, committed.end())
+            return _only([_letter(found) for found in (committed, other) if found])
+        return _only([_letter(found) for read in (text, output) for found in self._named.finditer(read)])  # output: in bold
 
 
 class NumberRule(AnswerRule):
-    """A number, right within 0.001.
+    r"""A number, right within 0.001.
 
     Published: the last number once all commas are gone, wherever it stands ("5 apples, see step 2" gives 2; "8-3" gives -3).
-    Strict: the number in the sentence after the last "answer is" or "####" (after its last "=", if it calculates); else the
-    last one. A sign belongs to a number only if no number comes before it, a comma only between groups of three digits.
+    Strict: the number in the sentence after the last "answer is" or "####" or in the last LaTeX box (after its last "=", if it
+    calculates); else the last one. A sign belongs to a number only if no number comes before it, commas and spaces only
+    between groups of three digits. Fractions (`1/2`, `\frac{1}{2}`) and powers of ten (`1.5e3`) are read as their value. Two
+    numbers that are offered side by side ("3 or 4", and after "answer is" also "3-4") are none, and so is "1,5".
     """
 
     expected = "a number"
 
     _published = re.compile(r"-?\d+\.?\d*")
-    _number = re.compile(r"(?<![\w.])-?\$?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<![\w.])-?\$?\.\d+")
-    _marker = re.compile(rf"(?i:{_ANSWER})|####")
+    _marker = re.compile(_ANSWER, re.IGNORECASE)
 
     def is_answer(self, answer: str) -> bool:
         try:
@@ -146,13 +187,13 @@ class NumberRule(AnswerRule):
         return _last(self._published.findall(output.replace(",", "")))
 
     def extract_strict(self, output: str) -> str | None:
-        found = None
-        markers = list(self._marker.finditer(output))
+        text = plain_text(output)
+        markers = list(self._marker.finditer(text))
         if markers:
-            sentence = _SENTENCE_END.split(output[markers[-1].end() :].lstrip(), maxsplit=1)[0]
-            found = self._number.search(sentence.rpartition("=")[2])
-        number = found.group() if found else _last(self._number.findall(output))
-        return None if number is None else number.replace(",", "").replace("$", "")
+            sentence = _SENTENCE_END.split(text[markers[-1].end() :].lstrip(), maxsplit=1)[0].rpartition("=")[2]
+            if has_number(sentence):
+                return first_number(sentence)
+        return last_number(text)
 
     def agrees(self, extracted: str, answer: str) -> bool:
         return abs(_number(extracted) - _number(answer)) <= TOLERANCE
@@ -175,7 +216,7 @@ class TextRule(AnswerRule):
         return extracted == " ".join(answer.split())
 
 
-BOOLEAN = ChoiceRule("true", "false")
+BOOLEAN = ChoiceRule("true", "false", synonyms={"yes": "true", "no": "false"})
 SOLUTION = ChoiceRule("solution1", "solution2")
 ANSWER = ChoiceRule("answer1", "answer2", "answer3", "answer4", "answer5")
 ENDING = ChoiceRule("ending1", "ending2", "ending3", "ending4")
@@ -202,6 +243,11 @@ def first_turn(output: str) -> str:
 
 def _number(text: str) -> float:
     return float(text.replace(",", ""))
+
+
+def _letter(found: re.Match[str]) -> str:
+    """The letter in the group that took part in a match."""
+    return found.group(found.lastindex or 0).upper()
 
 
 def _last(found: Sequence[str]) -> str | None:
