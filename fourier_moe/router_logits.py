@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fourier_moe.forward_mode import has_tangent
+
 
 def logits(x: Tensor, weight_EN: Tensor) -> Tensor:
     """R x (..., E) in float32 (float64 for a float64 R), autocast or not."""
-    return _Logits.apply(x, weight_EN.to(torch.promote_types(weight_EN.dtype, torch.float32)))
+    weight_EN = weight_EN.to(torch.promote_types(weight_EN.dtype, torch.float32))
+    product = _product if has_tangent(x, weight_EN) else _Logits.apply  # torch.compile takes no Function with a jvp of its own
+    return product(x, weight_EN)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """No autocast in the body. A device that has none, such as meta, needs no context and refuses to make one."""
+    return torch.autocast(device.type, enabled=False) if torch.amp.is_autocast_available(device.type) else nullcontext()
+
+
+def _product(x: Tensor, weight_EN: Tensor) -> Tensor:
+    with without_autocast(x.device):
+        return nn.functional.linear(x.to(weight_EN.dtype), weight_EN)
 
 
 class _Logits(torch.autograd.Function):
@@ -20,17 +35,21 @@ class _Logits(torch.autograd.Function):
     the matrix product reads, another one for every projection.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight_EN: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight_EN)
-        with torch.autocast(x.device.type, enabled=False):
-            return nn.functional.linear(x.to(weight_EN.dtype), weight_EN)
+    def forward(x: Tensor, weight_EN: Tensor) -> Tensor:
+        return _product(x, weight_EN)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, weight_EN = ctx.saved_tensors
         needs_x, needs_weight = ctx.needs_input_grad
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device):
             grad_TE, x_TN = (tensor.reshape(-1, tensor.shape[-1]) for tensor in (grad, x))
             grad_x = (grad @ weight_EN).to(x.dtype) if needs_x else None
             grad_weight_EN = grad_TE.T @ x_TN.to(grad.dtype) if needs_weight else None

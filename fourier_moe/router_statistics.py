@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from fourier_moe.router_logits import without_autocast
+
 
 @dataclass(frozen=True)
 class RouterStatistics:
@@ -41,7 +43,7 @@ class RouterStatistics:
         cls, active_RTE: Tensor, probabilities_RTE: Tensor, gates_RTE: Tensor, weights_ST: Tensor
     ) -> RouterStatistics:
         """The statistics (R, S) of R routers over the tokens in each of S weighted sums."""
-        with torch.autocast(weights_ST.device.type, enabled=False):  # in bfloat16 counts would end at 256
+        with without_autocast(weights_ST.device):  # in bfloat16 counts would end at 256
             sums_RSX = weights_ST @ torch.cat([active_RTE, probabilities_RTE, gates_RTE], -1)
         tokens_RS1 = weights_ST.sum(-1, keepdim=True).expand(len(active_RTE), -1, 1)
         return cls(torch.cat([sums_RSX, tokens_RS1], -1))

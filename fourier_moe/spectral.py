@@ -19,12 +19,16 @@ whole, without a graph break and without looking into its complex arithmetic.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from functools import partial
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
+from fourier_moe.forward_mode import has_tangent
 from fourier_moe.kernels import use_triton
 
 # Token-position pairs in flight: bounds what the product holds beside its arguments and results. On a CPU fewer of them for few
@@ -45,8 +49,8 @@ def routed_spectral_product(
     """sum_k gates[t, k] dW_experts[t, k] x[t], exact, without building any dW_e.
 
     Cost per token: one FFT of length N, K*P complex multiply-adds, one inverse FFT of length M; the number of experts does not
-    enter. Saved for the backward pass: the arguments, nothing else. First derivatives in reverse mode only (torch gives zero
-    tangents for operators without a forward-mode rule).
+    enter. Saved for the backward pass: the arguments, nothing else. First derivatives only, in reverse and in forward mode;
+    torch.func's grad, vjp, jvp and vmap work, vmap as a loop over its examples.
 
     Args:
         x_TN: input, any floating dtype; half precisions are computed in float32.
@@ -59,8 +63,24 @@ def routed_spectral_product(
 
     Returns:
         y_TM in the dtype of the coefficients.
+
+    Raises:
+        NotImplementedError: in the backward pass, if a second derivative is asked for.
     """
-    return _product(x_TN, gates_TK, experts_TK, coefficients_EPC, frequencies_EPC, out_features, scale)
+    rest = (frequencies_EPC, out_features, scale)
+    if torch.compiler.is_compiling():
+        return _product(x_TN, gates_TK, experts_TK, coefficients_EPC, *rest)
+    if not has_tangent(x_TN, gates_TK, coefficients_EPC):
+        return _Product.apply(x_TN, gates_TK, experts_TK, coefficients_EPC, *rest)
+    # Linear in each of the three, so that its tangent is the sum of three products with one of them replaced by its tangent.
+    (x, dx), (gates, dgates), (c, dc) = map(forward_ad.unpack_dual, (x_TN, gates_TK, coefficients_EPC))
+    changes = [(dx, gates, c), (x, dgates, c), (x, gates, dc)]
+    dy = sum(
+        routed_spectral_product(x, gates, experts_TK, c, *rest)
+        for x, gates, c in changes
+        if x is not None and gates is not None and c is not None
+    )
+    return forward_ad.make_dual(routed_spectral_product(x, gates, experts_TK, c, *rest), dy)
 
 
 @torch.library.custom_op("fourier_moe::routed_spectral_product", mutates_args=())
@@ -123,7 +143,7 @@ def _(
 
 def _path(x_TN: Tensor, coefficients_EPC: Tensor) -> ModuleType:
     """The module whose `product_forward` and `product_backward` compute this input: the Triton path, or this one."""
-    if use_triton(x_TN) and coefficients_EPC.dtype == torch.float32:
+    if len(x_TN) and use_triton(x_TN) and coefficients_EPC.dtype == torch.float32:  # a kernel cannot start on no tokens
         from fourier_moe.kernels import triton_product
 
         return triton_product
@@ -135,15 +155,71 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*tensors)
 
 
-def _backward(ctx: Any, grad_TM: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad_TM: Tensor, product_backward: Callable[..., Any] = _product_backward) -> tuple[Tensor | None, ...]:
     needs_x, needs_gates, _, needs_coefficients, *_ = ctx.needs_input_grad
     needs = [needs_x, needs_gates, needs_coefficients]
-    grads = _product_backward(grad_TM, *ctx.saved_tensors, ctx.scale, needs)
+    grads = product_backward(grad_TM, *ctx.saved_tensors, ctx.scale, needs)
     x, gates, coefficients = (grad if need else None for grad, need in zip(grads, needs, strict=True))
     return x, gates, None, coefficients, None, None, None
 
 
 _product.register_autograd(_backward, setup_context=_setup_context)
+
+
+class _Product(torch.autograd.Function):
+    """The operator outside of torch.compile: torch.func refuses the derivative that is registered with an operator."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*inputs: Any) -> Tensor:
+        return _product(*inputs)
+
+    setup_context = staticmethod(_setup_context)
+
+    @staticmethod
+    def backward(ctx: Any, grad_TM: Tensor) -> tuple[Tensor | None, ...]:
+        return _backward(ctx, grad_TM, _ProductBackward.apply)
+
+
+class _ProductBackward(torch.autograd.Function):
+    """The backward operator, which has no derivative of its own."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        return _product_backward(*inputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise NotImplementedError(
+            "routed_spectral_product_backward has no derivative: the product has first derivatives only, and a second one was "
+            "asked for"
+        )
+
+
+def _loop(operator: Any, info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Any, Any]:
+    """torch.func.vmap of an operator: one example after the other."""
+
+    def example(index: int) -> list[Any]:
+        return [
+            value if dim is None or not isinstance(value, Tensor) else value.select(dim, index)
+            for value, dim in zip(inputs, in_dims, strict=True)
+        ]
+
+    outputs = [operator(*example(index)) for index in range(info.batch_size)]
+    if isinstance(outputs[0], Tensor):
+        return torch.stack(outputs), 0
+    return tuple(map(torch.stack, zip(*outputs, strict=True))), (0,) * len(outputs[0])
+
+
+for _operator in (_product, _product_backward):
+    _operator.register_vmap(partial(_loop, _operator))
 
 
 class Positions(NamedTuple):

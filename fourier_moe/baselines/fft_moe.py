@@ -119,7 +119,14 @@ class UpcycledExperts(nn.Module):
         top_k = routing.experts.shape[-1]
         served = routing.experts.flatten()  # expert of assignment i, which is token i // K
         order = served.argsort(stable=True)
-        rows = x.reshape(-1, num_in)[order // top_k].split(served.bincount(minlength=num_experts).tolist())
+        try:
+            counts = served.bincount(minlength=num_experts).tolist()
+        except RuntimeError as error:
+            raise NotImplementedError(
+                "FFT MoE reads how many tokens every expert serves, and there are no values to read on the meta device "
+                "and under torch.func.vmap"
+            ) from error
+        rows = x.reshape(-1, num_in)[order // top_k].split(counts)
         biases = [None] * num_experts if self.bias is None else self.bias.unbind()
         outputs = [  # unbind: its backward pass fills one gradient, that of an index would add up E of full size
             nn.functional.linear(own, weight_MN, bias_M)

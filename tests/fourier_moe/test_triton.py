@@ -47,6 +47,13 @@ for T, N, M, E, P in shapes:
     assert hasattr(frequencies, "_fourier_moe_row_lists")
     half = spectral.routed_spectral_product(x.bfloat16(), *arguments[1:], M, 0.3)
     assert half.dtype == torch.float32
+# No tokens at all: nothing to start a kernel on.
+leaves = [torch.zeros(0, N), torch.zeros(0, K), torch.randn(E, P, 2)]
+leaves = [leaf.requires_grad_() for leaf in leaves]
+y = spectral.routed_spectral_product(*leaves[:2], torch.zeros(0, K, dtype=torch.int64), leaves[2], frequencies, M, 0.3)
+assert y.shape == (0, M)
+y.sum().backward()
+assert all(leaf.grad.shape == leaf.shape and not leaf.grad.any() for leaf in leaves)
 print("kernels equal")
 """
 
