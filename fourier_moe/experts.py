@@ -60,6 +60,7 @@ class SpectralExperts(nn.Module):
                 center=center if config.frequency_bias else None,
                 bandwidth=config.bandwidth,
                 half_plane=config.conjugate_symmetry,
+                alone=E == 1,
             )
             for center in band_centers(E, config.bandwidth, config.band_layout)
         ]

@@ -9,6 +9,7 @@ Source: FourierMoE (arXiv 2604.01762) Eq. 3 for the band-pass weight; drawing an
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -17,6 +18,7 @@ from torch import Tensor
 
 # Up to this many positions the whole plane is enumerated; above it positions are proposed and accepted one by one.
 _ENUMERATION_LIMIT = 2**18
+_POSITIONS_AT_ONCE = 2**18  # positions whose weights are held at once when a band is measured, in whole rows
 
 
 def named_generator(seed: int, name: str) -> torch.Generator:
@@ -56,9 +58,13 @@ def band_weight(radius: Tensor, center: float, bandwidth: float) -> Tensor:
 
     At DC (rho = 0), where the formula reads 0/0 or -f^2/0, its limit is returned: 1 for a band centred on DC, else 0.
     """
-    weight_at_dc = 1.0 if center == 0 else 0.0
+    return _log_band_weight(radius, center, bandwidth).exp()
+
+
+def _log_band_weight(radius: Tensor, center: float, bandwidth: float) -> Tensor:
+    """The same as a logarithm, which tells positions apart whose weight is no number above 0 any more."""
     ratio = (radius.square() - center**2) / (radius * bandwidth)
-    return torch.where(radius > 0, torch.exp(-ratio.square()), weight_at_dc)
+    return torch.where(radius > 0, -ratio.square(), 0.0 if center == 0 else -torch.inf)
 
 
 def signed_frequency(index: Tensor, size: int) -> Tensor:
@@ -87,18 +93,47 @@ def count_positions(out_features: int, in_features: int, *, half_plane: bool = T
 
 
 @lru_cache(maxsize=1024)
-def band_capacity(out_features: int, in_features: int, center: float, bandwidth: float, half_plane: bool = True) -> float:
-    """How many positions a band holds: the sum of their weights. A larger draw would take the positions of other bands."""
-    total = 0.0
-    u, v = torch.arange(out_features // 2 + 1, device="cpu"), torch.arange(in_features // 2 + 1, device="cpu")
-    counts_v = 1 + ((v > 0) & (2 * v != in_features)).double()  # signed frequencies that share this |v|
-    for rows in u.split(256):
-        counts_u = 1 + ((rows > 0) & (2 * rows != out_features)).double()
-        frequencies = torch.stack(torch.meshgrid(rows, v, indexing="ij"), -1)
+def band_capacity(
+    out_features: int, in_features: int, center: float, bandwidth: float, half_plane: bool = True, *, enough: float = math.inf
+) -> float:
+    """How many positions a band holds: the sum of their weights. A larger draw would take the positions of other bands.
+
+    Walks from both ends of the rows, |u| = 0 and |u| = M/2, where every band inside the plane has positions, and in every row
+    over those columns only whose weight counts. A plane of 32768 x 32768 takes no longer than a small one, unless the band
+    itself has hundreds of millions of positions and they are all to be counted.
+
+    Args:
+        enough: stop when this many are counted; then the sum is that so far.
+    """
+    total, members = 0.0, 2 if half_plane else 1  # of a conjugate pair one or both are counted
+    num_rows, num_columns = out_features // 2 + 1, in_features // 2 + 1
+    at_once = max(1, _POSITIONS_AT_ONCE // num_columns)
+    chunks = list(torch.arange(num_rows, device="cpu").split(at_once))
+    low, high = _radii_that_count(center, bandwidth)
+    while chunks and total / members < enough:
+        u = chunks.pop(0 if len(chunks) % 2 else -1)
+        # rho^2 = ((2u/M)^2 + (2v/N)^2) / 2 is between low^2 and high^2 somewhere in these rows only for |v| from first to last.
+        near, far = ((2 * int(row) / out_features) ** 2 for row in (u[0], u[-1]))
+        first = math.floor(math.sqrt(max(0.0, 2 * low**2 - far)) * in_features / 2)
+        last = min(math.ceil(math.sqrt(max(0.0, 2 * high**2 - near)) * in_features / 2), num_columns - 1)
+        if 2 * high**2 < near or first > last:
+            continue
+        v = torch.arange(first, last + 1, device="cpu")
+        frequencies = torch.stack(torch.meshgrid(u, v, indexing="ij"), -1)
         weights = band_weight(normalized_radius(frequencies, out_features, in_features), center, bandwidth)
         weights[_is_self_conjugate(frequencies[..., 0], frequencies[..., 1], out_features, in_features)] = 0
+        counts_u, counts_v = (  # signed frequencies of this size
+            1 + ((index > 0) & (2 * index != size)).double() for index, size in ((u, out_features), (v, in_features))
+        )
         total += float(counts_u @ weights @ counts_v)
-    return total / 2 if half_plane else total
+    return total / members
+
+
+def _radii_that_count(center: float, bandwidth: float) -> tuple[float, float]:
+    """Between these radii the band weight is above exp(-36): |rho^2 - f^2| < 6 rho B."""
+    reach = 6 * bandwidth
+    root = math.hypot(reach, 2 * center)
+    return max(0.0, (root - reach) / 2), min(1.0, (root + reach) / 2)
 
 
 def draw_frequencies(
@@ -110,6 +145,7 @@ def draw_frequencies(
     center: float | None,
     bandwidth: float,
     half_plane: bool = True,
+    alone: bool = False,
 ) -> Tensor:
     """Draw `count` different positions, each next one with probability proportional to its band weight.
 
@@ -117,6 +153,7 @@ def draw_frequencies(
         count: number of positions.
         center: band centre in units of rho; None draws uniformly (the ablation without frequency bias).
         half_plane: draw one member of each conjugate pair (Theorem 3.2); False draws single positions from the full plane.
+        alone: there is no other band, so that this one may take every position of the plane.
 
     Returns:
         int32 tensor (count, 2) of signed (u, v), ordered by (u, v).
@@ -131,13 +168,14 @@ def draw_frequencies(
             f"num_coefficients asks for {count} frequencies per expert, but {where} has only {total}; "
             "lower num_coefficients, raise num_experts or leave this projection out of targets"
         )
-    if center is not None and count > (capacity := band_capacity(out_features, in_features, center, bandwidth, half_plane)):
+    shape = (out_features, in_features)
+    capacity = None if center is None or alone else band_capacity(*shape, center, bandwidth, half_plane, enough=count)
+    if capacity is not None and count > capacity:
         raise ValueError(
             f"num_coefficients asks for {count} frequencies per expert, but the band of centre {center:.4g} and "
             f"bandwidth={bandwidth} holds only {int(capacity)} in {where}; lower num_coefficients, widen bandwidth, leave this "
             "projection out of targets, or use band_layout='cover', whose centres stay inside the plane"
         )
-    shape = (out_features, in_features)
     drawn = None
     if out_features * in_features > _ENUMERATION_LIMIT:
         drawn = _draw_by_rejection(count, shape, generator, center, bandwidth, half_plane)
@@ -147,9 +185,9 @@ def draw_frequencies(
     return drawn[torch.argsort(u * (2 * in_features) + v)].to(torch.int32)
 
 
-def _weights(frequencies: Tensor, shape: tuple[int, int], center: float | None, bandwidth: float) -> Tensor:
+def _log_weights(frequencies: Tensor, shape: tuple[int, int], center: float | None, bandwidth: float) -> Tensor:
     radius = normalized_radius(frequencies, *shape)
-    return torch.ones_like(radius) if center is None else band_weight(radius, center, bandwidth)
+    return torch.zeros_like(radius) if center is None else _log_band_weight(radius, center, bandwidth)
 
 
 def _draw_by_enumeration(
@@ -160,13 +198,13 @@ def _draw_by_enumeration(
     bandwidth: float,
     half_plane: bool,
 ) -> Tensor:
-    """Exponential race over all positions: arrival Exp(1)/w; the first `count` arrivals are the draw."""
+    """Exponential race over all positions: arrival Exp(1)/w, as a logarithm; the first `count` arrivals are the draw."""
     rows = torch.arange(shape[0] // 2 + 1 if half_plane else shape[0], device="cpu")
     columns = torch.arange(shape[1], device="cpu")
     u, v = torch.meshgrid(signed_frequency(rows, shape[0]), signed_frequency(columns, shape[1]), indexing="ij")
     frequencies = torch.stack([u, v], -1)[_admissible(u, v, *shape, half_plane)]
-    weights = _weights(frequencies, shape, center, bandwidth)
-    arrivals = torch.empty_like(weights).exponential_(generator=generator) / weights
+    log_weights = _log_weights(frequencies, shape, center, bandwidth)
+    arrivals = torch.empty_like(log_weights).exponential_(generator=generator).log() - log_weights
     return frequencies[torch.topk(arrivals, count, largest=False).indices]
 
 
@@ -190,7 +228,7 @@ def _draw_by_rejection(
         frequencies = _signed_positions(flat, shape)
         u, v = frequencies.unbind(-1)
         accept = torch.rand(proposals, generator=generator, dtype=torch.float64, device="cpu")
-        keep = _admissible(u, v, *shape, half_plane) & (accept < _weights(frequencies, shape, center, bandwidth))
+        keep = _admissible(u, v, *shape, half_plane) & (accept < _log_weights(frequencies, shape, center, bandwidth).exp())
         seen.update(dict.fromkeys(flat[keep].tolist()))
         if len(seen) >= count:
             flat = torch.tensor(list(seen)[:count], device="cpu")

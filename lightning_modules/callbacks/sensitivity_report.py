@@ -61,9 +61,9 @@ class SensitivityReport:
         white_centers, _ = equal_energy_bands(spectrum.positions, self.config.num_experts)
         centers = [round(center, 4) for center in centers]
         bandwidth = max(round(statistics.median(widths), 3), LEAST_STEP)
-        half_plane = self.config.conjugate_symmetry
+        half_plane, pairs = self.config.conjugate_symmetry, self.config.pairs_per_expert
         while any(
-            band_capacity(*shape, center, bandwidth, half_plane) < self.config.pairs_per_expert
+            band_capacity(*shape, center, bandwidth, half_plane, enough=pairs) < pairs
             for shape in self.shapes
             for center in centers
         ):

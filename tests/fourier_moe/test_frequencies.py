@@ -310,6 +310,49 @@ def test_capacity_is_the_sum_of_the_weights_of_the_positions_that_may_be_drawn(M
             assert band_capacity(M, N, center, bandwidth, half_plane) == pytest.approx(expected, rel=1e-9, abs=1e-12)
 
 
+@pytest.mark.parametrize("shape", [(300, 30), (30, 300), (65, 64), (1, 5), (5, 1)])
+@pytest.mark.parametrize("bandwidth", [0.004, 0.12, 2.0])
+def test_capacity_counts_all_that_matters_and_stops_when_it_has_enough(shape, bandwidth, monkeypatch):
+    monkeypatch.setattr(module, "_POSITIONS_AT_ONCE", 2**10)  # many chunks of rows
+    everything = draw_frequencies(count_positions(*shape), *shape, named_generator(0, ""), center=None, bandwidth=0.1)
+    for center in (0.0, 0.01, 0.5, 0.95, 1.1):
+        expected = float(band_weight(normalized_radius(everything, *shape), center, bandwidth).sum())
+        whole = band_capacity(*shape, center, bandwidth)
+        assert whole == pytest.approx(expected, rel=1e-9, abs=1e-9)
+        assert band_capacity(*shape, center, bandwidth, enough=whole + 1) == whole
+        assert whole / 2 <= band_capacity(*shape, center, bandwidth, enough=whole / 2) <= whole
+
+
+@pytest.mark.parametrize(("center", "bandwidth"), [(0.0625, 0.12), (0.9375, 0.12), (0.5, 1e-6), (1.3, 0.12), (30.0, 0.01)])
+def test_capacity_of_a_huge_plane_evaluates_few_of_its_positions(center, bandwidth, monkeypatch):
+    evaluated = []
+    monkeypatch.setattr(module, "band_weight", lambda *a: evaluated.append(a[0].numel()) or band_weight(*a))
+    capacity = band_capacity(32768, 32768, center, bandwidth, enough=100)
+    assert sum(evaluated) < 2**22  # of 2^30
+    assert capacity < 1e-6 if center > 1 else capacity >= 100
+
+
+@pytest.mark.parametrize("bandwidth", [0.12, 100.0])
+def test_a_single_expert_may_take_every_position(path, bandwidth):
+    """There are no other bands whose positions it could take."""
+    settings = config(num_experts=1, top_k=1, num_coefficients=2 * 510, bandwidth=bandwidth)
+    experts = SpectralExperts(32, 32, settings, generator=named_generator(0, "a"))
+    assert len(set(map(tuple, experts.frequencies[0].tolist()))) == 510 == count_positions(32, 32)
+
+
+def test_weights_below_the_smallest_number_still_say_which_positions_are_nearer():
+    center, bandwidth = 0.5, 0.005
+    positions = draw_frequencies(510, 32, 32, named_generator(0, ""), center=None, bandwidth=bandwidth)
+    radius = normalized_radius(positions, 32, 32)
+    assert (band_weight(radius, center, bandwidth) == 0).sum() > 400
+    drawn = draw_frequencies(400, 32, 32, named_generator(0, ""), center=center, bandwidth=bandwidth, alone=True)
+
+    def distances(radius):
+        return ((radius.square() - center**2) / radius).abs().sort().values
+
+    torch.testing.assert_close(distances(normalized_radius(drawn, 32, 32)), distances(radius)[:400])
+
+
 def test_draw_may_fill_a_band_to_its_capacity_and_no_further(path):
     capacity = int(band_capacity(16, 16, 0.5, 0.12))
     assert capacity > 5
