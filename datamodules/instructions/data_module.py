@@ -19,12 +19,13 @@ from datamodules.instructions.dataset import Collator, EvaluationDataset, Exampl
 from datamodules.instructions.inventory import Inventory
 from datamodules.instructions.mixing import HELD_OUT, evaluation_sources, hold_out, train_sources
 from datamodules.instructions.prompts import STYLES
-from datamodules.instructions.source import Files, LocalFiles, PinnedFiles, default_cache_directory
+from datamodules.instructions.source import Files, LocalFiles, PinnedFiles
 from datamodules.instructions.synthetic import write_synthetic
 from datamodules.instructions.tokenization import InstructionTokenizer
 from datamodules.loading import TrainLoader, leave_signals_to_main_process
 from datamodules.sampling import ShuffledSampler, TrainShare, evaluation_sampler, num_shares, run_seed
 from datamodules.tokenizers import check_max_length, load_tokenizer
+from datamodules.user_cache import default_cache_directory
 
 _WORTH_CACHING = 20_000  # training examples; fewer are tokenised in seconds
 

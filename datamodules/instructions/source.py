@@ -160,10 +160,5 @@ def _fetch(url: str, target: IO[bytes], label: str) -> None:
                 bar.update(len(chunk))
 
 
-def default_cache_directory() -> Path:
-    """`fourier_moe` in the user's cache directory."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fourier_moe"
-
-
 def _without_first_folder(file: str) -> str:
     return str(PurePosixPath(*PurePosixPath(file).parts[1:]))

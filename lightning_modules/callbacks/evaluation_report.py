@@ -14,7 +14,8 @@ from fourier_moe.backbone import backbone_name
 from lightning_modules.adaptation import AdaptationModule
 from lightning_modules.callbacks.evaluation_table import average, format_results, score_rows
 from lightning_modules.callbacks.run_directory import run_directory
-from lightning_modules.callbacks.unfinished_evaluation import Row, UnfinishedEvaluation, about, file_name
+from lightning_modules.callbacks.sealed_rows import Row, user_key
+from lightning_modules.callbacks.unfinished_evaluation import UnfinishedEvaluation, about, file_name
 from lightning_modules.evaluation_sets import each_loader, set_names
 from lightning_modules.tasks import CausalLanguageModel
 
@@ -24,9 +25,10 @@ UNFINISHED = "unfinished_evaluation"
 class EvaluationReport(L.Callback):
     """Print one table over all evaluated sets; write it as results.md and results.json, and rows as predictions/<set>.jsonl.
 
-    A language model's evaluation that was interrupted goes on where it stopped when the same command is given again: rows are
-    written batch by batch, and read again if weights, backbone, precision and task settings are the same. Every example counts
-    once, also where several processes saw it. With fast_dev_run nothing is written.
+    A language model's evaluation that was interrupted goes on where it stopped when the same user gives the same command again:
+    outputs are written batch by batch, and read again and graded again if weights, backbone, precision and task settings are
+    the same. Outputs that are damaged, or that came with somebody else's files, are not read. Every example counts once, also
+    where several processes saw it. With fast_dev_run nothing is written.
 
     Args:
         directory: null for a place beside what is evaluated: `RUN/adapter_test` for `test --model.adapter_path RUN/adapter`,
@@ -103,12 +105,13 @@ class EvaluationReport(L.Callback):
         Raises:
             ValueError: if the directory cannot be written.
         """
-        self._unfinished = UnfinishedEvaluation(output / UNFINISHED, trainer.global_rank)
+        key = trainer.strategy.broadcast(user_key() if trainer.is_global_zero else b"")
         description = about(trainer, module, task)
+        self._unfinished = UnfinishedEvaluation(output / UNFINISHED, trainer.global_rank, description, key)
         opened, problem = None, None
         if trainer.is_global_zero:
             try:
-                opened = self._unfinished.open(description, self._sets)
+                opened = self._unfinished.open(self._sets)
             except OSError as error:
                 problem = _not_writable(output, error)
         opened, problem = trainer.strategy.broadcast((opened, problem))
@@ -204,7 +207,7 @@ def _loaders(trainer: L.Trainer) -> Any:
 
 
 def _not_writable(directory: Path, error: OSError) -> str:
-    return f"directory={str(directory)!r} cannot be written ({error.strerror}); give EvaluationReport another"
+    return f"directory={str(directory)!r} cannot be written ({error.strerror or error}); give EvaluationReport another"
 
 
 def _asks(row: Row | None, prompt: str, answer: str) -> bool:

@@ -18,66 +18,90 @@ from fourier_moe import adapter_state_dict
 from fourier_moe.backbone import backbone_fingerprint, backbone_name
 from fourier_moe.inject import adapter_config
 from lightning_modules.adaptation import AdaptationModule
+from lightning_modules.callbacks.sealed_rows import Row, SealedRows
 from lightning_modules.tasks import CausalLanguageModel
 
-Row = dict[str, Any]
+_FIELDS = ("id", "prompt", "answer", "output", "loss")  # of a row; grades are never read from a file
 
 
 class UnfinishedEvaluation:
-    """A directory with `about.json` (what is evaluated, and how) and `<set>/<rank>.jsonl` (rows, one per line).
+    """A directory with `about.json` (what is evaluated, and how) and `<set>/<rank>.jsonl` (sealed rows, one per line).
 
     Args:
         directory: made by `open`; `remove` it when the evaluation is complete.
         rank: of this process, which appends to files of its own.
+        about: what the rows depend on.
+        key: seals the rows; the same in all processes.
     """
 
-    def __init__(self, directory: Path, rank: int) -> None:
+    def __init__(self, directory: Path, rank: int, about: Mapping[str, Any], key: bytes) -> None:
         self.directory = directory
         self.rank = rank
+        self._about = json.dumps(about, indent=2)
+        self._rows = SealedRows(key, self._about)
 
-    def open(self, about: Mapping[str, Any], sets: Iterable[str]) -> tuple[dict[str, dict[str, Row]], str | None]:
-        """Read what is finished of the same evaluation; start anew where another one was interrupted. One process calls it.
+    def open(self, sets: Iterable[str]) -> tuple[dict[str, dict[str, Row]], str | None]:
+        """Read what is finished of the same evaluation; start over where another one was interrupted. One process calls it.
 
         Returns:
-            Rows by set and id, and what to tell the user, if anything.
+            Rows by set and id, and what to tell the user, if anything. Lines that are damaged, or that another user or
+            machine wrote, are left out and counted.
 
         Raises:
             OSError: if the directory cannot be written.
         """
         description = self.directory / "about.json"
-        text = json.dumps(about, indent=2)
-        about, note = json.loads(text), None
+        note = None
         if self.directory.is_dir():
-            other = (_parse(description.read_text(encoding="utf-8")) if description.is_file() else None) or {}
-            differ = sorted(key for key in about.keys() | other.keys() if other.get(key) != about.get(key))
-            if not differ:
-                return {name: self._read(name) for name in sets}, None
-            note = f"what was interrupted in {self.directory} differs in {', '.join(differ)}; starting anew"
+            note = self._difference(description)
+            if note is None:
+                return self._read(sets)
             shutil.rmtree(self.directory)
         self.directory.mkdir(parents=True)
-        description.write_text(text, encoding="utf-8")
+        description.write_text(self._about, encoding="utf-8")
         return {name: {} for name in sets}, note
 
     def append(self, set_name: str, rows: Iterable[Row]) -> None:
-        """Write rows so that they outlive this process."""
+        """Write what is to be known of rows so that it outlives this process."""
         directory = self.directory / file_name(set_name)
         directory.mkdir(parents=True, exist_ok=True)
+        kept = ({name: row[name] for name in _FIELDS} for row in rows)
         with open(directory / f"{self.rank}.jsonl", "a", encoding="utf-8") as file:
             # The newline comes first: a line that an interruption tears does not run into the next.
-            file.write("".join("\n" + json.dumps(row, ensure_ascii=False) for row in rows))
+            file.write("".join("\n" + self._rows.line(set_name, row) for row in kept))
 
     def remove(self) -> None:
         shutil.rmtree(self.directory)
 
-    def _read(self, set_name: str) -> dict[str, Row]:
-        """Rows of all processes, also of more than there are now; torn lines are left out."""
-        rows = {}
-        for path in sorted((self.directory / file_name(set_name)).glob("*.jsonl")):
-            for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
-                row = _parse(line)
-                if row is not None:
-                    rows[row["id"]] = row
-        return rows
+    def _difference(self, description: Path) -> str | None:
+        """In what the interrupted evaluation differs, as a note; None if it is this one."""
+        try:
+            other = json.loads(description.read_bytes())
+        except (OSError, ValueError, RecursionError):
+            other = None
+        if not isinstance(other, dict):
+            return f"what was interrupted in {self.directory} has no readable about.json; starting over"
+        own = json.loads(self._about)
+        differ = sorted(key for key in own.keys() | other.keys() if other.get(key) != own.get(key))
+        return f"what was interrupted in {self.directory} differs in {', '.join(differ)}; starting over" if differ else None
+
+    def _read(self, sets: Iterable[str]) -> tuple[dict[str, dict[str, Row]], str | None]:
+        """Rows of all processes, also of more than there are now."""
+        found: dict[str, dict[str, Row]] = {}
+        num_refused = 0
+        for name in sets:
+            found[name] = {}
+            for path in sorted((self.directory / file_name(name)).glob("*.jsonl")):
+                for line in path.read_bytes().split(b"\n") if path.is_file() else ():
+                    if row := self._rows.read(name, line):
+                        found[name][row["id"]] = row
+                    else:
+                        num_refused += bool(line)
+        note = (
+            f"{num_refused:,} line(s) in {self.directory} are damaged, or were not written by you on this machine; their "
+            "examples are answered again"
+        )
+        return found, note if num_refused else None
 
 
 def about(trainer: L.Trainer, module: AdaptationModule, task: CausalLanguageModel) -> dict[str, Any]:
@@ -106,10 +130,3 @@ def _checksum(model: nn.Module) -> str:
 def file_name(set_name: str) -> str:
     """A set's name without path separators."""
     return set_name.replace("/", "_").replace("\\", "_")
-
-
-def _parse(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        return None

@@ -48,7 +48,7 @@ class CausalLanguageModel(Task):
         tiny: replace the model by an untrained one of 2 layers and width 256 that reads bytes (configs/smoke.yaml).
 
     Attributes:
-        finished: rows of an interrupted evaluation by id; these examples are not answered again.
+        finished: `output` and `loss` of examples by id, from an interrupted evaluation; they are graded, not answered again.
 
     Raises:
         ValueError: for an unknown scoring, dtype or quantization, a missing package, or a directory without a model.
@@ -166,8 +166,11 @@ class CausalLanguageModel(Task):
             ValueError: if `scoring` is likelihood and a benchmark has no choices.
         """
         wanted = self._unfinished(batch)
-        answered = dict(zip(wanted, self._answer(select(batch, wanted)), strict=True)) if wanted else {}
-        return [answered[row] if row in answered else self.finished[id_] for row, id_ in enumerate(batch["id"])]
+        answers = dict(zip(wanted, self._answer(select(batch, wanted)), strict=True)) if wanted else {}
+        for row, id_ in enumerate(batch["id"]):
+            if row not in answers:
+                answers[row] = self.finished[id_]["output"], self.finished[id_]["loss"]
+        return [_row(*texts, *answers[row]) for row, texts in enumerate(zip(*(batch[name] for name in _TEXTS), strict=True))]
 
     def settings(self) -> dict[str, Any]:
         """What the answers depend on, beside the weights."""
@@ -192,7 +195,8 @@ class CausalLanguageModel(Task):
         torch.distributed.all_reduce(anywhere)
         return list(range(len(batch["id"]))) if anywhere else []
 
-    def _answer(self, batch: Batch) -> list[dict[str, Any]]:
+    def _answer(self, batch: Batch) -> list[tuple[str, float | None]]:
+        """Output and loss of every example."""
         prompts = (batch["prompt_ids"], batch["prompt_mask"])
         if self.scoring == "likelihood":
             _require_choices(batch)
@@ -204,7 +208,7 @@ class CausalLanguageModel(Task):
         if "labels" in batch:
             of_labels = self._label_losses(batch)
             losses = (of_labels.loss / of_labels.num_labels.clamp(min=1)).tolist()
-        return [_row(*example) for example in zip(*(batch[name] for name in _TEXTS), outputs, losses, strict=True)]
+        return list(zip(outputs, losses, strict=True))
 
 
 class Share(MeanMetric):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 
 import pytest
 import torch
@@ -10,9 +11,10 @@ from lightning.pytorch.trainer.states import TrainerFn
 from token_task import TokenData, token_module, token_trainer
 
 from fourier_moe import save_adapter
-from lightning_modules.callbacks import EvaluationReport
+from lightning_modules.callbacks import EvaluationReport, sealed_rows
 from lightning_modules.callbacks.evaluation_report import _gather
 from lightning_modules.callbacks.evaluation_table import format_results
+from lightning_modules.callbacks.sealed_rows import SealedRows, user_key
 from lightning_modules.callbacks.unfinished_evaluation import UnfinishedEvaluation
 from lightning_modules.tasks import GenerationSettings, causal_language_model
 
@@ -33,6 +35,17 @@ class Writer:
         sums = [prompt.strip().removeprefix("What is ").removesuffix("?").replace(" ", "") for prompt in prompts]
         self.asked.append(sums)
         return ["no idea" if s in self.wrong else f"it is {sum(map(int, s.split('+')))}" for s in sums]
+
+
+@pytest.fixture(autouse=True)
+def user(tmp_path, monkeypatch):
+    """`user("name")`: from now on everything is run by that user."""
+
+    def be(name):
+        monkeypatch.setattr(sealed_rows, "default_cache_directory", lambda: tmp_path / "home" / name)
+
+    be("first")
+    return be
 
 
 @pytest.fixture
@@ -277,7 +290,7 @@ def test_batch_that_is_finished_in_part_asks_for_the_rest_only(evaluate, tmp_pat
         ({"weights": 1}, "weights"),
     ],
 )
-def test_another_evaluation_starts_anew_and_says_so(evaluate, caplog, options, differs):
+def test_another_evaluation_starts_over_and_says_so(evaluate, caplog, options, differs):
     interrupted(evaluate, 3)
     weights = options.pop("weights", None)
     module = language_module(**options)
@@ -287,7 +300,7 @@ def test_another_evaluation_starts_anew_and_says_so(evaluate, caplog, options, d
             next(p for p in module.model.parameters() if p.requires_grad).add_(weights)
     writer = Writer()
     evaluate(writer, module=module, data=SumsData(choices=True))
-    assert f"differs in {differs}; starting anew" in caplog.text
+    assert f"differs in {differs}; starting over" in caplog.text
     assert len(writer.asked) == (0 if differs == "scoring" else 5)
 
 
@@ -311,17 +324,101 @@ def test_finished_rows_do_not_stay_with_the_task(evaluate, tmp_path):
     assert module.task.finished == {}
 
 
+@pytest.mark.parametrize("content", ["", "{", "[1, 2]", "null", "\xff", "[" * 100_000])
+def test_description_that_cannot_be_read_starts_over(evaluate, tmp_path, caplog, content):
+    interrupted(evaluate, 2)
+    (tmp_path / "report/unfinished_evaluation/about.json").write_text(content, encoding="latin-1")
+    writer = Writer()
+    evaluate(writer)
+    assert "has no readable about.json; starting over" in caplog.text
+    assert len(writer.asked) == 5
+
+
+def test_grades_are_not_read_from_the_file(evaluate, tmp_path):
+    interrupted_writer = Writer(wrong=["1+2", "3+4"], interrupt_at=2)
+    with pytest.raises(RuntimeError, match="interrupted"):
+        evaluate(interrupted_writer)
+    path = tmp_path / "report/unfinished_evaluation/small/0.jsonl"
+    assert "correct" not in path.read_text()
+    evaluate(Writer())
+    assert [row["correct"] for row in rows_of(tmp_path / "report", "small")] == [False, False, True]
+
+
+def test_rows_of_another_user_are_answered_again(evaluate, tmp_path, caplog, user):
+    """Somebody else's run directory cannot bring outputs of its own."""
+    user("somebody else")
+    interrupted(evaluate, 2)
+    user("first")
+    writer = Writer()
+    evaluate(writer)
+    assert len(writer.asked) == 5
+    assert "3 line(s) in" in caplog.text
+    assert "are damaged, or were not written by you on this machine; their examples are answered again" in caplog.text
+
+
+def test_key_is_kept_and_only_the_user_can_read_it(tmp_path, user):
+    assert user_key() == user_key()
+    path = tmp_path / "home/first/evaluation_key"
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert [file.name for file in path.parent.iterdir()] == ["evaluation_key"]
+    key = user_key()
+    path.write_bytes(key[:5])  # damaged
+    assert user_key() == user_key() != key
+    user("second")
+    assert user_key() != key
+
+
+def test_without_a_place_for_the_key_nothing_is_trusted(tmp_path, user):
+    (tmp_path / "home").write_text("a file")
+    assert user_key() != user_key()
+
+
+def test_no_damage_gives_another_row(tmp_path):
+    rows = [{"id": str(i), "prompt": "What?", "answer": "5", "output": f"it is {i}", "loss": i / 7} for i in range(4)]
+    first = UnfinishedEvaluation(tmp_path / "unfinished", 0, {"a": 1}, b"key")
+    first.open(["set"])
+    first.append("set", rows)
+    path = tmp_path / "unfinished/set/0.jsonl"
+    whole, source = path.read_bytes(), random.Random(0)
+    for number in range(400):
+        damaged = bytearray(whole)
+        start, end = sorted(source.sample(range(len(whole)), 2))
+        if number % 4 == 0:
+            damaged[start] ^= 1 << source.randrange(8)
+        elif number % 4 == 1:
+            del damaged[start:end]
+        elif number % 4 == 2:
+            damaged[start:end] = source.randbytes(end - start)
+        else:
+            damaged[start:start] = b"[" * 2000
+        path.write_bytes(damaged)
+        found, _ = first.open(["set"])
+        assert all(row == rows[int(id_)] for id_, row in found["set"].items())
+
+
+def test_rows_belong_to_their_evaluation_and_their_set():
+    line = SealedRows(b"key", "about").line("set", {"id": "1"}).encode()
+    assert SealedRows(b"key", "about").read("set", line) == {"id": "1"}
+    for other in (SealedRows(b"other", "about"), SealedRows(b"key", "other")):
+        assert other.read("set", line) is None
+    assert SealedRows(b"key", "about").read("other", line) is None
+
+
 def test_any_text_survives(tmp_path):
-    unfinished = UnfinishedEvaluation(tmp_path / "unfinished", rank=0)
-    unfinished.open({"a": 1}, ["x/y"])
-    rows = [{"id": "1", "output": 'new\nline, "quotes", \u2028 \x85 \x0c \u00e9'}, {"id": "2", "output": None}]
+    blank = {"id": "", "prompt": "", "answer": "", "output": "", "loss": None}
+    unfinished = UnfinishedEvaluation(tmp_path / "unfinished", 0, {"a": 1}, b"key")
+    unfinished.open(["x/y"])
+    rows = [
+        blank | {"id": "1", "output": 'new\nline, "quotes", \u2028 \x85 \x0c \u00e9'},
+        blank | {"id": "2", "loss": 0.1},
+    ]
     for row in rows:
         unfinished.append("x/y", [row])
-    other = UnfinishedEvaluation(tmp_path / "unfinished", rank=1)
-    other.append("x/y", [{"id": "3", "output": ""}])
-    finished, note = other.open({"a": 1}, ["x/y", "x"])
+    other = UnfinishedEvaluation(tmp_path / "unfinished", 1, {"a": 1}, b"key")
+    other.append("x/y", [blank | {"id": "3"}])
+    finished, note = other.open(["x/y", "x"])
     assert note is None
-    assert finished == {"x/y": {row["id"]: row for row in [*rows, {"id": "3", "output": ""}]}, "x": {}}
+    assert finished == {"x/y": {row["id"]: row for row in [*rows, blank | {"id": "3"}]}, "x": {}}
 
 
 # ---------------------------------------------------------------- several processes

@@ -7,7 +7,8 @@ import pytest
 
 from datamodules.instructions import source
 from datamodules.instructions.benchmarks import COMMONSENSE, COMMONSENSE_TRAIN, MATH, MATH_TRAIN
-from datamodules.instructions.source import BLOB_IDS, LocalFiles, PinnedFiles, blob_id, default_cache_directory
+from datamodules.instructions.source import BLOB_IDS, LocalFiles, PinnedFiles, blob_id
+from datamodules.user_cache import default_cache_directory
 
 FILE = "dataset/boolq/test.json"
 CONTENT = b'[{"instruction": "?"}]'
