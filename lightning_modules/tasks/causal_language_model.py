@@ -22,6 +22,7 @@ from lightning_modules.tasks.hugging_face_models import (
     tokenizer_name,
 )
 from lightning_modules.tasks.label_losses import LabelLosses, label_logits, label_losses, log_likelihoods
+from lightning_modules.tasks.padding import padded_right, real_tokens
 
 GREEDY = GenerationSettings()
 
@@ -29,7 +30,7 @@ GREEDY = GenerationSettings()
 class CausalLanguageModel(Task):
     """Adapt a decoder (LLaMA, Gemma, Qwen) and grade its answers to the prompts of benchmarks.
 
-    A batch has `input_ids`, `attention_mask` and `labels` (-100 where no loss is wanted), padded on the right; for evaluation
+    A batch has `input_ids`, `attention_mask` and `labels` (-100 where no loss is wanted), padded on either side; for evaluation
     `prompt_ids` and `prompt_mask`, padded on the left, and per example `prompt`, `answer`, `benchmark` (whose `grade` reads
     the answer out of the text), `choices` and `responses` (the text of each choice).
 
@@ -124,13 +125,13 @@ class CausalLanguageModel(Task):
         return losses.loss.sum() / losses.num_labels.sum().clamp(min=1)
 
     def token_mask(self, batch: Batch) -> Tensor:
-        return batch["attention_mask"].to(torch.bool)
+        return real_tokens(batch["attention_mask"])
 
     def logits(self, batch: Batch) -> Tensor:
         """Of the positions that predict a token of the known response (tokens, vocabulary)."""
         if "labels" not in batch:
             raise ValueError("a merged model is compared on known responses, and this set has none; use --split val")
-        return label_logits(self.model, batch["input_ids"], batch["attention_mask"], batch["labels"])[0]
+        return label_logits(self.model, **padded_right(batch, "input_ids", "labels"))[0]
 
     def save_model(self, directory: Path, class_names: Sequence[str] | None) -> None:
         save_hugging_face(self.model, self.tokenizer_name, directory)
@@ -183,7 +184,7 @@ class CausalLanguageModel(Task):
         return self.split != "val" or self.generate_in_validation
 
     def _label_losses(self, batch: Batch) -> LabelLosses:
-        return label_losses(self.model, batch["input_ids"], batch["attention_mask"], batch["labels"])
+        return label_losses(self.model, **padded_right(batch, "input_ids", "labels"))
 
     def _unfinished(self, batch: Batch) -> list[int]:
         """The examples to answer now. Where the model is sharded all processes answer, or none: they need each other."""

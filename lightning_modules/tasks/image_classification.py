@@ -16,12 +16,12 @@ from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from fourier_moe.attention import fuse_attention, is_split_attention
-from lightning_modules.tasks.base import Batch, Evaluation, Task
+from lightning_modules.tasks.base import Batch, Evaluation, Task, without_autocast
 from lightning_modules.tasks.open_clip_models import check_model, load_open_clip, save_open_clip
 
 
 class ImageClassifier(nn.Module):
-    """backbone: images (B, 3, H, W) -> features (B, D); head: features -> logits (B, classes)."""
+    """backbone: images (B, 3, H, W) -> features (B, D); head: features -> logits (B, classes), always in float32."""
 
     def __init__(self, backbone: nn.Module, head: nn.Module, backbone_name: str) -> None:
         super().__init__()
@@ -37,7 +37,9 @@ class ImageClassifier(nn.Module):
                 f"images are {images.shape[-2]} x {images.shape[-1]}, {self.backbone_name} takes {size[0]} x {size[1]}; set "
                 f"data.init_args.image_size={size[0]}, or model.task.init_args.image_size={images.shape[-1]}"
             )
-        return self.head(self.backbone(images))
+        features = self.backbone(images)
+        with without_autocast(features):  # a bfloat16 logit has 3 digits: a zero-shot head would tie one example in 20
+            return self.head(features.float())
 
 
 class CosineHead(nn.Module):
@@ -201,7 +203,7 @@ class ImageClassification(Task):
         return Evaluation({"preds": logits, "target": batch["label"]}, loss, given=logits.argmax(-1), right=batch["label"])
 
     def predict(self, batch: Batch) -> list[dict[str, Any]]:
-        probabilities = self(batch["image"]).float().softmax(-1)
+        probabilities = self(batch["image"]).softmax(-1)
         labels = batch["label"].tolist() if "label" in batch else [None] * len(probabilities)
         return [
             {"id": id_, "label": label, "probabilities": row}

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from datamodules.tokenizers import load_tokenizer
 from lightning_modules.class_scores import F1, Matthews
-from lightning_modules.tasks.base import Batch, Evaluation, Task
+from lightning_modules.tasks.base import Batch, Evaluation, Task, without_autocast
 from lightning_modules.tasks.hugging_face_models import check_model, load_sequence_classifier, save_hugging_face, tokenizer_name
+from lightning_modules.tasks.padding import padded_right, real_tokens
 from lightning_modules.tasks.quantization import modules_outside_body
-
-_MODEL_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
 
 class SequenceClassification(Task):
@@ -27,6 +28,10 @@ class SequenceClassification(Task):
 
     Of several tasks at once (a batch with `classes`, see GlueMixtureDataModule) each example is classified among the classes of
     its own task, as with an output layer per task; metrics count a task's classes from 0.
+
+    A batch has `input_ids`, `attention_mask` and perhaps `token_type_ids`, padded on either side with any token. A decoder is
+    read at the last token that `attention_mask` marks as real, never by comparing ids with a padding token. The head computes
+    in float32, also under mixed precision, whose bfloat16 logits would tie.
 
     Args:
         model: name on the Hugging Face hub, or directory of a model.
@@ -60,6 +65,7 @@ class SequenceClassification(Task):
         self.model_name, self.dtype, self.quantization, self.tiny = model, dtype, quantization, tiny
         self.metric_names = dict.fromkeys(["accuracy", *metrics])
         self.num_classes = 0
+        self._reads_last_token = False  # whether transformers picks one of the logits that the head gives all tokens
 
     def arguments(self) -> dict[str, Any]:
         return {"model": self.model_name, "dtype": self.dtype, "quantization": self.quantization, "tiny": self.tiny}
@@ -74,19 +80,27 @@ class SequenceClassification(Task):
         if not self.num_classes:
             raise ValueError("num_classes is unknown; give data with classes, or the adapter file that keeps them")
         model = load_sequence_classifier(num_labels=self.num_classes, **self.arguments())
-        if model.config.pad_token_id is None:  # decoders look for the last token that is no padding
-            model.config.pad_token_id = load_tokenizer(tokenizer_name(self.model_name, self.tiny)).pad_token_id
         self.head_names = modules_outside_body(model)
+        self._reads_last_token = "score" in self.head_names and not model.config.is_encoder_decoder  # a decoder's is called so
         for name in self.head_names:
             model.get_submodule(name).float().register_forward_pre_hook(_in_float32)
+        config, embeddings = model.config.get_text_config(), cast(nn.Embedding, model.get_input_embeddings())
+        if self._reads_last_token and (config.pad_token_id is None or not 0 <= config.pad_token_id < len(embeddings.weight)):
+            config.pad_token_id = self._tokenizer().pad_token_id  # without one, transformers refuses batches
         self.model = model
         return model
 
     def forward(self, batch: Batch) -> Tensor:
         """Logits (B, classes) in float32; -infinity for classes of other tasks than the example's."""
-        assert self.model is not None, "build() comes first"
-        inputs = {name: batch[name] for name in _MODEL_INPUTS if name in batch}
-        logits = self.model(**inputs).logits.float()
+        assert isinstance(self.model, PreTrainedModel), "build() comes first"
+        inputs = padded_right(batch, "input_ids", "token_type_ids")
+        mask, padding = self.token_mask(batch), self.model.config.get_text_config().pad_token_id
+        if padding is not None:  # RoBERTa and BART find positions and the text's end by comparing ids with their own token
+            inputs["input_ids"] = inputs["input_ids"].masked_fill(~mask, padding)
+        heads = [self.model.get_submodule(name) for name in self.head_names]
+        last_token = mask.sum(-1) - 1 if self._reads_last_token else None
+        with _reading(heads, last_token):
+            logits = self.model(**inputs).logits.float()
         if "classes" not in batch:
             return logits
         classes = torch.arange(logits.shape[-1], device=logits.device)
@@ -99,6 +113,14 @@ class SequenceClassification(Task):
     def save_model(self, directory: Path, class_names: Sequence[str] | None) -> None:
         """For AutoModelForSequenceClassification, with the class names in its config."""
         assert isinstance(self.model, PreTrainedModel)
+        if self._reads_last_token:
+            tokenizer = self._tokenizer()
+            self.model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+            if tokenizer("a")["input_ids"][-1] == tokenizer.pad_token_id:
+                rank_zero_warn(
+                    f"the tokenizer ends texts with the token {tokenizer.pad_token!r}, which it also pads with; transformers "
+                    "skips that token and reads the one before it, so it computes other logits than the model had here"
+                )
         if class_names:
             self.model.config.id2label = dict(enumerate(class_names))
             self.model.config.label2id = {name: index for index, name in enumerate(class_names)}
@@ -131,7 +153,39 @@ class SequenceClassification(Task):
         ]
 
     def token_mask(self, batch: Batch) -> Tensor:
-        return batch["attention_mask"].to(torch.bool)
+        return real_tokens(batch["attention_mask"])
+
+    def _tokenizer(self) -> PreTrainedTokenizerBase:
+        return load_tokenizer(tokenizer_name(self.model_name, self.tiny))
+
+
+@contextmanager
+def _reading(heads: Sequence[nn.Module], last_token: Tensor | None) -> Iterator[None]:
+    """Let the heads compute without autocast, and give every token of an example the logits of its last real one.
+
+    transformers then reads those, whichever token it takes for the last. It compares ids with `config.pad_token_id`, and so it
+    takes padding for text where the batch is padded with another token, and text for padding where the text has that token.
+
+    Args:
+        heads: modules outside of the model's body.
+        last_token: index of each example's last real token (B,); None for a head that pools by itself.
+    """
+    with ExitStack() as hooks, ExitStack() as autocast:
+
+        def begin(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+            autocast.enter_context(without_autocast(inputs[0]))
+
+        def end(_: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+            autocast.close()
+            if last_token is None:
+                return output
+            examples = torch.arange(len(output), device=output.device)
+            return output[examples, last_token.to(output.device)].unsqueeze(1).expand_as(output)
+
+        for head in heads:
+            hooks.callback(head.register_forward_pre_hook(begin).remove)
+            hooks.callback(head.register_forward_hook(end).remove)
+        yield
 
 
 def _in_float32(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:

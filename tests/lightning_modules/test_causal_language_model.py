@@ -210,6 +210,26 @@ def test_examples_without_labels_count_nothing(model, batch):
     assert task_with(model).loss(batch) == 0
 
 
+def test_padding_on_the_left_or_with_another_token_changes_neither_loss_nor_load(model):
+    """LLaMA's positions are relative; those of GPT-2 are tested with SequenceClassification, which reads the same inputs."""
+    task = TinyLanguageModel()
+    task.model = model
+    right = collate([example(1, 2), example(700, 81)])
+    lengths = right["attention_mask"].sum(1).tolist()
+    left = {**right, "input_ids": right["input_ids"].masked_fill(right["attention_mask"] == 0, 7)}
+    for name in ("input_ids", "attention_mask", "labels"):
+        rows = zip(left[name], lengths, strict=True)
+        left[name] = torch.stack([row.roll(len(row) - length) for row, length in rows])
+    first = int(left["attention_mask"][0].argmax())
+    left["labels"][0, first] = left["input_ids"][0, first]  # nothing predicts an example's first token, padding neither
+    assert not torch.equal(left["attention_mask"], right["attention_mask"])
+    results = []
+    for batch in (right, left):
+        with torch.no_grad(), recording(model, task.token_mask(batch)):
+            results.append((task.loss(batch), balance_loss(model)))
+    torch.testing.assert_close(results[1], results[0], rtol=0, atol=1e-6)
+
+
 def test_more_padding_on_the_right_changes_neither_loss_nor_load_nor_gradients(model):
     outcomes = []
     for extra in (0, 9):

@@ -135,6 +135,26 @@ def test_zero_shot_head_gives_clips_own_logits(config, images, templates):
     assert task.num_classes == 3
 
 
+@pytest.mark.parametrize("head", ["linear", "zero_shot"])
+def test_head_computes_in_float32_under_mixed_precision(config, head):
+    """In bfloat16 the logits of alike classes are equal, and an example's class is the first of them."""
+    task = ImageClassification(config, pretrained=None, head=head)
+    model = task.build(num_classes=None, class_names=[f"class {number}" for number in range(50)]).eval()
+    images = torch.randn(64, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        logits, rounded = model(images), model.head(model.backbone(images))
+        features = model.backbone(images).float()
+    assert logits.dtype == torch.float32
+    with torch.no_grad():
+        assert torch.equal(logits, model.head(features))
+
+    def tied(values):
+        return int((values.topk(2).values.diff() == 0).sum())
+
+    assert tied(logits) == 0
+    assert tied(rounded) > 0 or head == "linear"
+
+
 def test_zero_shot_head_needs_class_names(config):
     with pytest.raises(ValueError, match="needs class names"):
         ImageClassification(config, pretrained=None, head="zero_shot").build(num_classes=3)

@@ -8,14 +8,20 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
     BertConfig,
     BertForSequenceClassification,
     BertModel,
+    GPT2Config,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
+    RobertaConfig,
+    RobertaModel,
 )
 
+from datamodules.tokenizers import load_tokenizer
 from fourier_moe import FourierMoEConfig, balance_loss, inject, recording
 from fourier_moe.backbone import backbone_name
 from lightning_modules.tasks import SequenceClassification
@@ -43,6 +49,10 @@ def batch(lengths=(5, 3, 1), length=5, padding=0, seed=0):
         "attention_mask": mask,
         "label": torch.tensor([0, 1, 1])[: len(lengths)],
     }
+
+
+def byte_tokenizer():
+    return load_tokenizer("bytes")
 
 
 def built(model, num_classes=2, **options):
@@ -81,7 +91,7 @@ def test_frozen_weights_may_be_bfloat16_and_the_head_stays_float32(bert):
 
 
 def test_roberta_large_s_head_has_the_paper_s_parameters():
-    from transformers import RobertaConfig, RobertaForSequenceClassification
+    from transformers import RobertaForSequenceClassification
 
     with torch.device("meta"):
         model = RobertaForSequenceClassification(RobertaConfig(hidden_size=1024, num_hidden_layers=1, num_attention_heads=16))
@@ -120,6 +130,127 @@ def test_decoder_without_padding_token_reads_its_last_real_token(tmp_path):
     task.model.eval()
     padded, plain = batch(padding=4), batch()
     torch.testing.assert_close(task(padded), task(plain))
+
+
+DECODERS = {
+    "llama": lambda pad: LlamaConfig(**DECODER, intermediate_size=48, pad_token_id=pad, eos_token_id=2),
+    "gpt2": lambda pad: GPT2Config(**DECODER, pad_token_id=pad, eos_token_id=2),  # learned absolute positions
+}
+DECODER = {"vocab_size": 384, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+TEXTS = [[5, 6, 7, 8, 2], [9, 0], [3], [4, 1, 7, 7]]  # that end in a padding token of some model, or hold one
+
+
+def texts(padding, side):
+    """A batch of TEXTS, and each of them alone."""
+    width = max(map(len, TEXTS)) + 1
+    rows = [([padding] * (width - len(text)), text, [0] * (width - len(text)), [1] * len(text)) for text in TEXTS]
+    left = side == "left"
+    ids = torch.tensor([fill + text if left else text + fill for fill, text, _, _ in rows])
+    mask = torch.tensor([none + real if left else real + none for _, _, none, real in rows])
+    alone = [{"input_ids": torch.tensor([text]), "attention_mask": torch.ones(1, len(text))} for text in TEXTS]
+    return {"input_ids": ids, "attention_mask": mask}, alone
+
+
+@pytest.mark.parametrize("kind", DECODERS)
+@pytest.mark.parametrize("pad_of_model", [None, -1, 0, 2, 7])
+def test_decoder_reads_the_last_real_token_whatever_the_model_and_the_tokenizer_pad_with(tmp_path, kind, pad_of_model):
+    torch.manual_seed(0)
+    config = DECODERS[kind](None)
+    model = AutoModelForSequenceClassification.from_config(config)
+    model.save_pretrained(tmp_path)
+    stored = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    (tmp_path / "config.json").write_text(json.dumps({**stored, "pad_token_id": pad_of_model}), encoding="utf-8")
+    byte_tokenizer().save_pretrained(tmp_path)
+    task = built(tmp_path)
+    task.model.eval()
+    expected = []
+    for text in TEXTS:  # by the definition
+        hidden = task.model.base_model(input_ids=torch.tensor([text])).last_hidden_state
+        expected.append(task.model.score(hidden[:, -1]))
+    for padding in (0, 2, 7):
+        for side in ("left", "right"):
+            together, alone = texts(padding, side)
+            torch.testing.assert_close(task(together), torch.cat(expected), rtol=0, atol=1e-5)
+            torch.testing.assert_close(torch.cat([task(text) for text in alone]), torch.cat(expected), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_encoder_sees_its_own_padding_token_on_the_right_whatever_the_batch_has(tmp_path, side):
+    """RoBERTa counts positions over ids that are not its padding token, and has no more than the longest text's."""
+    torch.manual_seed(0)
+    sizes = {**BERT, "max_position_embeddings": 5 + 2, "pad_token_id": 1}
+    RobertaModel(RobertaConfig(**sizes)).save_pretrained(tmp_path)
+    task = built(tmp_path)
+    task.model.eval()
+    lengths = (5, 2)
+    ids = torch.tensor([[5, 6, 7, 8, 9], [3, 4, 0, 0, 0]])
+    mask = (torch.arange(5) < torch.tensor(lengths)[:, None]).long()
+    together = {"input_ids": ids, "attention_mask": mask}
+    if side == "left":
+        together = {
+            name: torch.stack([row.roll(5 - n) for row, n in zip(v, lengths, strict=True)]) for name, v in together.items()
+        }
+    expected = [task.model(input_ids=row[None, :n]).logits for row, n in zip(ids, lengths, strict=True)]
+    torch.testing.assert_close(task(together), torch.cat(expected), rtol=0, atol=1e-5)
+
+
+def test_padding_on_the_left_counts_neither_in_load_nor_in_the_balance_loss(bert):
+    task = built(bert)
+    inject(task.model, dataclasses.replace(ADAPTER, head=task.head_names))
+    task.model.eval()
+    right = batch()
+    left = {**right}
+    for name in ("input_ids", "attention_mask"):
+        left[name] = torch.stack([row.roll(5 - n) for row, n in zip(right[name], (5, 3, 1), strict=True)])
+    results = []
+    for examples in (right, left):
+        with recording(task.model, task.token_mask(examples)):
+            results.append((task.loss(examples), balance_loss(task.model)))
+    torch.testing.assert_close(results[1], results[0], rtol=0, atol=1e-6)
+
+
+def test_saved_decoder_pads_with_the_token_of_the_tokenizer_beside_it(tmp_path):
+    config = DECODERS["llama"](7)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    task = built(tmp_path / "model")
+    task.save_model(tmp_path / "saved", None)
+    saved = AutoModelForSequenceClassification.from_pretrained(tmp_path / "saved").eval()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "saved")
+    assert saved.config.pad_token_id == tokenizer.pad_token_id == 0
+    task.model.eval()
+    together, _ = texts(0, "right")
+    together["input_ids"][1, 1] = 5  # transformers cannot tell a last token from padding
+    torch.testing.assert_close(saved(**together).logits, task(together))
+
+
+def test_saved_decoder_whose_texts_end_in_the_padding_token_is_warned_of(tmp_path):
+    AutoModelForSequenceClassification.from_config(DECODERS["llama"](7)).save_pretrained(tmp_path / "model")
+    tokenizer = byte_tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.save_pretrained(tmp_path / "model")
+    task = built(tmp_path / "model")
+    with pytest.warns(UserWarning, match="ends texts with the token '</s>', which it also pads with"):
+        task.save_model(tmp_path / "saved", None)
+
+
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+def test_head_computes_in_float32_under_mixed_precision(bert, tmp_path, kind):
+    model = bert
+    if kind == "llama":
+        model = tmp_path / "llama"
+        AutoModelForSequenceClassification.from_config(DECODERS["llama"](0)).save_pretrained(model)
+    task = built(model)
+    head = task.model.get_submodule(task.head_names[-1])
+    seen = {}
+    head.register_forward_pre_hook(lambda _, inputs: seen.update(x=inputs[0]))
+    task.model.eval()
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = task(batch())
+        assert torch.is_autocast_enabled("cpu")
+    x = seen["x"] if kind == "bert" else seen["x"][torch.arange(3), torch.tensor([4, 2, 0])]
+    assert logits.dtype == torch.float32
+    assert torch.equal(logits, F.linear(x.float(), head.weight, head.bias))
 
 
 def test_metrics_are_the_requested_ones_beside_accuracy(bert):
