@@ -11,29 +11,31 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from torch import Tensor
-from torchmetrics.classification import MulticlassConfusionMatrix
+from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
-Score = Callable[[np.ndarray, np.ndarray, np.ndarray], float]
+Score = Callable[[np.ndarray, np.ndarray, np.ndarray, int | None], float]
 
 
-def accuracy(given: np.ndarray, right: np.ndarray, weights: np.ndarray) -> float:
+def accuracy(given: np.ndarray, right: np.ndarray, weights: np.ndarray, num_classes: int | None = None) -> float:
     """Share of the weight on right answers."""
     return float(weights[given == right].sum() / weights.sum())
 
 
-def balanced_accuracy(given: np.ndarray, right: np.ndarray, weights: np.ndarray) -> float:
-    """Mean of the share of right answers over the classes that occur or are given."""
-    hits, named, actual = _counts(given, right, weights)
-    known = named + actual > 0
-    return float((hits[known] / np.maximum(actual[known], 1)).mean())
+def balanced_accuracy(given: np.ndarray, right: np.ndarray, weights: np.ndarray, num_classes: int | None = None) -> float:
+    """Mean over the classes that occur of the share of their examples answered right, as scikit-learn defines it."""
+    hits, _, actual = _counts(given, right, weights)
+    return float((hits[actual > 0] / actual[actual > 0]).mean())
 
 
-def f1(given: np.ndarray, right: np.ndarray, weights: np.ndarray) -> float:
-    """Of class 1 where no class beyond it occurs or is given, else the mean over the classes that do."""
-    return _f1(*_counts(given, right, weights))
+def f1(given: np.ndarray, right: np.ndarray, weights: np.ndarray, num_classes: int | None = None) -> float:
+    """Of class 1 where there are two classes, else the mean over the classes that occur or are given.
+
+    Where `num_classes` is not known (files of an older version), two classes are assumed unless a third occurs or is given.
+    """
+    return _f1(*_counts(given, right, weights), num_classes)
 
 
-def matthews(given: np.ndarray, right: np.ndarray, weights: np.ndarray) -> float:
+def matthews(given: np.ndarray, right: np.ndarray, weights: np.ndarray, num_classes: int | None = None) -> float:
     """Matthews' correlation coefficient for any number of classes (Gorodkin 2004); 0 where one class is all there is."""
     return _matthews(*_counts(given, right, weights))
 
@@ -41,23 +43,53 @@ def matthews(given: np.ndarray, right: np.ndarray, weights: np.ndarray) -> float
 SCORES: dict[str, Score] = {"accuracy": accuracy, "balanced_accuracy": balanced_accuracy, "f1": f1, "matthews": matthews}
 
 
-class F1(MulticlassConfusionMatrix):
-    """The same of all examples: a task of two classes keeps its F1 of class 1 beside tasks of more, in one head."""
+class BalancedAccuracy(MulticlassAccuracy):
+    """`balanced_accuracy` of all examples. torchmetrics' own counts a class that only occurs among the predictions as 0."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(num_classes, average="macro")
 
     def compute(self) -> Tensor:
-        return torch.tensor(_f1(*_counts_of(super().compute())))
+        hits, _, _, misses = self._final_state()
+        actual = hits + misses
+        return (hits[actual > 0] / actual[actual > 0]).mean()
+
+
+class F1(MulticlassConfusionMatrix):
+    """`f1` of all examples. A task of two classes keeps its F1 of class 1 beside tasks of more, in one head."""
+
+    most_classes: Tensor
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(num_classes)
+        self.add_state("most_classes", torch.tensor(0), dist_reduce_fx="max")
+
+    def update(self, preds: Tensor, target: Tensor, num_classes: Tensor | None = None) -> None:  # type: ignore[override]
+        """Count examples.
+
+        Args:
+            preds: classes that were given (B,).
+            target: the right ones (B,).
+            num_classes: number of classes of each example's task (B,); None for all of the head.
+        """
+        super().update(preds, target)
+        of_tasks = preds.new_tensor([self.num_classes]) if num_classes is None else num_classes
+        self.most_classes = torch.cat([self.most_classes.view(1), of_tasks]).amax()
+
+    def compute(self) -> Tensor:
+        return torch.tensor(_f1(*_counts_of(super().compute()), int(self.most_classes)))
 
 
 class Matthews(MulticlassConfusionMatrix):
-    """The same of all examples. torchmetrics' own gives a model that always gives one of two classes 0.03 on CoLA, not 0."""
+    """`matthews` of all examples. torchmetrics' own gives a model that always gives one of two classes 0.03 on CoLA, not 0."""
 
     def compute(self) -> Tensor:
         return torch.tensor(_matthews(*_counts_of(super().compute())))
 
 
-def _f1(hits: np.ndarray, named: np.ndarray, actual: np.ndarray) -> float:
+def _f1(hits: np.ndarray, named: np.ndarray, actual: np.ndarray, num_classes: int | None) -> float:
     both = named + actual
-    if not both[2:].any():
+    if num_classes == 2 or (num_classes is None and not both[2:].any()):
         return float(2 * hits[1] / both[1]) if both[1] else 0.0
     return float((2 * hits[both > 0] / both[both > 0]).mean())
 

@@ -79,7 +79,8 @@ def _resampled(
         path = cell_file(output, overlay, seed).with_suffix(".npz")
         sets = load_examples(path) if path.is_file() else {}
         graded[overlay, seed] = [sets[key] for key in sorted(sets) if not of_set or key == of_set]
-        values = [SCORES[name](one.given, one.right, np.ones(len(one.ids))) for one in graded[overlay, seed]]
+        of_cell = graded[overlay, seed]
+        values = [SCORES[name](one.given, one.right, np.ones(len(one.ids)), one.num_classes) for one in of_cell]
         if not values or abs(np.mean(values) - by_name[overlay][seed].metrics[metric]) > _SAME:
             return {}, 0, f"{overlay}, seed {seed}: its answers do not give its {metric}: intervals are over seeds alone"
     reference = graded[keys[0]]

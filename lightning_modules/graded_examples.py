@@ -23,11 +23,13 @@ class GradedSet:
         ids: (N,) strings.
         given: (N,) the class that the model gave; for a task without classes 1 if the answer is right, else 0.
         right: (N,) the right class; for a task without classes 1.
+        num_classes: how many classes there were to choose from; None where no score needs it, and in older files.
     """
 
     ids: np.ndarray
     given: np.ndarray
     right: np.ndarray
+    num_classes: int | None = None
 
 
 class GradedExamples(L.Callback):
@@ -39,7 +41,7 @@ class GradedExamples(L.Callback):
 
     def __init__(self) -> None:
         self._digest = hashlib.sha256()
-        self._answers: dict[str, dict[str, tuple[int, int]]] = {}
+        self._answers: dict[str, dict[str, tuple[int, int, int]]] = {}
 
     @property
     def data_order(self) -> str:
@@ -63,9 +65,11 @@ class GradedExamples(L.Callback):
     ) -> None:
         if outputs["given"] is None:
             return
-        pairs = zip(outputs["given"].tolist(), outputs["right"].tolist(), strict=True)
+        given, right, num_classes = outputs["given"], outputs["right"], outputs["num_classes"]
+        num_classes = torch.zeros_like(given) if num_classes is None else num_classes
+        graded = zip(given.tolist(), right.tolist(), num_classes.tolist(), strict=True)
         answers = self._answers.setdefault(outputs["set"] or "", {})
-        answers.update(zip(map(str, batch["id"]), pairs, strict=False))  # the batch's first examples are this process's own
+        answers.update(zip(map(str, batch["id"]), graded, strict=False))  # the batch's first examples are this process's own
 
     def gather(self, trainer: L.Trainer) -> dict[str, GradedSet]:
         """The answers of the last test by name of the set ("" for a single one), of all processes together."""
@@ -74,18 +78,19 @@ class GradedExamples(L.Callback):
             shares = [None] * trainer.world_size
             torch.distributed.all_gather_object(shares, self._answers)
         sets = dict.fromkeys(name for share in shares for name in share)
-        return {name: _graded_set({i: pair for share in shares for i, pair in share.get(name, {}).items()}) for name in sets}
+        return {name: _graded_set({i: one for share in shares for i, one in share.get(name, {}).items()}) for name in sets}
 
 
-def _graded_set(answers: dict[str, tuple[int, int]]) -> GradedSet:
+def _graded_set(answers: dict[str, tuple[int, int, int]]) -> GradedSet:
     ids = sorted(answers)
-    given, right = np.array([answers[id_] for id_ in ids], dtype=np.int32).reshape(-1, 2).T
-    return GradedSet(np.array(ids), given, right)
+    given, right, num_classes = np.array([answers[id_] for id_ in ids], dtype=np.int32).reshape(-1, 3).T
+    return GradedSet(np.array(ids), given, right, int(num_classes.max(initial=0)) or None)
 
 
 def save_examples(path: Path, examples: dict[str, GradedSet]) -> None:
     """Write to a neighbour first, so that an interruption leaves no half file."""
-    arrays = {f"{name}/{field}": value for name, graded in examples.items() for field, value in vars(graded).items()}
+    fields = [(name, field, value) for name, graded in examples.items() for field, value in vars(graded).items()]
+    arrays = {f"{name}/{field}": value for name, field, value in fields if value is not None}
     temporary = path.with_name(path.name + ".part")
     with open(temporary, "wb") as file:
         np.savez_compressed(file, **arrays)
@@ -95,5 +100,8 @@ def save_examples(path: Path, examples: dict[str, GradedSet]) -> None:
 def load_examples(path: Path) -> dict[str, GradedSet]:
     """Inverse of `save_examples`."""
     with np.load(path, allow_pickle=False) as arrays:
-        names = dict.fromkeys(key.rpartition("/")[0] for key in arrays.files)
-        return {name: GradedSet(*(arrays[f"{name}/{field}"] for field in ("ids", "given", "right"))) for name in names}
+        sets: dict[str, dict[str, Any]] = {}
+        for key in arrays.files:
+            name, _, field = key.rpartition("/")
+            sets.setdefault(name, {})[field] = int(arrays[key]) if field == "num_classes" else arrays[key]
+        return {name: GradedSet(**fields) for name, fields in sets.items()}

@@ -107,7 +107,7 @@ def resample(metric: Score, methods: Sequence[Sequence[Sequence[GradedSet]]]) ->
     """A metric, the mean over the test sets, of bootstrap samples of their examples.
 
     Args:
-        metric: of given classes, right classes and weights, each (N,).
+        metric: of given classes, right classes and weights, each (N,), and the number of classes.
         methods: for each method, for each of its seeds, its test sets; a test set has the same examples throughout.
 
     Returns:
@@ -123,6 +123,7 @@ def resample(metric: Score, methods: Sequence[Sequence[Sequence[GradedSet]]]) ->
             weights = generator.multinomial(size, np.full(size, 1 / size), min(rows, RESAMPLES - begin)).astype(np.float64)
             for result, seeds in zip(results, methods, strict=True):
                 for seed, sets in enumerate(seeds):
-                    of_samples = [metric(sets[index].given, sets[index].right, sample) for sample in weights]
+                    one = sets[index]
+                    of_samples = [metric(one.given, one.right, sample, one.num_classes) for sample in weights]
                     result[seed, begin : begin + len(weights)] += np.array(of_samples) / num_sets
     return results

@@ -27,6 +27,7 @@ class Evaluation:
         given: class that the model gave each example (B,); for a task without classes 1 if its answer is right, else 0. None
             where nothing is graded.
         right: the right class of each example (B,); for a task without classes 1. None together with `given`.
+        num_classes: number of classes that each example's was chosen from (B,); None where no score needs it.
     """
 
     metric_inputs: Mapping[str, Tensor]
@@ -34,12 +35,14 @@ class Evaluation:
     rows: Sequence[dict[str, Any]] = field(default_factory=list)
     given: Tensor | None = None
     right: Tensor | None = None
+    num_classes: Tensor | None = None
 
     def first(self, count: int) -> Evaluation:
         """The same for the first `count` examples."""
         inputs = {name: values[:count] for name, values in self.metric_inputs.items()}
-        loss, given, right = (None if values is None else values[:count] for values in (self.loss, self.given, self.right))
-        return Evaluation(inputs, loss, self.rows[:count], given, right)
+        by_example = (self.loss, self.given, self.right, self.num_classes)
+        loss, given, right, num_classes = (None if values is None else values[:count] for values in by_example)
+        return Evaluation(inputs, loss, self.rows[:count], given, right, num_classes)
 
 
 def select(batch: Batch, rows: Sequence[int]) -> Batch:

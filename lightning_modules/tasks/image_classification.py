@@ -16,6 +16,7 @@ from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from fourier_moe.attention import fuse_attention, is_split_attention
+from lightning_modules.class_scores import BalancedAccuracy
 from lightning_modules.tasks.base import Batch, Evaluation, Task, without_autocast
 from lightning_modules.tasks.open_clip_models import check_model, load_open_clip, save_open_clip
 
@@ -185,7 +186,7 @@ class ImageClassification(Task):
         return MetricCollection(
             {
                 "accuracy": MulticlassAccuracy(num_classes, average="micro"),
-                "balanced_accuracy": MulticlassAccuracy(num_classes, average="macro"),
+                "balanced_accuracy": BalancedAccuracy(num_classes),
             }
         )
 

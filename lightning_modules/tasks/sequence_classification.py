@@ -140,9 +140,11 @@ class SequenceClassification(Task):
     def evaluate(self, batch: Batch) -> Evaluation:
         logits = self(batch)
         loss = F.cross_entropy(logits, batch["label"], reduction="none")
-        first = batch["classes"][:, 0] if "classes" in batch else 0
-        given, right = logits.argmax(-1) - first, batch["label"] - first
-        return Evaluation({"preds": given, "target": right}, loss, given=given, right=right)
+        every = torch.tensor([[0, self.num_classes]], device=logits.device).expand(len(logits), 2)
+        first, end = batch.get("classes", every).unbind(-1)
+        given, right, num_classes = logits.argmax(-1) - first, batch["label"] - first, end - first
+        inputs = {"preds": given, "target": right, "num_classes": num_classes}
+        return Evaluation(inputs, loss, given=given, right=right, num_classes=num_classes)
 
     def predict(self, batch: Batch) -> list[dict[str, Any]]:
         probabilities = self(batch).softmax(-1)

@@ -271,8 +271,21 @@ def test_f1_of_three_classes_is_the_mean_over_the_classes(bert):
 def test_f1_of_two_classes_is_that_of_class_1_also_in_a_head_of_several_tasks(bert):
     task = built(bert, 5, metrics=["f1"])
     metrics = task.new_metrics()
-    metrics.update(preds=torch.tensor([1, 1, 0, 0, 1]), target=torch.tensor([1, 0, 0, 1, 1]))
+    examples = {**batch(lengths=(5, 3, 2, 4, 1)), "classes": torch.tensor([[3, 5]] * 5), "label": torch.tensor([4, 3, 3, 4, 4])}
+    evaluation = task.evaluate(examples)
+    assert evaluation.num_classes.tolist() == [2] * 5
+    metrics.update(**{**evaluation.metric_inputs, "preds": torch.tensor([1, 1, 0, 0, 1])})
     assert float(metrics.compute()["f1"]) == pytest.approx(2 / 3)
+
+
+def test_f1_of_three_classes_is_the_mean_over_the_classes_also_where_the_third_does_not_occur(bert):
+    task = built(bert, 3, metrics=["f1"])
+    metrics = task.new_metrics()
+    evaluation = task.evaluate({**batch(), "label": torch.tensor([0, 0, 1])})
+    metrics.update(**{**evaluation.metric_inputs, "preds": torch.tensor([0, 1, 1])})
+    assert float(metrics.compute()["f1"]) == pytest.approx(2 / 3)  # both have 2/3
+    metrics.update(**{**evaluation.metric_inputs, "preds": torch.tensor([0, 0, 0])})
+    assert float(metrics.compute()["f1"]) == pytest.approx((0.75 + 0.5) / 2)
 
 
 def test_evaluation_has_the_loss_of_each_example_and_its_mean_is_the_training_loss(bert):

@@ -1,6 +1,7 @@
 """Paired tests: against closed forms, on synthetic methods whose truth is known, and for metrics that are no mean."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from scipy import stats
 from torchmetrics.classification import BinaryF1Score, MulticlassAccuracy, MulticlassF1Score, MulticlassMatthewsCorrCoef
 
 import lightning_modules.significance
-from lightning_modules.class_scores import F1, SCORES, Matthews, accuracy, matthews
+from lightning_modules.class_scores import F1, SCORES, BalancedAccuracy, Matthews, accuracy, f1, matthews
 from lightning_modules.compare_statistics import differences, format_differences
 from lightning_modules.graded_examples import GradedSet, load_examples, save_examples
 from lightning_modules.grid import Result
@@ -162,13 +163,46 @@ def test_metrics_are_torchmetrics_and_weights_are_repetitions(classes):
     }
     assert references.keys() == SCORES.keys()
     for name, reference in references.items():
-        own = SCORES[name](given.numpy(), right.numpy(), weights.double().numpy())
+        own = SCORES[name](given.numpy(), right.numpy(), weights.double().numpy(), classes)
         assert own == pytest.approx(float(reference(*repeated)), abs=1e-6), name
         if name in ("f1", "matthews"):
             logged = {"f1": F1, "matthews": Matthews}[name](classes + 3)  # also in a head with classes of other tasks
             for part in zip(*(tensor.split(37) for tensor in repeated), strict=True):
-                logged.update(*part)
+                logged.update(*part, **({"num_classes": torch.full_like(part[0], classes)} if name == "f1" else {}))
             assert float(logged.compute()) == pytest.approx(own, abs=1e-6), name
+
+
+@pytest.mark.parametrize(
+    ("given", "right", "expected"),
+    [
+        ([0, 0, 1, 2], [0, 0, 1, 1], 0.75),  # a class that is only given: scikit-learn's balanced_accuracy_score
+        ([0, 0, 2, 2], [0, 0, 1, 1], 0.5),
+        ([0, 1, 1, 0], [1, 1, 1, 1], 0.5),  # a single class occurs
+        ([0, 0, 0, 1, 1], [0, 0, 0, 1, 2], 2 / 3),
+    ],
+)
+def test_balanced_accuracy_is_the_mean_over_the_classes_that_occur(given, right, expected):
+    assert SCORES["balanced_accuracy"](np.array(given), np.array(right), np.ones(len(given))) == pytest.approx(expected)
+    assert float(BalancedAccuracy(3)(torch.tensor(given), torch.tensor(right))) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("num_classes", "expected"), [(2, 2 / 3), (3, (0.8 + 2 / 3) / 2)])
+def test_f1_of_three_classes_stays_the_mean_where_the_third_does_not_occur(num_classes, expected):
+    """F1 of class 0 is 0.8, of class 1 it is 2/3."""
+    right, given = [0, 0, 0, 1], [0, 0, 1, 1]
+    assert f1(np.array(given), np.array(right), np.ones(4), num_classes) == pytest.approx(expected)
+    metric = F1(5)  # a head that has classes of other tasks, too
+    for first, end in ((0, 3), (3, 4)):
+        sizes = torch.full((end - first,), num_classes)
+        metric.update(torch.tensor(given[first:end]), torch.tensor(right[first:end]), sizes)
+    assert float(metric.compute()) == pytest.approx(expected)
+    assert float(F1(num_classes)(torch.tensor(given), torch.tensor(right))) == pytest.approx(expected)
+
+
+def test_older_files_of_graded_examples_load_without_a_number_of_classes(tmp_path):
+    one = graded(np.array([True, False]))
+    np.savez_compressed(tmp_path / "x.npz", **{f"/{name}": getattr(one, name) for name in ("ids", "given", "right")})
+    assert load_examples(tmp_path / "x.npz")[""].num_classes is None
 
 
 @pytest.mark.parametrize("given", [0, 1])
@@ -267,7 +301,7 @@ def test_where_answers_cannot_be_paired_the_intervals_are_over_seeds_and_it_is_s
 
 
 def test_graded_examples_survive_the_file(tmp_path):
-    sets = {"matched": graded(np.array([True, False])), "mis/matched": graded(np.array([False]))}
+    sets = {"matched": replace(graded(np.array([True, False])), num_classes=3), "mis/matched": graded(np.array([False]))}
     save_examples(tmp_path / "x.npz", sets)
     loaded = load_examples(tmp_path / "x.npz")
     assert list(loaded) == list(sets)
