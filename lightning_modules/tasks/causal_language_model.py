@@ -171,7 +171,8 @@ class CausalLanguageModel(Task):
         for row, id_ in enumerate(batch["id"]):
             if row not in answers:
                 answers[row] = self.finished[id_]["output"], self.finished[id_]["loss"]
-        return [_row(*texts, *answers[row]) for row, texts in enumerate(zip(*(batch[name] for name in _TEXTS), strict=True))]
+        texts = zip(*(batch[name] for name in _TEXTS), strict=True)
+        return [_row(answers[row], *text) for row, text in enumerate(texts)]
 
     def settings(self) -> dict[str, Any]:
         """What the answers depend on, beside the weights."""
@@ -226,7 +227,8 @@ class Share(MeanMetric):
 _TEXTS = ("id", "benchmark", "prompt", "answer")
 
 
-def _row(id_: str, benchmark: Any, prompt: str, answer: str, output: str, loss: float | None) -> dict[str, Any]:
+def _row(written: tuple[str, float | None], id_: str, benchmark: Any, prompt: str, answer: str) -> dict[str, Any]:
+    output, loss = written
     grade = benchmark.grade(output, answer)
     return {
         "id": id_,
