@@ -55,7 +55,8 @@ class RoutedLoRAConfig(RoutedConfig):
     Args:
         r: rank of all experts together; each has r_e = r / num_experts.
         alpha: s = alpha / r_e.
-        dropout: dropout on the experts' input.
+        dropout: dropout on the experts' input, one mask for all experts. The authors of MoLoRA's form here, AdaMoLE, GOAT and
+            HydraLoRA draw one for each expert: the same on average, with less noise in the sum.
     """
 
     r: int = 32

@@ -39,7 +39,13 @@ class MiLoRALinear(PeftLinear):
 
 
 class KaSALinear(PeftLinear):
-    """peft's KaSA layer with its penalties; see KaSAConfig."""
+    """peft's KaSA layer with the authors' penalties; see KaSAConfig.
+
+    Attributes:
+        num_projections: how many projections of the model have such a layer; the penalty is divided by it.
+    """
+
+    num_projections = 1
 
     def __init__(self, base: nn.Module, config: KaSAConfig, name: str) -> None:
         super().__init__(base, config, name)
@@ -51,5 +57,9 @@ class KaSALinear(PeftLinear):
         layer = cast(Any, self.layer)
         A, B, d = layer.lora_A["default"].weight, layer.lora_B["default"].weight, layer.lora_diag["default"]
         identity = torch.eye(len(d), device=d.device)
-        orthogonality = torch.linalg.norm(B.T @ B - identity) + torch.linalg.norm(A @ A.T - identity)
-        return self.beta * d.square().sum() + self.gamma * orthogonality
+        # |A^T A - I|_F^2 = |A A^T - I|_F^2 + N - r: the large Gram matrix's distance without the matrix.
+        orthogonality = sum(
+            ((gram - identity).square().sum() + size - len(d)).sqrt()
+            for gram, size in ((A @ A.T, self.in_features), (B.T @ B, self.out_features))
+        )
+        return (self.beta * d.square().sum() + self.gamma * orthogonality) / self.num_projections

@@ -15,11 +15,13 @@ from torch import nn
 from fourier_moe.baselines.peft_methods import LoRAConfig
 from fourier_moe.baselines.singular_layers import KaSALinear, MiLoRALinear
 from fourier_moe.checks import not_negative, rank_problem, refuse
+from fourier_moe.inject import adapters
 
 if TYPE_CHECKING:
     import peft
 
     from fourier_moe.adapter import Adapter
+    from fourier_moe.inject import InjectionReport
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,8 +60,8 @@ class KaSAConfig(SingularLoRAConfig):
     """KaSA (arXiv 2412.06071): the weight loses its r smallest singular triplets, and y = base(x) + alpha/r B diag(d) A x.
 
     A is random, B zero and d (r) standard normal at the start: the adapted model begins near the pretrained one, not at it. The
-    loss gets sum over the projections of beta |d|^2 + gamma (|B^T B - I|_F + |A A^T - I|_F), as peft has it; the authors' code
-    divides by the number of projections and takes the Gram matrices of the other, large sides.
+    loss gets the mean over the projections of beta |d|^2 + gamma (|B B^T - I|_F + |A^T A - I|_F), as in the authors' code. peft
+    takes the sum, and the Gram matrices of the other, small sides: a gradient of more than the number of projections times this.
 
     Args:
         beta: weight of the penalty on d.
@@ -80,6 +82,13 @@ class KaSAConfig(SingularLoRAConfig):
         refuse(self, [*not_negative(self, "beta"), *not_negative(self, "gamma")])
         if tuple(map(int, version("peft").split(".")[:2])) < (0, 21):
             raise ValueError(f"KaSAConfig needs peft 0.21 or newer, and {version('peft')} is installed: pip install -U peft")
+
+    def inject(self, model: nn.Module) -> InjectionReport:
+        report = super().inject(model)
+        layers = [adapter for adapter in adapters(model).values() if isinstance(adapter, KaSALinear)]
+        for layer in layers:
+            layer.num_projections = len(layers)
+        return report
 
     def to_peft(self, target: str) -> peft.PeftConfig:
         from peft import KasaConfig

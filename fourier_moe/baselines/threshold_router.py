@@ -19,7 +19,8 @@ class ThresholdRouter(Router):
 
     p = softmax(R x), tau = tau_max sigmoid(w x + b), a_e = p_e - tau. An expert serves the token if a_e >= 0, with the gate
     a_e / sum of those kept. With tau_max <= 1/E every token has an expert, since the largest p_e is at least 1/E; with a larger
-    one it may have none. What the load-balancing loss and the statistics take for p_e is max(a_e, 0).
+    one it may have none. What the load-balancing loss and the statistics take for p_e is a_e, below 0 for the experts that do not
+    pass, as in the authors' code.
 
     Args:
         in_features: N.
@@ -50,15 +51,14 @@ class ThresholdRouter(Router):
         probabilities = self.probabilities(x)
         threshold = self.max_threshold * torch.sigmoid(logits(x, self.threshold_weight) + self.threshold_bias)
         margin = probabilities - threshold
-        kept = margin.clamp(min=0)
-        self._record(kept, margin)
-        return Routing.to_all(_normalized(kept))
+        self._record(margin, margin)
+        return Routing.to_all(_normalized(margin.clamp(min=0)))
 
     def active(self, probabilities: Tensor, choice: Tensor) -> Tensor:
         return (choice >= 0).to(probabilities.dtype)
 
     def gates(self, probabilities: Tensor, active: Tensor) -> Tensor:
-        return _normalized(probabilities)
+        return _normalized(active * probabilities)
 
 
 def _normalized(kept: Tensor) -> Tensor:

@@ -91,14 +91,24 @@ def test_kasa_trains_a_diagonal_beside_the_weight_without_its_smallest_triplets(
     U, S, Vh = torch.linalg.svd(W, full_matrices=False)
     kept = (U[:, :-4] * S[:-4]) @ Vh[:-4]
     assert_equal(layer(tokens(N)), tokens(N).double() @ (kept + 2 * B @ torch.diag(d) @ A).T + bias)
-    identity = torch.eye(4, dtype=torch.float64)
-    orthogonality = ((B.T @ B - identity) ** 2).sum().sqrt() + ((A @ A.T - identity) ** 2).sum().sqrt()
-    assert_equal(layer.regularization(), 0.3 * (d**2).sum() + 0.2 * orthogonality)
+    assert_equal(layer.regularization(), kasa_penalty([(A, B, d)], 0.3, 0.2))
 
 
-def test_kasa_penalty_is_peft_s_and_reaches_everything_that_is_trained():
-    from peft.tuners.lora.variants import _kasa_layer_regularization_loss
+def kasa_penalty(layers, beta, gamma):
+    """The authors' penalty with their Gram matrices, of all layers' A, B and d."""
+    total = 0
+    for A, B, d in layers:
+        grams = [A.T @ A, B @ B.T]
+        distances = [torch.linalg.norm(gram - torch.eye(len(gram), dtype=gram.dtype)) for gram in grams]
+        total = total + beta * d.square().sum() + gamma * sum(distances)
+    return total / len(layers)
 
+
+def kasa_tensors(layer):
+    return layer.lora_A["default"].weight, layer.lora_B["default"].weight, layer.lora_diag["default"]
+
+
+def test_kasa_penalty_is_its_authors_in_value_and_gradient():
     model = Transformer()
     inject(model, KASA)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
@@ -106,18 +116,31 @@ def test_kasa_penalty_is_peft_s_and_reaches_everything_that_is_trained():
         (model(X).square().mean() + regularization(model)).backward()
         optimizer.step()
     model.zero_grad()
-    total = regularization(model)
-    layers = [adapter.layer for adapter in adapters(model).values()]
-    expected = sum(_kasa_layer_regularization_loss(layer, "default", 0.3, 0.2) for layer in layers)
+    tensors = [kasa_tensors(adapter.layer) for adapter in adapters(model).values()]
+    trained = [tensor for layer in tensors for tensor in layer]
+    total, expected = regularization(model), kasa_penalty(tensors, 0.3, 0.2)
     torch.testing.assert_close(total, expected)
-    total.backward()
-    groups = [p for adapter in adapters(model).values() for p in adapter.parameter_groups()["adapter"]]
-    assert len(groups) == 12
-    assert all(p.grad.abs().max() > 0 for p in groups)
+    gradients = torch.autograd.grad(total, trained)
+    assert len(gradients) == 12
+    assert all(gradient.abs().max() > 0 for gradient in gradients)
+    torch.testing.assert_close(gradients, torch.autograd.grad(expected, trained))
+
+
+def test_kasa_penalty_does_not_grow_with_the_number_of_projections():
+    penalties = []
+    for layers in (1, 5):
+        model = Transformer(layers=layers)
+        inject(model, replace(KASA, beta=0.0))
+        with torch.no_grad():
+            for adapter in adapters(model).values():
+                for tensor in kasa_tensors(adapter.layer):
+                    tensor.fill_(0.1)
+        penalties.append(float(regularization(model)))
+    assert penalties[0] == pytest.approx(penalties[1])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_kasa_losses_are_those_of_peft_itself(dtype):
+def test_kasa_losses_are_those_of_peft_itself_with_the_authors_penalty(dtype):
     ours, theirs = Transformer().to(dtype), Transformer().to(dtype)
     inject(ours, KASA)
     torch.manual_seed(KASA.seed)
@@ -126,7 +149,8 @@ def test_kasa_losses_are_those_of_peft_itself(dtype):
         theirs, peft.LoraConfig(r=4, lora_alpha=8, kasa_config=kasa, target_modules=["q_proj", "v_proj"])
     )
     theirs.classifier.requires_grad_(True)
-    expected = train(theirs, penalty=lambda _: wrapped.base_model._get_kasa_loss())
+    layers = [kasa_tensors(module) for module in theirs.modules() if hasattr(module, "lora_diag")]
+    expected = train(theirs, penalty=lambda _: kasa_penalty(layers, 0.3, 0.2))
     assert train(ours) == pytest.approx(expected, rel=1e-6)
 
 
