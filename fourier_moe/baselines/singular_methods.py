@@ -61,7 +61,7 @@ class KaSAConfig(SingularLoRAConfig):
 
     A is random, B zero and d (r) standard normal at the start: the adapted model begins near the pretrained one, not at it. The
     loss gets the mean over the projections of beta |d|^2 + gamma (|B B^T - I|_F + |A^T A - I|_F), as in the authors' code. peft
-    takes the sum, and the Gram matrices of the other, small sides: a gradient of more than the number of projections times this.
+    takes the sum, and the small Gram matrices: a gradient of more than the number of projections times this.
 
     Args:
         beta: weight of the penalty on d.

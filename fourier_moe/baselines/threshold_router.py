@@ -19,8 +19,8 @@ class ThresholdRouter(Router):
 
     p = softmax(R x), tau = tau_max sigmoid(w x + b), a_e = p_e - tau. An expert serves the token if a_e >= 0, with the gate
     a_e / sum of those kept. With tau_max <= 1/E every token has an expert, since the largest p_e is at least 1/E; with a larger
-    one it may have none. What the load-balancing loss and the statistics take for p_e is a_e, below 0 for the experts that do not
-    pass, as in the authors' code.
+    one it may have none. The load-balancing loss and the statistics take a_e for p_e, below 0 for an expert that does not pass,
+    as in the authors' code.
 
     Args:
         in_features: N.

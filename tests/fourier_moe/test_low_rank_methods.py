@@ -145,9 +145,7 @@ def test_kasa_losses_are_those_of_peft_itself_with_the_authors_penalty(dtype):
     inject(ours, KASA)
     torch.manual_seed(KASA.seed)
     kasa = peft.KasaConfig(beta=0.3, gamma=0.2)
-    wrapped = peft.get_peft_model(
-        theirs, peft.LoraConfig(r=4, lora_alpha=8, kasa_config=kasa, target_modules=["q_proj", "v_proj"])
-    )
+    peft.get_peft_model(theirs, peft.LoraConfig(r=4, lora_alpha=8, kasa_config=kasa, target_modules=["q_proj", "v_proj"]))
     theirs.classifier.requires_grad_(True)
     layers = [kasa_tensors(module) for module in theirs.modules() if hasattr(module, "lora_diag")]
     expected = train(theirs, penalty=lambda _: kasa_penalty(layers, 0.3, 0.2))

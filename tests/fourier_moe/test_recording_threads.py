@@ -131,6 +131,6 @@ def test_of_nested_recordings_the_inner_one_gets_the_tokens_of_its_routers():
 
 def test_data_parallel_is_refused_while_recording():
     layer = router()
-    with recording(layer), pytest.raises(ValueError, match="DataParallel .* use DistributedDataParallel"):
+    with recording(layer), pytest.raises(ValueError, match=r"DataParallel .* use DistributedDataParallel"):
         layer._replicate_for_data_parallel()
     assert isinstance(layer._replicate_for_data_parallel(), type(layer))  # evaluation has nothing to record
