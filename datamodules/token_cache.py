@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import uuid
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
@@ -16,6 +14,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, uint8
 from transformers import PreTrainedTokenizerBase
+
+from fourier_moe.file_writing import write_file
 
 _VERSION = "3"  # raise it when the same inputs would give other files
 _CHECKSUM = "sha256"  # key of the file's metadata
@@ -39,17 +39,11 @@ def load_or_make(cache_directory: Path, key: str, make: Callable[[], dict[str, T
             rank_zero_warn(f"token cache: '{path}' is damaged ({reason}); the texts are tokenised again")
     tensors = make()
     content = save(tensors, metadata={_CHECKSUM: _checksum(tensors)})
-    # Process ids repeat on the nodes that share a directory.
-    part = path.with_suffix(f".{uuid.uuid4().hex}.part")
     try:
-        cache_directory.mkdir(parents=True, exist_ok=True)
-        try:
-            _write(part, content)
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
+        write_file(path, content)  # other users may read it, unlike what `save_file` writes
     except OSError as error:
-        raise ValueError(f"cache_directory '{cache_directory}' cannot be written to ({error}); give another") from error
+        problem = f"cannot be written to ({error.strerror})"
+        raise ValueError(f"cache_directory '{cache_directory}' {problem}; give another") from error
     return load_file(path)
 
 
@@ -69,14 +63,6 @@ def _checksum(tensors: Mapping[str, Tensor]) -> str:
         digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
         digest.update(tensor.reshape(-1).view(uint8).numpy().data)
     return digest.hexdigest()
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Write a new file to the disk itself; other users may read it, unlike what `save_file` writes."""
-    with path.open("xb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def cache_key(tokenizer: PreTrainedTokenizerBase, settings: object, *columns: Iterable[str]) -> str:

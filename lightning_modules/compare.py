@@ -10,10 +10,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 from fourier_moe import FourierMoEConfig
+from fourier_moe.file_writing import write_file
 from lightning_modules.budget import Budget, adapter_parameters, match
 from lightning_modules.compare_report import format_table, method_labels, unfair_runs, write_csv
 from lightning_modules.compare_statistics import differences, format_differences
-from lightning_modules.grid import Result, cell_name, run_grid, write_text
+from lightning_modules.grid import Result, cell_name, run_grid
 from lightning_modules.markdown import markdown_table
 from lightning_modules.preflight import Cell, parse_grid, raise_together, unfair_differences
 
@@ -62,8 +63,8 @@ def compare(args: list[str]) -> list[Result]:
     if budget:
         parts.append(f"Parameters matched to {options.match_parameters}:\n\n{sizes}")
     text = "\n\n".join(parts)
-    write_text(output / "results.md", text + "\n")
-    write_text(output / "results.json", json.dumps([asdict(result) for result in results], indent=2))
+    write_file(output / "results.md", text + "\n")
+    write_file(output / "results.json", json.dumps([asdict(result) for result in results], indent=2))
     written = ["results.md", "results.json", *(["results.csv", "plot.png"] if results else [])]
     print(f"\n{text}\n\nWritten to {output}/: {', '.join(written)}")
     if failures:

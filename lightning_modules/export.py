@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from fourier_moe import push_adapter, save_adapter
+from fourier_moe.file_writing import new_directory
 from fourier_moe.hub import check_repo_id
 from fourier_moe.lora_export import ProjectionExport, export_loras
 from lightning_modules.adaptation import untrained
@@ -80,17 +79,12 @@ def export(args: list[str]) -> Path:
         raise untrained("export")
     cli.trainer.callbacks, cli.trainer.loggers = [], []  # type: ignore[attr-defined] # nothing of a run is to be written
 
-    partial = output.with_name(output.name + ".part")  # what is interrupted leaves no half of an export
-    shutil.rmtree(partial, ignore_errors=True)
     write = {"adapter": _write_adapter, "lora": _write_loras, "merged": _write_merged}[options.format]
-    try:
+    with new_directory(output) as partial:  # what is interrupted leaves no half of an export
         table, facts = write(cli, options, partial)
         if facts:
             facts = {"format": options.format, "source": options.ckpt_path or cli.model.adapter_path, **facts}
             (partial / "export.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-        os.replace(partial, output)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     print(f"\n{table}\n\nWritten to {output}")
     if options.push:
         print(f"On the hub: {push_adapter(output, options.push)}")

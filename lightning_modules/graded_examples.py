@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import lightning as L
 import numpy as np
 import torch
 
+from fourier_moe.file_writing import replacing
 from lightning_modules.tasks.base import Batch
 
 
@@ -88,13 +88,11 @@ def _graded_set(answers: dict[str, tuple[int, int, int]]) -> GradedSet:
 
 
 def save_examples(path: Path, examples: dict[str, GradedSet]) -> None:
-    """Write to a neighbour first, so that an interruption leaves no half file."""
+    """Replace the file by these sets."""
     fields = [(name, field, value) for name, graded in examples.items() for field, value in vars(graded).items()]
     arrays = {f"{name}/{field}": value for name, field, value in fields if value is not None}
-    temporary = path.with_name(path.name + ".part")
-    with open(temporary, "wb") as file:
+    with replacing(path) as file:
         np.savez_compressed(file, **arrays)
-    os.replace(temporary, path)
 
 
 def load_examples(path: Path) -> dict[str, GradedSet]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-import os
 import statistics
 import sys
 import time
@@ -16,6 +15,7 @@ from typing import Any
 
 from lightning.pytorch.callbacks import ModelCheckpoint, Timer
 
+from fourier_moe.file_writing import write_file
 from lightning_modules.cli import AdaptationCLI, user_mistake
 from lightning_modules.graded_examples import GradedExamples, GradedSet, save_examples
 from lightning_modules.interruption import read_checkpoint
@@ -132,7 +132,7 @@ def _run(overlay: str, seed: int, args: list[str], output: Path) -> Result:
     if cli.trainer.is_global_zero:
         cell.parent.mkdir(parents=True, exist_ok=True)
         save_examples(cell.with_suffix(".npz"), examples)
-        write_text(cell, json.dumps({"format": _FORMAT, "config": config, "result": asdict(result)}, indent=2))
+        write_file(cell, json.dumps({"format": _FORMAT, "config": config, "result": asdict(result)}, indent=2))
     return result
 
 
@@ -203,13 +203,6 @@ def _describe(error: Exception) -> str:
         traceback.print_exception(error)
     text = " ".join(str(mistake or error).split())
     return f"{type(mistake or error).__name__}: {text}"
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write to a neighbour first, so that an interruption leaves no half file."""
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def mean_and_spread(percentages: list[float]) -> str:

@@ -11,9 +11,10 @@ from torch import nn
 
 from fourier_moe import FourierMoEConfig, adapters
 from fourier_moe.adapter import Adapter
+from fourier_moe.file_writing import write_file
 from lightning_modules.callbacks import RouterLoad
 from lightning_modules.cli import AdaptationCLI
-from lightning_modules.grid import Result, run_grid, write_text
+from lightning_modules.grid import Result, run_grid
 from lightning_modules.sweep_report import Row, format_rows, write_csv
 from lightning_modules.sweep_studies import STUDIES, choose_settings
 
@@ -76,7 +77,7 @@ def sweep(args: list[str]) -> list[Result]:
 
         plot_study(output / "plot.png", study, rows, own_name)
     text += "".join(f"\nleft out: {line}\n" for line in left_out) + "".join(f"\nfailed: {line}\n" for line in failures)
-    write_text(output / "table.md", text)
+    write_file(output / "table.md", text)
     print(f"\n{text}\nWritten to {output}/: table.md" + (", results.csv, plot.png" if rows else ""))
     if failures:
         sys.exit(1)

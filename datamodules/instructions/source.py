@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import http.client
 import os
-import tempfile
 import urllib.request
 from abc import ABC, abstractmethod
 from pathlib import Path, PurePosixPath
@@ -13,6 +12,8 @@ from typing import IO
 
 from lightning.pytorch.utilities import rank_zero_info
 from tqdm import tqdm
+
+from fourier_moe.file_writing import replacing
 
 COMMIT = "816657208af4db747803f87ba40a4c71383fed7a"
 BASE_URL = f"https://raw.githubusercontent.com/AGI-Edgerunners/LLM-Adapters/{COMMIT}"
@@ -129,26 +130,22 @@ def blob_id(path: Path) -> str:
 
 
 def _download(file: str, path: Path) -> None:
-    """Fetch to a temporary file beside `path`, which appears complete and checked or not at all."""
+    """Fetch a file, which appears under its name complete and checked or not at all."""
     rank_zero_info(f"Fetching {file} from LLM-Adapters to {path.parent}")
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as target:
-            try:
-                _fetch(f"{BASE_URL}/{file}", target, file)
-            except (OSError, http.client.HTTPException) as error:  # URLError, HTTPError and timeouts are OSErrors
-                raise RuntimeError(
-                    f"{file} cannot be fetched from {BASE_URL} ({error}). Without a network, fetch LLM-Adapters' dataset/ and "
-                    "ft-training_set/ elsewhere and give --data.directory"
-                ) from error
-        if (got := blob_id(Path(name))) != BLOB_IDS[file]:
+    with replacing(path) as target:
+        try:
+            _fetch(f"{BASE_URL}/{file}", target, file)
+            target.flush()
+        except (OSError, http.client.HTTPException) as error:  # URLError, HTTPError and timeouts are OSErrors
+            raise RuntimeError(
+                f"{file} cannot be fetched from {BASE_URL} ({error}). Without a network, fetch LLM-Adapters' dataset/ and "
+                "ft-training_set/ elsewhere and give --data.directory"
+            ) from error
+        if (got := blob_id(Path(target.name))) != BLOB_IDS[file]:
             raise ValueError(
                 f"{file} from {BASE_URL} is not the file of commit {COMMIT[:12]}: git blob {got}, expected {BLOB_IDS[file]}; "
                 "is there a proxy that answers in its place?"
             )
-        os.replace(name, path)
-    finally:
-        Path(name).unlink(missing_ok=True)
 
 
 def _fetch(url: str, target: IO[bytes], label: str) -> None:

@@ -16,6 +16,8 @@ import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_warn
 
+from fourier_moe.file_writing import write_file
+
 _MARK = b"fourier_moe sha256 "
 _END_OF_ZIP = b"PK\x05\x06"  # begins the last 22 bytes of a zip archive that has no comment
 _END_SIZE = 22
@@ -42,7 +44,7 @@ class CheckedCheckpointIO(TorchCheckpointIO):
                 file.write(content)
             return
         try:
-            _write(Path(path), content)
+            write_file(Path(path), content)
         except OSError as error:
             step = checkpoint.get("global_step")
             raise RuntimeError(
@@ -135,25 +137,6 @@ def _problem(content: bytes) -> str | None:
     if not (content[-_END_SIZE:].startswith(_END_OF_ZIP) and content.endswith(b"\x00\x00")):
         return "it is cut off, or no checkpoint"
     return None
-
-
-def _write(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.unfinished")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
 
 
 def _advice(path: Path) -> str:

@@ -81,8 +81,11 @@ def test_adapter_directory_of_a_checkpoint_is_what_the_run_would_have_written(de
     assert "MiB" in capsys.readouterr().out
 
 
-def test_adapter_directory_is_copied_with_its_metrics(demo, export):
+def test_adapter_directory_is_copied_with_its_metrics_and_nothing_else_is_touched(demo, export, tmp_path):
+    (tmp_path / "adapter.part").mkdir()
+    (tmp_path / "adapter.part" / "notes").write_text("mine")
     written = export("adapter", *DEMO, *adapter_of(demo))
+    assert (tmp_path / "adapter.part" / "notes").read_text() == "mine"
     assert json.loads((written / "adapter.json").read_text()) == json.loads((demo / "adapter/adapter.json").read_text())
     assert sorted(path.name for path in written.iterdir()) == ["README.md", "adapter.json", "adapter.safetensors"]
 

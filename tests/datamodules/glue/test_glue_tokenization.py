@@ -106,11 +106,11 @@ def test_anything_else_is_tokenised_anew(words, tmp_path, runs, change):
 
 def test_interrupted_writing_leaves_nothing_that_would_be_found(words, tmp_path, monkeypatch, runs):
     def break_off(file):
-        raise OSError("no space left")
+        raise OSError(28, "no space left")
 
     with monkeypatch.context() as broken:
         broken.setattr(os, "fsync", break_off)
-        with pytest.raises(ValueError, match=r"cache_directory '.*' cannot be written to \(no space left\); give another"):
+        with pytest.raises(ValueError, match=r"cache_directory '.*' cannot be written to \(no space left; .*\); give another"):
             tokenize(examples(["w0"]), load_tokenizer(words), 8, tmp_path)
     assert list(tmp_path.iterdir()) == []
     assert tokenize(examples(["w0"]), load_tokenizer(words), 8, tmp_path).lengths == [3]
