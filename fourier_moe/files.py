@@ -111,13 +111,25 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> AdapterDescr
     """
     directory = local_directory(path)
     description, data = read(directory)
-    state = tensors(data, directory)
+    put_on(model, f"adapter {path}", description, tensors(data, directory))
+    return description
+
+
+def put_on(model: nn.Module, source: str, description: AdapterDescription, state: Mapping[str, Tensor]) -> None:
+    """Put an adapter that was read from a file on `model`; see `load_adapter`.
+
+    Args:
+        source: what it was stored in, for messages.
+        state: the stored tensors, by their names in `adapter_state_dict`.
+
+    Raises:
+        ValueError: if it does not fit; the model is then as it was.
+    """
     with unchanged_on_error(model):
         if not is_adapted(model):
             inject(model, description.config)
-        check_fit(model, f"adapter {path}", state, description.config, description.backbone, description.fingerprint)
+        check_fit(model, source, state, description.config, description.backbone, description.fingerprint)
     model.load_state_dict(state, strict=False)
-    return description
 
 
 def describe_adapter(path: str | os.PathLike[str]) -> AdapterDescription:

@@ -221,7 +221,7 @@ def split_fused(model: nn.Module, matches: Collection[str]) -> dict[nn.Module, n
     wanted = {name for name in fused if any(f"{name}.{projection}" in matches for projection in FUSED_PROJECTIONS)}
     for name, module in model.named_modules():
         if isinstance(module, nn.TransformerEncoderLayer) and any(match.startswith(f"{name}.") for match in matches):
-            wanted.add(f"{name}.self_attn")
+            wanted |= {f"{name}.self_attn"} & fused
     split: dict[nn.Module, nn.Module] = {}
     for name in (name for name in names if name in wanted):
         module = model.get_submodule(name)
@@ -289,6 +289,6 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
     """Put a module at a name, and keep a torch.nn.TransformerEncoderLayer around it from reading past it."""
     parent, _, child = name.rpartition(".")
     owner = model.get_submodule(parent)
-    setattr(owner, child, module)
     if isinstance(owner, nn.TransformerEncoderLayer):
         owner.activation_relu_or_gelu = 0  # off: its fused kernel for evaluation reads linear1.weight past the adapter
+    setattr(owner, child, module)

@@ -1,8 +1,9 @@
-"""A change to a model that is taken back."""
+"""Changes to a model that are taken back, or made to a copy of its structure."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import copy
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 from torch import nn
@@ -34,3 +35,22 @@ def unchanged_on_error(model: nn.Module) -> Iterator[None]:
     except Exception:
         put_back()
         raise
+
+
+def structure_copy(model: nn.Module, instead: Mapping[nn.Module, nn.Module] | None = None) -> nn.Module:
+    """New modules around the same tensors: what is adapted in the copy leaves the model as it is.
+
+    Args:
+        instead: modules to copy in the place of others of the model.
+    """
+    instead, fields, copies = instead or {}, vars(nn.Module()), dict[nn.Module, nn.Module]()
+
+    def copied(module: nn.Module) -> nn.Module:
+        module = instead.get(module, module)
+        if module not in copies:
+            new = copies[module] = module.__new__(type(module))
+            new.__dict__.update({key: copy.copy(value) if key in fields else value for key, value in vars(module).items()})
+            new._modules.update({name: child and copied(child) for name, child in module._modules.items()})
+        return copies[module]
+
+    return copied(model)

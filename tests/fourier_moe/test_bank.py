@@ -19,6 +19,7 @@ from fourier_moe import (
     PEANuTConfig,
     PiSSAConfig,
     adapters,
+    bank_layers,
     inject,
     load_adapter,
     save_adapter,
@@ -167,7 +168,7 @@ def test_base_is_there_once_and_computed_once_and_idle_adapters_never(bank):
     with bank.per_example(["moe", None, "moe", "lora", "moe"]):
         bank.model(tokens(5))
     assert calls == {"base": len(layers), "moe": [3] * 4, "lora": [1] * 4}
-    assert all(layer._known[0].output is None for layer in layers)  # activations are not kept
+    assert bank_layers._KNOWN_OUTPUT.get() is None  # activations are not kept
     base = sum(parameter.numel() for parameter in roberta().parameters())
     own = sum(p.numel() for layer in layers for adapter in layer.adapters.values() for p in adapter.parameters())
     heads = sum(p.numel() for head in bank.model.classifier.heads.values() for p in head.parameters())
