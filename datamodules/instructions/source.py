@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import http.client
-import os
 import urllib.request
 from abc import ABC, abstractmethod
 from pathlib import Path, PurePosixPath
