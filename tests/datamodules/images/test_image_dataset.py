@@ -1,12 +1,13 @@
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torchvision.transforms import v2
+from torchvision.transforms import InterpolationMode, v2
 
 from datamodules.images.dataset import FileSplit, ImageDataset
-from datamodules.images.transforms import CLIP_MEAN, CLIP_STD, eval_transform, normalisation, train_transform
+from datamodules.images.transforms import CLIP_MEAN, CLIP_STD, CentralSquare, eval_transform, normalisation, train_transform
 from datamodules.sampling import hold_out
 
 
@@ -66,6 +67,33 @@ def test_eval_transform_resizes_the_shorter_side_and_crops_the_centre():
     assert tensor.dtype == torch.uint8
     assert tensor[2, 5, 5] == 255
     assert tensor[:, :, 5].float().mean(dim=1).argmax() == 2
+
+
+def resized_whole(image: Image.Image, size: int) -> np.ndarray:
+    resize = v2.Resize(size, interpolation=InterpolationMode.BICUBIC)
+    return np.asarray(v2.CenterCrop(size)(resize(image)), int)
+
+
+@pytest.mark.parametrize("size", [(40, 30), (30, 41), (7, 201), (5, 400), (400, 5), (3, 301)])
+def test_central_square_of_any_shape_is_that_of_the_image_resized_as_a_whole(size):
+    wave = (127 + 100 * np.sin(np.arange(size[0])[None] / 3 + np.arange(size[1])[:, None] / 5)).astype(np.uint8)
+    image = Image.fromarray(wave).convert("RGB")
+    difference = np.abs(np.asarray(CentralSquare(32)(image), int) - resized_whole(image, 32)).max()
+    assert difference <= (1 if max(size) > 32 * min(size) else 0)
+
+
+@pytest.mark.parametrize("size", [(2, 8000), (8000, 2)])
+def test_long_image_is_cropped_before_it_is_resized(size, monkeypatch):
+    resize, sizes = Image.Image.resize, []
+
+    def measured(self, size, *arguments, **options):
+        sizes.append(size)
+        return resize(self, size, *arguments, **options)
+
+    monkeypatch.setattr(Image.Image, "resize", measured)
+    tensor = eval_transform(224)(Image.new("RGB", size, (255, 0, 0)))
+    assert sizes == [(224, 224)]
+    assert (tensor == torch.tensor([255, 0, 0])[:, None, None]).all()
 
 
 def test_white_is_normalised_with_mean_and_std():
