@@ -1,12 +1,19 @@
 """A collection is one data set as it lies somewhere: its splits, its classes, its images."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from datamodules.images.dataset import ImageSplit
 from datamodules.images.files import shorten
 
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
+
+# What folders and parquet files of a split may be called, in lower case: the names that the `datasets` library knows.
+SPLIT_NAMES = {
+    TRAIN: ("train", "training"),
+    VALIDATION: ("validation", "valid", "val", "dev"),
+    TEST: ("test", "testing", "eval", "evaluation"),
+}
 
 
 class ImageCollection(ABC):
@@ -16,11 +23,13 @@ class ImageCollection(ABC):
         origin: Where the images come from, in words.
         class_names: The classes; a label is an index into this list.
         splits: Which of "train", "validation" and "test" there are.
+        notes: What was found and is not used, in sentences.
     """
 
     origin: str
     class_names: list[str]
     splits: frozenset[str]
+    notes: Sequence[str] = ()
 
     @abstractmethod
     def load(self, split: str) -> ImageSplit:
@@ -28,15 +37,21 @@ class ImageCollection(ABC):
 
 
 def check_classes(classes: Mapping[str, Iterable[str]], origin: str) -> None:
-    """Checks that whatever is evaluated can have been learnt.
+    """Checks that whatever is evaluated can have been learnt, and that every name can be written to a file.
 
     Args:
         classes: By split, the names of the classes that have images there.
         origin: What the data set is called in the error.
 
     Raises:
-        ValueError: A class of the validation or the test split has no train images.
+        ValueError: A class of the validation or the test split has no train images, or a name is not UTF-8.
     """
+    not_text = sorted({name for names in classes.values() for name in names if not _is_text(name)})
+    if not_text:
+        raise ValueError(
+            f"{len(not_text)} class name(s) are not UTF-8, which adapter files are written in: {shorten(not_text)} ({origin}); "
+            "rename them"
+        )
     learnt = set(classes[TRAIN])
     for split in (VALIDATION, TEST):
         unknown = sorted(set(classes.get(split, ())) - learnt)
@@ -45,3 +60,11 @@ def check_classes(classes: Mapping[str, Iterable[str]], origin: str) -> None:
                 f"{len(unknown)} class(es) of the {split} split have no train images: {shorten(unknown)} ({origin}); "
                 f"add train images of them or remove them from {split}"
             )
+
+
+def _is_text(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -7,15 +7,16 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader
 
 from datamodules.arguments import require, require_one_origin
 from datamodules.generated import generated_directory
 from datamodules.images.collections import TEST, TRAIN, VALIDATION, ImageCollection
 from datamodules.images.dataset import FileSplit, ImageDataset, ImageSplit
+from datamodules.images.decoding import IMAGE_EXTENSIONS
 from datamodules.images.directory import open_directory
-from datamodules.images.files import IMAGE_EXTENSIONS, find_images
+from datamodules.images.files import describe_left_out, find_files
 from datamodules.images.sources import find_source
 from datamodules.images.transforms import CLIP_MEAN, CLIP_STD, eval_transform, normalisation, train_transform
 from datamodules.loading import TrainLoader, leave_signals_to_main_process, require_shared_memory
@@ -39,7 +40,8 @@ class ImageDataModule(L.LightningDataModule):
     (without a trainer: ``normalise``).
 
     A local directory holds class folders ``{train,test[,val]}/<class name>/*.jpg`` or the hub's parquet files
-    (``train*.parquet``, ``test*.parquet``, perhaps ``validation*.parquet``, there or in ``data/``).
+    (``train*.parquet``, ``test*.parquet``, perhaps ``validation*.parquet``, there or in ``data/``). Class folders are read at
+    any depth. Files and folders that are not used are named in a warning.
 
     Args:
         dataset: Which data set: cars, dtd, eurosat, gtsrb, resisc45, svhn, sun397 (the paper's partition), sun397_19850
@@ -215,6 +217,7 @@ class ImageDataModule(L.LightningDataModule):
             else:
                 self._collection = self._source.open(self.dataset)
             self._class_names = self._collection.class_names
+            _warn(self._collection.notes)
         return self._collection
 
     def _generate(self) -> ImageCollection:
@@ -252,9 +255,15 @@ class ImageDataModule(L.LightningDataModule):
 
 
 def _list_predict_files(directory: Path) -> FileSplit:
-    paths = find_images(directory)
-    if not paths:
-        raise ValueError(
-            f"predict_directory '{directory}' has no images; looked at any depth for {', '.join(sorted(IMAGE_EXTENSIONS))}"
-        )
-    return FileSplit(directory, paths, labels=None)
+    found = find_files(directory)
+    notes = describe_left_out(directory, [found])
+    if not found.images:
+        kinds = ", ".join(sorted(IMAGE_EXTENSIONS))
+        raise ValueError("; ".join([f"predict_directory '{directory}' has no images; looked at any depth for {kinds}", *notes]))
+    _warn(notes)
+    return FileSplit(directory, found.images, labels=None)
+
+
+def _warn(notes: Sequence[str]) -> None:
+    for note in notes:
+        rank_zero_warn(note)

@@ -10,7 +10,9 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from datamodules.images.files import check_complete, decode_rgb
+from datamodules.images.decoding import decode_rgb
+from datamodules.images.files import check_usable, read_file
+from fourier_moe.printable import printable
 
 
 class ImageSplit(ABC):
@@ -38,18 +40,22 @@ class ImageSplit(ABC):
 
 
 class FileSplit(ImageSplit):
-    """Images in files of their own; an id is the path relative to ``root``, with forward slashes."""
+    r"""Images in files of their own.
+
+    An id is the path relative to ``root``, with forward slashes; control characters and bytes that are not UTF-8 are written
+    as escapes (``caf\xe9.jpg``), so that ids can be printed and written to files.
+    """
 
     def __init__(self, root: Path, paths: Sequence[Path], labels: Sequence[int] | None) -> None:
-        super().__init__([path.relative_to(root).as_posix() for path in paths], labels)
+        super().__init__([printable(path.relative_to(root).as_posix()) for path in paths], labels)
         self._paths = paths
 
     def read(self, index: int) -> tuple[bytes, str]:
         path = self._paths[index]
-        return path.read_bytes(), str(path)
+        return read_file(path), str(path)
 
     def check(self, indices: Sequence[int]) -> None:
-        check_complete(self._paths[index] for index in indices)
+        check_usable(self._paths[index] for index in indices)
 
 
 class TableSplit(ImageSplit):
@@ -69,7 +75,7 @@ class TableSplit(ImageSplit):
 
     def read(self, index: int) -> tuple[bytes, str]:
         image = self._table[index][self._column]
-        content = image["bytes"] if image["bytes"] is not None else Path(image["path"]).read_bytes()
+        content = image["bytes"] if image["bytes"] is not None else read_file(Path(image["path"]))
         return content, self.ids[index]
 
 

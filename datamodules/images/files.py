@@ -1,14 +1,14 @@
-"""Image files: finding them, decoding them to RGB, and telling complete files from broken ones."""
+"""Image files: finding them, reading them, and telling files that can be used from those that cannot."""
 
-import io
 import os
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image
-
-IMAGE_EXTENSIONS = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+from datamodules.images.decoding import FORMATS, IMAGE_EXTENSIONS, UnusableImageError, decode_rgb, open_image
+from fourier_moe.printable import printable
 
 _JPEG_START, _JPEG_END = b"\xff\xd8\xff", b"\xff\xd9"
 _PNG_START, _PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND"
@@ -16,79 +16,172 @@ _TAIL_BYTES = 32
 _NAMES_SHOWN = 5
 
 
-def is_image_file(path: Path) -> bool:
-    """Whether the name is that of an image. Hidden files (``._x.jpg`` of macOS archives) are not."""
-    return path.suffix.lower() in IMAGE_EXTENSIONS and not path.name.startswith(".")
+@dataclass(frozen=True)
+class FoundFiles:
+    """What lies below a directory, apart from hidden files and folders.
+
+    Attributes:
+        images: The files with an image's name, sorted by their path relative to the directory.
+        others: The other files, sorted.
+        links: Links to folders that are not followed, because their images are found elsewhere or without end.
+    """
+
+    images: list[Path]
+    others: list[Path]
+    links: list[Path]
 
 
-def find_images(directory: Path) -> list[Path]:
-    """Every image file under ``directory``, at any depth, outside hidden folders, sorted by relative path."""
-    found = []
-    for folder, subfolders, names in os.walk(directory):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        found += [path for name in names if is_image_file(path := Path(folder, name))]
-    return sorted(found, key=lambda path: path.relative_to(directory).as_posix())
+def is_hidden(path: Path) -> bool:
+    """Whether the name begins with a dot, as ``._x.jpg`` of macOS archives and ``.ipynb_checkpoints`` do."""
+    return path.name.startswith(".")
 
 
-def decode_rgb(content: bytes, name: str) -> Image.Image:
-    """Decodes an encoded image and converts it to RGB.
+def is_image_name(path: Path) -> bool:
+    """Whether the name is that of an image that can be read."""
+    return path.suffix.lower() in IMAGE_EXTENSIONS
 
-    Transparency is dropped: a palette with transparent entries goes through RGBA first, because its direct conversion
-    is not defined by Pillow.
+
+def find_files(directory: Path) -> FoundFiles:
+    """Everything under ``directory``, at any depth, also behind links to folders.
+
+    A link is not followed to a folder inside of ``directory``, or that holds ``directory``, or that was read already.
+
+    Raises:
+        ValueError: A folder cannot be listed.
+    """
+    root = directory.resolve()
+    images: list[Path] = []
+    others: list[Path] = []
+    links: list[Path] = []
+    seen: set[Path] = set()
+    for folder, subfolders, names in os.walk(directory, followlinks=True, onerror=_refuse):
+        followed = []
+        for path in sorted(Path(folder, name) for name in subfolders):
+            if is_hidden(path):
+                continue
+            if path.is_symlink():
+                target = path.resolve()
+                if target in seen or target.is_relative_to(root) or root.is_relative_to(target):
+                    links.append(path)
+                    continue
+                seen.add(target)
+            followed.append(path.name)
+        subfolders[:] = followed
+        for path in (Path(folder, name) for name in names):
+            if not is_hidden(path):
+                (images if is_image_name(path) else others).append(path)
+    for paths in (images, others, links):
+        paths.sort(key=lambda path: path.relative_to(directory).as_posix())
+    return FoundFiles(images, others, links)
+
+
+def describe_left_out(directory: Path, found: Iterable[FoundFiles]) -> list[str]:
+    """What is not used of a directory, a sentence for each kind; none if there is nothing.
 
     Args:
-        content: The encoded image, in any format that Pillow reads.
-        name: What to call the image in the error.
+        directory: The names in the sentences are relative to it.
+        found: What lies in parts of it.
+    """
+    parts = list(found)
+    others = [path for part in parts for path in part.others]
+    links = [path for part in parts for path in part.links]
+    sentences = []
+    if others:
+        kinds = Counter(path.suffix.lower() or "no suffix" for path in others)
+        counts = ", ".join(f"{count} {printable(kind)}" for kind, count in kinds.most_common(_NAMES_SHOWN))
+        sentences.append(
+            f"'{directory}': {len(others)} file(s) left out, which are not images by their names ({counts}): "
+            f"{_shorten_paths(others, directory)}; images are {', '.join(sorted(IMAGE_EXTENSIONS))}"
+        )
+    if links:
+        sentences.append(
+            f"'{directory}': {len(links)} link(s) left out, to folders that are read elsewhere or hold this one: "
+            f"{_shorten_paths(links, directory)}"
+        )
+    return sentences
+
+
+def read_file(path: Path) -> bytes:
+    """The content of a regular file. A pipe would never end, and neither would some devices.
 
     Raises:
-        ValueError: The image cannot be decoded completely.
+        ValueError: It cannot be read, or is something else.
     """
-    try:
-        image: Image.Image = Image.open(io.BytesIO(content))
-        if image.mode == "P" and "transparency" in image.info:
-            image = image.convert("RGBA")
-        return image.convert("RGB")
-    except Exception as error:  # the decoders raise OSError, SyntaxError, struct.error and others
-        raise ValueError(
-            f"image '{name}' cannot be decoded ({error}): the file is truncated or corrupt; download it again or delete it"
-        ) from error
+    problem = _reading_problem(path)
+    if problem:
+        raise ValueError(problem)
+    return path.read_bytes()
 
 
-def check_complete(paths: Iterable[Path]) -> None:
-    """Finds truncated and corrupt image files before training does.
+def check_usable(paths: Iterable[Path]) -> None:
+    """Finds image files that training could not use, before it starts.
 
     A JPEG whose last bytes hold the end-of-image marker and a PNG whose last bytes hold the IEND chunk are taken as
-    complete, which costs one small read. Anything else is decoded, and the decoder decides.
+    complete, and their headers are read. Anything else is decoded, and the decoder decides.
 
     Raises:
-        ValueError: At least one file is broken; the first five are named.
+        ValueError: At least one file is truncated, corrupt, too large to decode, of values without a known range, or not a
+            regular file; the first five of each kind are named.
     """
     with ThreadPoolExecutor() as pool:
-        broken = [str(path) for path, complete in pool.map(lambda path: (path, _is_complete(path)), paths) if not complete]
+        results = [(path, problem) for path, problem in pool.map(lambda path: (path, _problem(path)), paths) if problem]
+    broken = [str(path) for path, problem in results if problem == _BROKEN]
+    others = [problem for _, problem in results if problem != _BROKEN]
+    messages = []
     if broken:
-        raise ValueError(
-            f"{len(broken)} truncated or corrupt image file(s): {shorten(broken)}; download them again or delete them"
+        messages.append(
+            f"{len(broken)} truncated or corrupt image file(s): {shorten(broken)}; download them again or delete them "
+            f"(formats that are read, whatever the name: {', '.join(FORMATS)})"
         )
+    if others:
+        more = f", and {len(others) - _NAMES_SHOWN} more files" if len(others) > _NAMES_SHOWN else ""
+        messages.append("; ".join(others[:_NAMES_SHOWN]) + more)
+    if messages:
+        raise ValueError("; ".join(messages))
 
 
 def shorten(names: Iterable[str]) -> str:
-    """Joins quoted names, at most five of them: ``'a', 'b' and 3 more``."""
-    quoted = [f"'{name}'" for name in names]
+    """Joins quoted names, at most five of them, without control characters: ``'a', 'b' and 3 more``."""
+    quoted = [f"'{printable(name)}'" for name in names]
     more = f" and {len(quoted) - _NAMES_SHOWN} more" if len(quoted) > _NAMES_SHOWN else ""
     return ", ".join(quoted[:_NAMES_SHOWN]) + more
 
 
-def _is_complete(path: Path) -> bool:
-    with path.open("rb") as file:
-        head = file.read(len(_PNG_START))
-        file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
-        tail = file.read()
-    if head.startswith(_JPEG_START) and _JPEG_END in tail:
-        return True
-    if head == _PNG_START and _PNG_END in tail:
-        return True
+_BROKEN = "broken"
+
+
+def _problem(path: Path) -> str | None:
+    """Why a file cannot be used, `_BROKEN`, or None."""
+    if problem := _reading_problem(path):
+        return problem
     try:
-        decode_rgb(path.read_bytes(), str(path))
+        with path.open("rb") as file:
+            head = file.read(len(_PNG_START))
+            file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
+            tail = file.read()
+            file.seek(0)
+            if (head.startswith(_JPEG_START) and _JPEG_END in tail) or (head == _PNG_START and _PNG_END in tail):
+                open_image(file, str(path))
+            else:
+                decode_rgb(file.read(), str(path))
+    except UnusableImageError as error:
+        return str(error)
     except ValueError:
-        return False
-    return True
+        return _BROKEN
+    return None
+
+
+def _reading_problem(path: Path) -> str | None:
+    if not path.is_file():
+        return f"'{printable(str(path))}' is not a file: a pipe, a device, or a link to nothing; replace it or delete it"
+    if not os.access(path, os.R_OK):
+        return f"'{printable(str(path))}' cannot be read: permission denied"
+    return None
+
+
+def _refuse(error: OSError) -> None:
+    raise ValueError(f"folder '{printable(str(error.filename))}' cannot be listed: {error.strerror}") from error
+
+
+def _shorten_paths(paths: Sequence[Path], directory: Path) -> str:
+    return shorten(path.relative_to(directory).as_posix() for path in paths)

@@ -1,5 +1,6 @@
 """Tables of images: parquet files in a directory, or tables that the ``datasets`` library has already loaded."""
 
+import glob
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,11 +10,9 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from datamodules.images.collections import TEST, TRAIN, VALIDATION, ImageCollection, check_classes
+from datamodules.images.collections import SPLIT_NAMES, TRAIN, ImageCollection, check_classes
 from datamodules.images.dataset import ImageSplit, TableSplit
 from datamodules.images.files import shorten
-
-_FILE_PATTERNS = {TRAIN: "train*.parquet", VALIDATION: "val*.parquet", TEST: "test*.parquet"}
 
 
 @dataclass(frozen=True)
@@ -67,6 +66,7 @@ class ParquetFiles(ImageCollection):
 
     def __init__(self, files: Mapping[str, Sequence[Path]], directory: Path, cache_dir: Path | None = None) -> None:
         self.origin = f"parquet files in '{directory}'"
+        self.notes = _describe_strays(files)
         self.splits = frozenset(files)
         self._files = files
         self._cache_dir = cache_dir
@@ -77,7 +77,7 @@ class ParquetFiles(ImageCollection):
     def load(self, split: str) -> ImageSplit:
         table = datasets.load_dataset(
             "parquet",
-            data_files={split: [str(path) for path in self._files[split]]},
+            data_files={split: [glob.escape(str(path)) for path in self._files[split]]},  # it takes paths for patterns
             split=split,
             cache_dir=None if self._cache_dir is None else str(self._cache_dir),
         )
@@ -87,20 +87,50 @@ class ParquetFiles(ImageCollection):
 def find_parquet_files(directory: Path) -> dict[str, list[Path]]:
     """The parquet files of each split, in ``directory`` or, failing that, in its ``data`` folder.
 
+    A file belongs to the split whose name its own begins with, in upper or lower case.
+
     Raises:
-        ValueError: Some of the numbered parts of a split (``train-00000-of-00002.parquet``) are missing.
+        ValueError: Some of the numbered parts of a split (``train-00000-of-00002.parquet``) are missing, a split comes under
+            two names (``val.parquet`` and ``dev.parquet``), or ``datasets`` could not read the path.
     """
     for folder in (directory, directory / "data"):
-        files = {split: sorted(folder.glob(pattern)) for split, pattern in _FILE_PATTERNS.items()}
-        files = {split: paths for split, paths in files.items() if paths}
+        files: dict[str, list[Path]] = {}
+        for split, names in SPLIT_NAMES.items():
+            by_name: dict[str, list[Path]] = {}
+            for path in _list_parquet_files(folder):
+                if found := [name for name in names if path.name.lower().startswith(name)]:
+                    by_name.setdefault(max(found, key=len), []).append(path)
+            if len(by_name) > 1:
+                raise ValueError(f"'{folder}' has parquet files named {shorten(by_name)} for the {split} split; keep one kind")
+            for paths in by_name.values():
+                files[split] = paths
         if files:
             for paths in files.values():
-                _check_parts(paths)
+                _check_paths(paths)
             return files
     return {}
 
 
-def _check_parts(paths: Sequence[Path]) -> None:
+def _list_parquet_files(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if path.suffix.lower() == ".parquet" and not path.name.startswith("."))
+
+
+def _describe_strays(files: Mapping[str, Sequence[Path]]) -> list[str]:
+    """A sentence on parquet files beside those of the splits, if there are any."""
+    used = {path for paths in files.values() for path in paths}
+    (folder,) = {path.parent for path in used}
+    strays = [path.name for path in _list_parquet_files(folder) if path not in used]
+    if not strays:
+        return []
+    names = ", ".join(name for names in SPLIT_NAMES.values() for name in names)
+    return [f"'{folder}': {len(strays)} parquet file(s) left out: {shorten(strays)}; names begin with {names}"]
+
+
+def _check_paths(paths: Sequence[Path]) -> None:
+    if "::" in str(paths[0]):  # to datasets, a file inside of an archive
+        raise ValueError(f"the path of '{paths[0]}' holds '::', which the datasets library cannot read; rename its folder")
     parts = [match for path in paths if (match := re.search(r"-(\d+)-of-(\d+)", path.name))]
     if parts:
         missing = set(range(int(parts[0][2]))) - {int(part[1]) for part in parts}

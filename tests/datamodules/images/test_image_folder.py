@@ -1,3 +1,5 @@
+import os
+
 import pytest
 
 from datamodules.images.directory import open_directory
@@ -15,15 +17,58 @@ def test_classes_are_the_sorted_train_folders_and_ids_are_relative_paths(make_fo
     assert (test.ids, test.labels) == (["test/zebra/0.jpg"], [1])
 
 
-@pytest.mark.parametrize("name", ["val", "valid", "validation"])
+@pytest.mark.parametrize("name", ["val", "valid", "validation", "Val", "dev", "VALIDATION"])
 def test_own_validation_split_is_found_under_its_usual_names(name, make_folders):
     collection = open_directory(make_folders({"train": {"a": 1}, name: {"a": 2}, "test": {"a": 1}}))
     assert len(collection.load("validation")) == 2
 
 
+@pytest.mark.parametrize(("train", "test"), [("Train", "TEST"), ("training", "testing"), ("train", "eval")])
+def test_train_and_test_have_other_names_too(train, test, make_folders):
+    collection = open_directory(make_folders({train: {"a": 1}, test: {"a": 2}}))
+    assert collection.load("test").ids == [f"{test}/a/0.jpg", f"{test}/a/1.jpg"]
+    assert collection.notes == []
+
+
+def test_images_in_folders_of_a_class_folder_are_its_images(make_folders, encode):
+    directory = make_folders({"train": {"a": 1, "b": 0}, "test": {"a": 1}})
+    (directory / "train/b/deep/er").mkdir(parents=True)
+    for path in ("train/b/deep/er/y.jfif", "train/a/more"):
+        (directory / path).write_bytes(encode())
+    collection = open_directory(directory)
+    train = collection.load("train")
+    assert (train.ids, train.labels) == (["train/a/0.jpg", "train/b/deep/er/y.jfif"], [0, 1])
+    assert len(collection.notes) == 1
+    assert "1 file(s) left out, which are not images by their names (1 no suffix): 'train/a/more'" in collection.notes[0]
+
+
+def test_folders_and_files_that_are_left_out_are_named(make_folders, encode):
+    directory = make_folders({"train": {"a": 1}, "test": {"a": 1}, "holdout": {"a": 1}})
+    (directory / "train/x.jpg").write_bytes(encode())
+    folder, file = open_directory(directory).notes
+    assert (
+        "1 folder(s) left out, which are no splits by their names: 'holdout'; splits are train, training, validation" in folder
+    )
+    assert "1 file(s) left out, which are in no class folder: 'train/x.jpg'" in file
+
+
+def test_class_folder_whose_name_is_not_utf8_is_refused(make_folders):
+    name = os.fsdecode(b"caf\xe9")
+    with pytest.raises(ValueError, match=r"1 class name\(s\) are not UTF-8.*'caf\\xe9' .*rename them"):
+        open_directory(make_folders({"train": {name: 1, "tea": 1}, "test": {"tea": 1}}))
+
+
+def test_file_whose_name_is_not_utf8_has_an_id_that_is(make_folders, encode):
+    directory = make_folders({"train": {"a": 1}, "test": {"a": 1}})
+    (directory / "test/a" / os.fsdecode(b"\xe9\x1b.jpg")).write_bytes(encode())
+    test = open_directory(directory).load("test")
+    assert test.ids == ["test/a/0.jpg", r"test/a/\xe9\x1b.jpg"]
+    assert test.read(1)[0] == encode()
+
+
 def test_two_validation_folders_are_an_error(make_folders):
     directory = make_folders({"train": {"a": 1}, "val": {"a": 1}, "valid": {"a": 1}, "test": {"a": 1}})
-    with pytest.raises(ValueError, match="2 folders for the validation split: 'valid', 'val'; keep one"):
+    with pytest.raises(ValueError, match="2 folders for the validation split: 'val', 'valid'; keep one"):
         open_directory(directory)
 
 

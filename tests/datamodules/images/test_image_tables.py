@@ -50,6 +50,50 @@ def test_own_validation_split_is_found(tmp_path, encode, write_parquet):
     assert open_directory(tmp_path).load("validation").labels == [0]
 
 
+@pytest.mark.parametrize("name", ["dev", "Val", "valid-00000-of-00001"])
+def test_own_validation_split_has_other_names_too(name, tmp_path, encode, write_parquet):
+    for split in ("train", name, "test"):
+        write_parquet(tmp_path / f"{split}.parquet", [(encode(), 0)] * (2 if split == name else 1), ["a"])
+    assert open_directory(tmp_path).load("validation").labels == [0, 0]
+
+
+def test_split_under_two_names_is_an_error(tmp_path, encode, write_parquet):
+    for split in ("train", "val", "dev", "test"):
+        write_parquet(tmp_path / f"{split}.parquet", [(encode(), 0)], ["a"])
+    with pytest.raises(ValueError, match=r"parquet files named 'dev', 'val' for the validation split; keep one"):
+        open_directory(tmp_path)
+
+
+def test_parquet_file_of_no_split_is_named(tmp_path, encode, write_parquet):
+    for split in ("train", "test", "unlabelled"):
+        write_parquet(tmp_path / f"{split}.parquet", [(encode(), 0)], ["a"])
+    (note,) = open_directory(tmp_path).notes
+    assert "1 parquet file(s) left out: 'unlabelled.parquet'; names begin with train" in note
+
+
+@pytest.mark.parametrize("name", ["cars [v2]", "a?b", "[!x]", "**", "{a,b}", "c:d %20#"])
+def test_folder_is_not_taken_for_a_pattern(name, tmp_path, encode, write_parquet):
+    for folder, count in {name: 1, "a_b": 2, "cars v": 2, "cars 2": 2}.items():  # what the patterns would find
+        for split in ("train", "test"):
+            write_parquet(tmp_path / folder / f"{split}.parquet", [(encode(), 0)] * count, ["a"])
+    assert len(open_directory(tmp_path / name).load("train")) == 1
+
+
+def test_path_that_datasets_cannot_read_is_refused_at_once(tmp_path, encode, write_parquet):
+    for split in ("train", "test"):
+        write_parquet(tmp_path / "a::b" / f"{split}.parquet", [(encode(), 0)], ["a"])
+    with pytest.raises(ValueError, match="holds '::', which the datasets library cannot read; rename"):
+        open_directory(tmp_path / "a::b")
+
+
+def test_path_in_a_table_that_is_not_a_file_is_refused(encode):
+    features = datasets.Features({"a": datasets.Image(), "b": datasets.ClassLabel(names=["x"])})
+    rows = datasets.Dataset.from_dict({"a": [{"bytes": None, "path": "/dev/zero"}], "b": [0]}, features=features)
+    images = LoadedTables({"train": rows, "test": rows}, "somewhere").load("train")
+    with pytest.raises(ValueError, match="'/dev/zero' is not a file"):
+        images.read(0)
+
+
 def test_missing_test_file_is_an_error(tmp_path, encode, write_parquet):
     write_parquet(tmp_path / "train.parquet", [(encode(), 0)])
     with pytest.raises(ValueError, match="has no test split; expected"):

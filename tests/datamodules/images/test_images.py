@@ -286,8 +286,25 @@ def test_predict_directory_beside_a_directory_keeps_its_classes(directory, loose
 
 
 def test_predict_directory_without_images_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match=r"predict_directory '.*' has no images; looked at any depth for \.bmp"):
+    with pytest.raises(ValueError, match=r"predict_directory '.*' has no images; looked at any depth for .*\.bmp"):
         module("cars", predict_directory=str(tmp_path)).setup("predict")
+
+
+def test_what_is_left_out_of_a_predict_directory_is_named_in_a_warning(loose_images, tmp_path, encode):
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more/b.jpe").write_bytes(encode())
+    (loose_images / "link").symlink_to(tmp_path / "more")
+    (loose_images / "x.heic").write_bytes(b"")
+    data = module("cars", predict_directory=str(loose_images))
+    with pytest.warns(UserWarning, match=r"1 file\(s\) left out.*\.heic.*'x\.heic'"):
+        data.setup("predict")
+    assert data.predict_dataloader().dataset.split.ids == ["deep/er/a.jpg", "link/b.jpe", "z.png"]
+
+
+def test_what_is_left_out_of_a_directory_is_named_in_a_warning(directory):
+    (directory / "holdout").mkdir()
+    with pytest.warns(UserWarning, match=r"1 folder\(s\) left out.*'holdout'"):
+        module(directory=str(directory))
 
 
 # Generated data
