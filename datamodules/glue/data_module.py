@@ -19,7 +19,7 @@ from datamodules.generated import generated_directory
 from datamodules.glue.dataset import PadBatch, TextDataset
 from datamodules.glue.directory import open_directory
 from datamodules.glue.hub import open_hub
-from datamodules.glue.own import OWN, own_task
+from datamodules.glue.own import OWN, OwnSentences
 from datamodules.glue.source import Examples, GlueSource
 from datamodules.glue.summary import SetSummary, summarise
 from datamodules.glue.synthetic import write_tsv_files
@@ -30,14 +30,14 @@ from datamodules.sampling import ShuffledSampler, TrainShare, evaluation_sampler
 from datamodules.tokenizers import check_max_length, load_tokenizer
 
 MAX_SELECTION = 5000
-SELECTION, PREDICT = "selection", "predict"  # parts of the data beside the splits
+SELECTION, TESTED, PREDICT = "selection", "tested", "predict"  # parts of the data beside the splits
 _PARTS_OF_STAGE = {
-    "fit": (TRAIN, SELECTION, VALIDATION),  # the last to be read before hours of training rather than after
+    "fit": (TRAIN, SELECTION, TESTED),  # the last to be read before hours of training rather than after
     "validate": (SELECTION,),
-    "test": (VALIDATION,),
+    "test": (TESTED,),
     "predict": (PREDICT,),
 }
-_ROLES = {TRAIN: "train", SELECTION: "val", VALIDATION: "test", PREDICT: "predict"}
+_ROLES = {TRAIN: "train", SELECTION: "val", TESTED: "test", PREDICT: "predict"}
 
 
 class GlueDataModule(L.LightningDataModule):
@@ -52,8 +52,9 @@ class GlueDataModule(L.LightningDataModule):
     train, unless ``selection`` says otherwise. ``predict`` goes through the test split.
 
     Args:
-        dataset: cola, sst2, mrpc, qqp, mnli, qnli or rte; or own, for labelled sentences of one's own in ``directory``
-            (``train.tsv`` and ``dev.tsv`` with columns ``sentence``, or ``sentence1`` and ``sentence2``, and ``label``).
+        dataset: cola, sst2, mrpc, qqp, mnli, qnli or rte; or own, for labelled sentences of one's own in ``directory``:
+            ``train.tsv`` and ``dev.tsv``, perhaps ``test.tsv`` (or .csv, .json, .jsonl), with columns ``sentence``, or
+            ``sentence1`` and ``sentence2``, and ``label``. With labels, the test file is what is tested.
         tokenizer: Name or directory of a Hugging Face model whose tokenizer is taken, or bytes (a token per byte).
         directory: Local directory to read instead of the hub: the task's folder, or the parent of one called like the task
             (``CoLA``). It has GLUE's official files (``train.tsv``, ``dev.tsv``, perhaps ``test.tsv``) or the hub's parquet
@@ -62,7 +63,8 @@ class GlueDataModule(L.LightningDataModule):
         batch_size: Examples a batch and process.
         num_workers: Loading processes of each loader; 0 loads in the main process.
         selection: What the validation loader, which decides on the best checkpoint, goes through: train (a part held out of
-            it) or validation (what is tested, as many publications do: its best epoch is then an optimistic figure).
+            it) or validation (what is tested, as many publications do: its best epoch is then an optimistic figure). Data of
+            one's own with a dev file and a labelled test file are selected on the dev file in any case.
         selection_fraction: Share of train that is held out, at most 5,000 examples.
         seed: Decides which examples are held out. Their order in training follows the run's own seed.
         cache_directory: Where token ids are kept from run to run; None for the cache of the ``datasets`` library. Those of
@@ -102,9 +104,13 @@ class GlueDataModule(L.LightningDataModule):
         require_one_origin(directory, synthetic)
         if dataset == OWN:
             if directory is None:
-                raise ValueError(f"dataset '{OWN}' needs directory, the folder of its train.tsv and dev.tsv")
-            self.dataset, self._task = OWN, own_task(Path(directory).expanduser())
+                raise ValueError(f"dataset '{OWN}' needs directory, the folder of its train and dev files")
+            own = OwnSentences(Path(directory).expanduser())
+            if selection == VALIDATION and VALIDATION not in own.splits:
+                raise ValueError(f"selection=validation needs a dev file; {own.missing(VALIDATION)}, or leave selection out")
+            self.dataset, self._task = OWN, own.task
         else:
+            own = None
             self.dataset, self._task = find_task(dataset)
 
         self.max_length = max_length
@@ -120,7 +126,7 @@ class GlueDataModule(L.LightningDataModule):
         self._tokenizer_name = tokenizer
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._remove_synthetic: Callable[[], object] | None = None
-        self._source: GlueSource | None = None
+        self._source: GlueSource | None = own
         self._splits: dict[str, tuple[Examples, TokenizedExamples]] = {}
         self._datasets: dict[str, dict[str, TextDataset]] = {}
         if self._directory is not None:
@@ -172,7 +178,7 @@ class GlueDataModule(L.LightningDataModule):
             self._datasets.clear()
 
     def datasets(self, part: str) -> dict[str, TextDataset]:
-        """After ``setup``: the sets of ``train``, ``selection``, ``validation`` or ``predict``; more than one for mnli."""
+        """After ``setup``: the sets of ``train``, ``selection``, ``tested`` or ``predict``; more than one for mnli."""
         return self._datasets[part]
 
     def train_dataloader(self) -> DataLoader[dict[str, Any]]:
@@ -186,7 +192,7 @@ class GlueDataModule(L.LightningDataModule):
         return self._evaluation_loaders(SELECTION)
 
     def test_dataloader(self) -> Any:
-        return self._evaluation_loaders(VALIDATION)
+        return self._evaluation_loaders(TESTED)
 
     def predict_dataloader(self) -> Any:
         return self._evaluation_loaders(PREDICT)
@@ -252,16 +258,24 @@ class GlueDataModule(L.LightningDataModule):
     def _splits_of(self, part: str) -> dict[str, str]:
         """The splits that a part of the data is taken from, by the name of the evaluation set."""
         if part == SELECTION:
-            part = self.selection
+            part = self._selection
+        elif part == TESTED:
+            part = self._task.tested
         elif part == PREDICT:
             has_test = self._open().splits >= set(self._task.splits(TEST).values())
             part = self._predict_split or (TEST if has_test else VALIDATION)
         return self._task.splits(part)
 
+    @property
+    def _selection(self) -> str:
+        """The split that decides on the best checkpoint: a dev file where there is a test file to be tested."""
+        has_both = self._task.tested == TEST and VALIDATION in self._open().splits
+        return VALIDATION if has_both else self.selection
+
     def _build(self, part: str, split: str) -> TextDataset:
         examples, tokens = self._load(split)
         indices: Sequence[int] = range(len(examples))
-        if split == TRAIN and self.selection == TRAIN:
+        if split == TRAIN and self._selection == TRAIN:
             assert examples.labels is not None
             fraction = min(self.selection_fraction, MAX_SELECTION / len(examples))
             indices = hold_out(examples.labels, fraction, self.seed)[part == SELECTION]
@@ -275,6 +289,7 @@ class GlueDataModule(L.LightningDataModule):
                 split,
                 len(self._datasets[part][name]),
                 is_selection=part == SELECTION,
+                is_tested=split in self._splits_of(TESTED).values(),
                 owner="its own" if self.dataset == OWN else "GLUE's",
             )
             for part in parts
@@ -282,4 +297,4 @@ class GlueDataModule(L.LightningDataModule):
         ]
         splits = [self._splits[split] for split in sorted({summary.split for summary in sets})]
         kind = "generated " if self.synthetic else ""
-        return summarise(self.dataset, sets, splits, self.max_length, kind + self._open().origin)
+        return summarise(self.dataset, self.class_names, sets, splits, self.max_length, kind + self._open().origin)

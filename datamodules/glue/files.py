@@ -7,6 +7,7 @@ from pathlib import Path
 
 from datamodules.glue.source import Examples, GlueSource
 from datamodules.glue.tasks import TEST, GlueTask
+from datamodules.text_files import not_utf8
 
 _LABEL_CHARACTERS_SHOWN = 40
 
@@ -57,6 +58,7 @@ def read_tsv(
         ValueError: A column is missing, a line has too few or too many fields or an unknown label, or there are no lines.
     """
     layout = task.tsv
+    assert layout is not None, "data of one's own has no official files"
     lines = _read_fields(path)
     if split.startswith(TEST):
         columns, label_column = _read_header(lines, path, layout.sentences, layout.test_columns), None
@@ -104,6 +106,8 @@ def _read_header(
         raise ValueError(
             f"'{path}' has no column {_join(absent)}; its first line should be {_join(official)}, with tabs between"
         )
+    if twice := [name for name in needed if list(columns).count(name) > 1]:
+        raise ValueError(f"'{path}' has more than one column {_join(twice)}")
     return columns
 
 
@@ -114,8 +118,8 @@ def _read_fields(path: Path) -> Iterator[tuple[int, list[str]]]:
             for number, line in enumerate(file, start=1):
                 if text := line.rstrip("\n"):
                     yield number, text.split("\t")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"'{path}' is no text in UTF-8 ({error.reason}); download it again") from error
+        except UnicodeDecodeError:
+            raise not_utf8(path) from None
 
 
 def _join(columns: Sequence[str]) -> str:

@@ -11,9 +11,9 @@ import torch
 from torch.utils.data import ConcatDataset, DataLoader
 
 from datamodules.arguments import require
-from datamodules.glue.data_module import PREDICT, SELECTION, GlueDataModule
+from datamodules.glue.data_module import PREDICT, SELECTION, TESTED, GlueDataModule
 from datamodules.glue.dataset import PadBatch, TaskDataset
-from datamodules.glue.tasks import TRAIN, VALIDATION
+from datamodules.glue.tasks import TRAIN
 from datamodules.loading import TrainLoader, leave_signals_to_main_process
 from datamodules.sampling import ShuffledSampler, TrainShare, evaluation_sampler, num_shares, run_seed
 
@@ -141,7 +141,7 @@ class GlueMixtureDataModule(L.LightningDataModule):
         return self._evaluation_loaders(SELECTION)
 
     def test_dataloader(self) -> dict[str, DataLoader[dict[str, Any]]]:
-        return self._evaluation_loaders(VALIDATION)
+        return self._evaluation_loaders(TESTED)
 
     def predict_dataloader(self) -> dict[str, DataLoader[dict[str, Any]]]:
         return self._evaluation_loaders(PREDICT)

@@ -8,6 +8,7 @@ from pathlib import Path
 from datamodules.glue.files import TsvFiles, read_tsv
 from datamodules.glue.source import Examples
 from datamodules.glue.tasks import TEST, TRAIN, VALIDATION, GlueTask
+from datamodules.text_files import read_text
 
 _TRAIN_FILE, _TEST_FILE, _LIST = "msr_paraphrase_train.txt", "msr_paraphrase_test.txt", "dev_ids.tsv"
 
@@ -20,7 +21,7 @@ class ParaphraseFiles(TsvFiles):
         path = self._files[split]
         if split == TEST:
             return read_tsv(path, self._task, split)
-        listed = {tuple(line.split("\t")) for line in (path.parent / _LIST).read_text(encoding="utf-8-sig").splitlines()}
+        listed = {tuple(line.split("\t")) for line in read_text(path.parent / _LIST).splitlines()}
 
         def accept(row: Mapping[str, str]) -> bool:
             return ((row["#1 ID"], row["#2 ID"]) in listed) == (split == VALIDATION)

@@ -9,6 +9,8 @@ from datamodules.glue.source import Examples
 from datamodules.glue.tasks import TRAIN
 from datamodules.glue.tokenization import TokenizedExamples
 
+MAX_CLASSES = 20  # that are named
+
 
 @dataclass(frozen=True)
 class SetSummary:
@@ -19,6 +21,7 @@ class SetSummary:
         split: The split that it is from.
         size: Number of its examples.
         is_selection: Whether it decides on the best checkpoint.
+        is_tested: Whether it is from the split that is tested.
         owner: Whose splits they are.
     """
 
@@ -26,6 +29,7 @@ class SetSummary:
     split: str
     size: int
     is_selection: bool
+    is_tested: bool
     owner: str = "GLUE's"
 
     def __str__(self) -> str:
@@ -34,16 +38,25 @@ class SetSummary:
         elif self.split == TRAIN:
             origin = "held out of train"
         else:
-            origin = f"{self.owner} validation split, the one that is tested"
+            origin = f"{self.owner} {self.split.replace('_', ' ')} split" + (
+                ", the one that is tested" if self.is_tested else ""
+            )
         return f"{self.role} {self.size:,} ({origin})"
 
 
 def summarise(
-    name: str, sets: Sequence[SetSummary], splits: Sequence[tuple[Examples, TokenizedExamples]], max_length: int, origin: str
+    name: str,
+    class_names: Sequence[str],
+    sets: Sequence[SetSummary],
+    splits: Sequence[tuple[Examples, TokenizedExamples]],
+    max_length: int,
+    origin: str,
 ) -> str:
-    """Sizes, what was cut or left out, and where all is from."""
+    """Sizes, classes, what was cut or left out, and where all is from."""
     total, cut = sum(len(examples) for examples, _ in splits), sum(tokens.num_truncated for _, tokens in splits)
     notes = [f"{cut:,} of {total:,} longer than {max_length} tokens, cut" if cut else f"none over {max_length} tokens"]
     if skipped := sum(examples.skipped for examples, _ in splits):
         notes.append(f"{skipped:,} line(s) with missing fields left out")
+    classes = ", ".join(class_names[:MAX_CLASSES]) + (", ..." if len(class_names) > MAX_CLASSES else "")
+    notes.insert(0, f"{len(class_names):,} classes: {classes}")
     return f"{name}: {', '.join(map(str, sets))}; {'; '.join(notes)}; from {origin}"

@@ -27,6 +27,7 @@ def write_tsv_files(folder: Path, task: GlueTask) -> None:
 def _generate(task: GlueTask, split: str, count: int) -> str:
     source = random.Random(split)
     is_test = split.startswith(TEST)
+    assert task.tsv is not None, "data of one's own is never generated"
     columns = task.tsv.test_columns if is_test else task.tsv.columns
     lines = [] if not (is_test or task.tsv.has_header) else ["\t".join(columns)]
     for number in range(count):

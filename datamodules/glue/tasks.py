@@ -43,7 +43,8 @@ class GlueTask:
         metrics: GLUE's metrics for it.
         sizes: Number of examples of each split, as documentation.
         validation_sets: Names of the evaluation sets, where there is more than one.
-        tsv: Its official files.
+        tested: The split whose labels are known and that is tested: validation, for GLUE hides those of its test splits.
+        tsv: Its official files; None for data of one's own.
     """
 
     folder: str
@@ -52,7 +53,8 @@ class GlueTask:
     metrics: tuple[str, ...] = ("accuracy",)
     sizes: Mapping[str, int] = field(default_factory=dict)
     validation_sets: tuple[str, ...] = ()
-    tsv: TsvLayout
+    tested: str = VALIDATION
+    tsv: TsvLayout | None = None
 
     def splits(self, split: str) -> dict[str, str]:
         """The splits that "train", "validation" or "test" stands for, by set name; one task has two of the last two."""

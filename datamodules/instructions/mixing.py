@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from datamodules.instructions.benchmarks import Benchmark, TrainSet
 from datamodules.instructions.dataset import Example
-from datamodules.instructions.records import SUFFIXES
+from datamodules.json_items import SUFFIXES
 
 HELD_OUT = "held_out"  # name of the evaluation set that is taken out of the training examples
 
@@ -55,18 +55,18 @@ def train_sources(train: Mapping[str, float] | Sequence[str] | str, train_sets: 
     weights = dict(train) if isinstance(train, Mapping) else dict.fromkeys(names, 1.0)
     known = {row.name: row for row in train_sets}
     if not names:
-        raise ValueError(f"train is empty; give one or more of {', '.join(known)}, or the path of a .json file")
+        raise ValueError(f"train is empty; {_choices(known)}")
     sources = []
     for name in names:
         weight = weights[name]
         if not (isinstance(weight, int | float) and weight > 0 and math.isfinite(weight)):
             raise ValueError(f"train: the weight of '{name}' must be a positive number, got {weight!r}")
-        if _is_path(name):
-            sources.append(_own("train", name, weight))
-        elif name in known:
+        if name in known:
             sources.append(Source(name, known[name].file, count=known[name].count, weight=weight))
+        elif _is_path(name):
+            sources.append(_own("train", name, weight))
         else:
-            raise ValueError(f"train: '{name}' is unknown; choose from {', '.join(known)}, or give the path of a .json file")
+            raise ValueError(f"train: '{name}' is unknown; {_choices(known)}")
     _check_names("train", sources)
     return sources
 
@@ -79,15 +79,13 @@ def evaluation_sources(argument: str, names: Sequence[str], benchmarks: Mapping[
     """
     sources = []
     for name in names:
-        if _is_path(name):
-            sources.append(_own(argument, name))
-        elif name in benchmarks:
+        if name in benchmarks:
             row = benchmarks[name]
             sources.append(Source(name, row.test_file, count=row.count, benchmark=row))
+        elif _is_path(name):
+            sources.append(_own(argument, name))
         else:
-            raise ValueError(
-                f"{argument}: '{name}' is unknown; choose from {', '.join(benchmarks)}, or give the path of a .json file"
-            )
+            raise ValueError(f"{argument}: '{name}' is unknown; {_choices(benchmarks)}")
     _check_names(argument, sources)
     if argument == "validation_sets" and HELD_OUT in {source.name for source in sources}:
         raise ValueError(f"validation_sets: '{HELD_OUT}' is what the examples held out of train are called; rename the file")
@@ -108,11 +106,18 @@ def hold_out(examples: Sequence[Example], size: int, seed: int) -> tuple[list[Ex
 
 
 def _is_path(name: str) -> bool:
-    return name.endswith(SUFFIXES)
+    return name.lower().endswith(SUFFIXES) or "/" in name or Path(name).expanduser().exists()
+
+
+def _choices(known: Iterable[str]) -> str:
+    names = ", ".join(known)
+    return f"choose from {names}, or give the path of a JSON file" if names else "give the path of a JSON file"
 
 
 def _own(argument: str, name: str, weight: float = 1.0) -> Source:
     path = Path(name).expanduser()
+    if path.is_dir():
+        raise ValueError(f"{argument}: '{name}' is a directory; give the path of a JSON file in it")
     if not path.is_file():
         raise ValueError(f"{argument}: there is no file '{name}'")
     return Source(path.stem, str(path), own=True, weight=weight)

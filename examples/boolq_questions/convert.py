@@ -6,6 +6,7 @@ in those files: a model answers from what it knows, which is little better than 
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 import sys
@@ -18,14 +19,15 @@ def convert(source: Path, output: Path) -> None:
     """Write both files; questions without a match are an error, not left out."""
     output.mkdir(parents=True, exist_ok=True)
     for read, written in (("train.json", "train.tsv"), ("test.json", "dev.tsv")):
-        lines = ["sentence\tlabel"]
+        rows = []
         for record in json.loads((source / read).read_text(encoding="utf-8")):
             match = QUESTION.search(record["instruction"])
             if match is None:
                 raise ValueError(f"{source / read}: no question in {record['instruction'][:60]!r}")
-            lines.append(f"{' '.join(match[1].split())}\t{record['answer']}")
-        (output / written).write_text("\n".join(lines) + "\n", encoding="utf-8")
-        print(f"{output / written}: {len(lines) - 1:,} questions")
+            rows.append((" ".join(match[1].split()), record["answer"]))
+        with (output / written).open("w", encoding="utf-8", newline="") as file:
+            csv.writer(file, delimiter="\t").writerows([("sentence", "label"), *rows])
+        print(f"{output / written}: {len(rows):,} questions")
 
 
 if __name__ == "__main__":

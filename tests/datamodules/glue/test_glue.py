@@ -143,7 +143,7 @@ def test_fit_holds_a_part_of_train_out_and_says_so_once(directory, messages):
     assert sorted(train + held_out) == sorted(f"train/{row}" for row in range(80))
     assert messages == [
         "rte: train 72 (GLUE's train split), val 8 (held out of train), test 16 (GLUE's validation split); "
-        f"none over 128 tokens; from '{directory / 'RTE'}'"
+        f"2 classes: entailment, not_entailment; none over 128 tokens; from '{directory / 'RTE'}'"
     ]
 
 

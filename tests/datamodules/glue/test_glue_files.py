@@ -119,7 +119,7 @@ def test_what_is_wrong_with_a_file_is_said_in_one_line(write, rows, message):
 
 def test_file_that_is_no_utf_8_is_named(write):
     folder = write("cola", "train.tsv", [["gj04", "1", "", "café"]], "latin-1")
-    with pytest.raises(ValueError, match=r"train.tsv' is no text in UTF-8 \("):
+    with pytest.raises(ValueError, match=r"train.tsv' is not UTF-8 text: line 1 has the byte 0xe9, as in Windows-1252; save"):
         read_tsv(folder / "train.tsv", TASKS["cola"], "train")
 
 

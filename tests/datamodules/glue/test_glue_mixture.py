@@ -113,16 +113,3 @@ def test_own_sentences_beside_glue_s(tmp_path, pairs):
 def test_mistakes_are_named(tasks, message):
     with pytest.raises(ValueError, match=message):
         GlueMixtureDataModule(tasks, "bytes")
-
-
-def test_own_sentences_need_their_columns_and_classes(tmp_path):
-    folder = tmp_path / "mine"
-    folder.mkdir()
-    with pytest.raises(ValueError, match=r"train\.tsv is not there"):
-        GlueDataModule("own", "bytes", directory=str(folder))
-    (folder / "train.tsv").write_text("text\tlabel\nhello\tyes\n", encoding="utf-8")
-    with pytest.raises(ValueError, match="has columns text, label"):
-        GlueDataModule("own", "bytes", directory=str(folder))
-    (folder / "train.tsv").write_text("sentence\tlabel\nhello\tyes\nyou\tyes\n", encoding="utf-8")
-    with pytest.raises(ValueError, match=r"has 1 class\(es\)"):
-        GlueDataModule("own", "bytes", directory=str(folder))

@@ -20,10 +20,17 @@ def test_json_and_jsonl_give_the_same_records(tmp_path):
     assert read_records(write(tmp_path / "a.jsonl", lines), needs_answer=True) == expected
 
 
+def test_lists_and_lines_are_told_apart_by_what_is_in_the_file(tmp_path):
+    expected = [Record("2 + 2?", "", "The answer is 4.", "4")] * 2
+    lines = json.dumps(GOOD) + "\n" + json.dumps(GOOD)
+    assert read_records(write(tmp_path / "lines.json", lines), needs_answer=True) == expected
+    assert read_records(write(tmp_path / "list.jsonl", json.dumps([GOOD, GOOD], indent=2)), needs_answer=True) == expected
+
+
 def test_input_may_be_absent_and_answer_too_in_own_files(tmp_path):
     path = write(tmp_path / "own.json", [{"instruction": "Say hi", "output": "hi"}])
     assert read_records(path, needs_answer=False) == [Record("Say hi", "", "hi", "hi")]
-    with pytest.raises(ValueError, match=r"empty.json' record 1: 'answer' is empty"):
+    with pytest.raises(ValueError, match=r"empty.json' record 1: 'output' is empty, and there is no 'answer'"):
         read_records(write(tmp_path / "empty.json", [{"instruction": "Say hi", "output": ""}]), needs_answer=False)
     with pytest.raises(ValueError, match=r"own.json' record 1 has no 'answer'; its fields are instruction, output"):
         read_records(path, needs_answer=True)
@@ -36,7 +43,16 @@ def test_input_may_be_absent_and_answer_too_in_own_files(tmp_path):
         ("a.json", "", "a.json' has no records"),
         ("a.json", "[]", "a.json' has no records"),
         ("a.jsonl", "\n\n", "a.jsonl' has no records"),
-        ("a.json", GOOD, "expected a list of objects"),
+        (
+            "a.json",
+            json.dumps(GOOD, indent=1),
+            "a.json' holds a single object; expected a list of objects, or one object a line",
+        ),
+        ("a.json", "[" * 100_000, "a.json' is not valid JSON: it is nested too deeply"),
+        ("a.json", '[{"instruction": "a", "instruction": "b"}]', "a.json': the key 'instruction' is there twice in one object"),
+        ("a.json", json.dumps(GOOD) + "\n{", "a.json' line 2 is not valid JSON"),
+        ("a.json", [{**GOOD, "answer": float("nan")}], "record 1 has no 'answer'"),
+        ("a.json", "[1, \0]", r"a.json' line 1 has a NUL character"),
         ("a.json", [GOOD, "text"], r"record 2 is 'text'; expected an object"),
         ("a.json", [GOOD, {**GOOD, "output": None}], "record 2 has no 'output'"),
         ("a.json", [{}], "record 1 has no 'instruction'; its fields are none"),
@@ -46,7 +62,7 @@ def test_input_may_be_absent_and_answer_too_in_own_files(tmp_path):
         ("a.json", [{**GOOD, "answer": True}], r"record 1: 'answer' is True; expected text"),
         ("a.json", [{**GOOD, "answer": ["4"]}], r"record 1: 'answer' is \['4'\]; expected text"),
         ("a.jsonl", json.dumps(GOOD) + "\n{", r"a.jsonl' line 2 is not valid JSON"),
-        ("a.jsonl", json.dumps([GOOD]), r"line 1 is \[\{"),
+        ("a.jsonl", "7", r"line 1 is 7; expected an object"),
     ],
 )
 def test_broken_files_are_named(tmp_path, name, content, message):
@@ -56,6 +72,13 @@ def test_broken_files_are_named(tmp_path, name, content, message):
 
 
 def test_text_that_is_not_utf8_is_named(tmp_path):
-    (tmp_path / "a.json").write_bytes(b'[{"instruction": "\xff"}]')
-    with pytest.raises(ValueError, match=r"a.json' is not UTF-8"):
-        read_records(tmp_path / "a.json", needs_answer=True)
+    for content, message in (
+        (
+            b'[{"instruction":\n"\xff"}]',
+            "a.json' is not UTF-8 text: line 2 has the byte 0xff, as in Windows-1252; save the file",
+        ),
+        ("[]".encode("utf-16"), "a.json' is not UTF-8 text but UTF-16; save the file as UTF-8"),
+    ):
+        (tmp_path / "a.json").write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            read_records(tmp_path / "a.json", needs_answer=True)

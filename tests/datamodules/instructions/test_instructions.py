@@ -119,7 +119,7 @@ def trainer():
         ({"test": ["/nowhere/own.json"]}, "test: there is no file '/nowhere/own.json'"),
         ({"validation_sets": ["gsm8k"]}, "validation_sets: 'gsm8k' is unknown"),
         ({"train": {"boolq": "2"}}, "train: the weight of 'boolq' must be a positive number, got '2'"),
-        ({"train": []}, "train is empty; give one or more of commonsense_170k"),
+        ({"train": []}, "train is empty; choose from commonsense_170k"),
         ({"train": "math_10k"}, "train: 'math_10k' is unknown; choose from commonsense_170k"),
         ({"train": "own.jsonl"}, "train: there is no file 'own.jsonl'"),
         ({"train": ["boolq", "boolq"]}, "train: 'boolq' is there more than once"),
