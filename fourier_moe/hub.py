@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from pathlib import Path
 
 from fourier_moe.adapter_format import CARD, DESCRIPTION, TENSORS, read
+from fourier_moe.hub_files import HubError, Repository
+from fourier_moe.retrying import retry, status_of
+
+_log = logging.getLogger(__name__)
 
 SCHEME = "hf://"
 _ID = r"[\w.-]+/[\w.-]+"
@@ -29,18 +34,15 @@ def local_directory(path: str | os.PathLike[str]) -> Path:
     match = _REPOSITORY.fullmatch(text.removeprefix(SCHEME))
     if match is None:
         raise ValueError(f"adapter path {text!r} must be hf://owner/name or hf://owner/name@revision")
-    import huggingface_hub
-
     try:
-        return Path(
-            huggingface_hub.snapshot_download(
-                match["id"], revision=match["revision"], allow_patterns=[TENSORS, DESCRIPTION], library_name="fourier_moe"
-            )
-        )
-    except Exception as error:  # the hub's client raises errors of several libraries
-        raise _failed(
-            f"{text} cannot be fetched", error, "fetch it where there is a network, and give its directory"
-        ) from error
+        listing = Repository(match["id"], revision=match["revision"]).look_up(_log.warning)
+        absent = [file for file in (TENSORS, DESCRIPTION) if file not in listing.sizes]
+        if absent:
+            raise HubError(f"it has no {' and no '.join(absent)}", "give a repository that push_adapter wrote")
+        return listing.fetch([TENSORS, DESCRIPTION], _log.warning)[0].parent
+    except HubError as error:
+        otherwise = "" if error.remedy else " (fetch it where there is a network, and give its directory)"
+        raise ValueError(f"{text} cannot be fetched: {error}{otherwise}") from error
 
 
 def check_repo_id(repo_id: str) -> None:
@@ -76,7 +78,8 @@ def push_adapter(
     import huggingface_hub
 
     api = huggingface_hub.HfApi(library_name="fourier_moe")
-    try:
+
+    def push() -> str:
         api.create_repo(repo_id, private=private, exist_ok=True)
         commit = api.upload_folder(
             repo_id=repo_id,
@@ -84,11 +87,22 @@ def push_adapter(
             allow_patterns=[TENSORS, DESCRIPTION, CARD],
             commit_message=commit_message or f"Adapter: {type(description.config).__name__}",
         )
-    except Exception as error:
-        raise _failed(f"{directory} cannot be pushed to {repo_id}", error, "log in with `hf auth login`") from error
-    return f"{SCHEME}{repo_id}@{commit.oid}"
+        return f"{SCHEME}{repo_id}@{commit.oid}"
+
+    try:
+        return retry(push, f"pushing to {repo_id}", _log.warning)
+    except Exception as error:  # the hub's client raises errors of several libraries
+        raise ValueError(f"{directory} cannot be pushed to {repo_id}: {_refusal(error, repo_id)}") from error
 
 
-def _failed(what: str, error: Exception, otherwise: str) -> ValueError:
-    """One line of what are often several."""
-    return ValueError(f"{what}: {type(error).__name__}: {' '.join(str(error).split())[:300]} ({otherwise})")
+def _refusal(error: Exception, repo_id: str) -> str:
+    """What the hub's answer to a push means, and what to do."""
+    owner, status = repo_id.partition("/")[0], status_of(error)
+    if status == 401 or type(error).__name__ == "LocalTokenNotFoundError":
+        return "the hub knows no such login (401); log in with `hf auth login`, or set HF_TOKEN, with a token that may write"
+    if status in (403, 404):
+        return (
+            f"this login may not write to {owner} ({status}); use a token with write permission, and your own name or that of "
+            "an organisation that you belong to"
+        )
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}; nothing here is lost, push again"

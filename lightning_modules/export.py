@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from fourier_moe import push_adapter, save_adapter
+from fourier_moe.adapter_format import TENSORS
 from fourier_moe.file_writing import new_directory
 from fourier_moe.hub import check_repo_id
 from fourier_moe.lora_export import ProjectionExport, export_loras
@@ -65,7 +67,8 @@ def export(args: list[str]) -> Path:
     if options.push:
         check_repo_id(options.push)
     output = Path(options.output or f"runs/export/{Path(options.config[0]).stem}/{options.format}")
-    if output.exists():
+    pushes_again = bool(options.push) and (output / TENSORS).is_file()
+    if output.exists() and not pushes_again:
         raise ValueError(f"--output {output} exists; give a new directory, or remove it first")
     require_writable(output, "--output")
     if options.ckpt_path:
@@ -79,6 +82,11 @@ def export(args: list[str]) -> Path:
         raise untrained("export")
     cli.trainer.callbacks, cli.trainer.loggers = [], []  # type: ignore[attr-defined] # nothing of a run is to be written
 
+    if pushes_again:  # what was written before an earlier push failed
+        _require_same_adapter(cli, options, output)
+        print(f"On the hub: {push_adapter(output, options.push)}")
+        return output
+
     write = {"adapter": _write_adapter, "lora": _write_loras, "merged": _write_merged}[options.format]
     with new_directory(output) as partial:  # what is interrupted leaves no half of an export
         table, facts = write(cli, options, partial)
@@ -89,6 +97,14 @@ def export(args: list[str]) -> Path:
     if options.push:
         print(f"On the hub: {push_adapter(output, options.push)}")
     return output
+
+
+def _require_same_adapter(cli: AdaptationCLI, options: Any, output: Path) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        _write_adapter(cli, options, Path(folder))
+        same = (Path(folder) / TENSORS).read_bytes() == (output / TENSORS).read_bytes()
+    if not same:
+        raise ValueError(f"--output {output} holds another adapter; give a new directory, or remove it first")
 
 
 def _load(cli: AdaptationCLI, ckpt_path: str | None) -> None:

@@ -89,3 +89,15 @@ def no_training(monkeypatch: pytest.MonkeyPatch) -> None:
     from lightning_modules import AdaptationModule
 
     monkeypatch.setattr(AdaptationModule, "training_step", lambda *_: pytest.fail("training began"))
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
+    """A stand-in of the Hugging Face hub, asked by huggingface_hub's real client with an empty cache in `tmp_path / "hub"`."""
+    import hub_server
+
+    server = hub_server.serve()
+    hub_server.connect(monkeypatch, tmp_path / "hub", server.url)
+    yield server
+    server.shutdown()
+    server.server_close()

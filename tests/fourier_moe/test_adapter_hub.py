@@ -1,14 +1,13 @@
 """Adapters on the Hugging Face hub: fetched through its own cache on this disk, pushed to an imitation."""
 
 import inspect
-import socket
 from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
 import torch
 from fourier_moe_models import Transformer, tokens, trained
-from huggingface_hub import errors
+from hub_server import Repository
 
 from fourier_moe import describe_adapter, load_adapter, push_adapter, save_adapter
 from fourier_moe.hub import local_directory
@@ -78,39 +77,60 @@ def hub_error(kind, message):
     return kind(message, response=response)
 
 
+@pytest.fixture
+def saved(tmp_path):
+    return save_adapter(trained(), tmp_path / "saved")
+
+
+@pytest.fixture
+def served(hub, saved):
+    hub.models["owner/name"] = Repository({path.name: path.read_bytes() for path in saved.iterdir()} | {"other.bin": b"x"})
+    return hub
+
+
+def test_only_the_adapters_own_files_are_fetched_and_only_once(served):
+    assert describe_adapter("hf://owner/name") == describe_adapter("hf://owner/name@main")
+    assert sorted(served.fetched()) == ["adapter.json", "adapter.safetensors"]
+
+
+@pytest.mark.parametrize("where", ["GET /api", "adapter.safetensors"])
+def test_one_server_error_is_got_over(served, where):
+    served.fail(where, 500)
+    describe_adapter("hf://owner/name")
+
+
 @pytest.mark.parametrize(
-    "error",
+    ("prepare", "path", "expected"),
     [
-        hub_error(errors.RepositoryNotFoundError, "404 Client Error\n\nRepository Not Found\nfor url"),
-        hub_error(errors.RevisionNotFoundError, "Revision Not Found"),
-        hub_error(errors.GatedRepoError, "Access is restricted"),
-        ConnectionError("no route"),
+        (
+            None,
+            "hf://owner/other",
+            r"no model 'owner/other', or it is private \(404\); check the name; for a private one log in",
+        ),
+        (None, "hf://owner/name@v2", r"owner/name has no revision 'v2' \(404\); give a branch, a tag or a commit"),
+        (
+            "gated",
+            "hf://owner/name",
+            r"restricted \(401\); accept its terms at http.*/owner/name, then log in with `hf auth login`",
+        ),
+        (
+            "emptied",
+            "hf://owner/name",
+            r"it has no adapter.safetensors and no adapter.json; give a repository that push_adapter",
+        ),
+        ("down", "hf://owner/name", r"500 .*\(fetch it where there is a network, and give its directory\)$"),
     ],
-    ids=lambda error: type(error).__name__,
 )
-def test_what_the_hub_answers_is_one_line(monkeypatch, error):
-    def refuse(*_, **__):
-        raise error
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
-    with pytest.raises(ValueError, match=rf"hf://owner/name cannot be fetched: {type(error).__name__}: ") as caught:
-        describe_adapter("hf://owner/name")
+def test_what_the_hub_answers_is_one_line_with_what_to_do(served, prepare, path, expected):
+    if prepare == "gated":
+        served.models["owner/name"].gated = True
+    elif prepare == "emptied":
+        served.models["owner/name"].files = {"README.md": b""}
+    elif prepare == "down":
+        served.fail("GET /api", 500, times=99)
+    with pytest.raises(ValueError, match=rf"{path} cannot be fetched: .*{expected}") as caught:
+        describe_adapter(path)
     assert "\n" not in str(caught.value)
-
-
-def test_only_the_adapters_own_files_are_fetched(tmp_path, monkeypatch):
-    saved, calls = save_adapter(trained(), tmp_path), []
-
-    def snapshot_download(*args, **options):
-        inspect.signature(original).bind(*args, **options)
-        calls.append(options)
-        return str(saved)
-
-    original = huggingface_hub.snapshot_download
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    describe_adapter("hf://owner/name@v1")
-    assert calls[0]["allow_patterns"] == ["adapter.safetensors", "adapter.json"]
-    assert calls[0]["revision"] == "v1"
 
 
 # ---------------------------------------------------------------- pushing
@@ -172,10 +192,27 @@ def test_repository_of_another_form_is_an_error(tmp_path, monkeypatch, repo_id):
         push_adapter(save_adapter(trained(), tmp_path), repo_id)
 
 
-def test_what_the_hub_refuses_is_one_line(tmp_path, monkeypatch):
-    FakeHub(monkeypatch, refuse=hub_error(errors.HfHubHTTPError, "401 Client Error\nInvalid token"))
-    with pytest.raises(ValueError, match=r"cannot be pushed to owner/name: HfHubHTTPError: 401 .*Invalid token.*auth login"):
-        push_adapter(save_adapter(trained(), tmp_path), "owner/name")
+@pytest.mark.parametrize(
+    ("status", "expected"),
+    [
+        (401, r"knows no such login \(401\); log in with `hf auth login`"),
+        (403, r"this login may not write to owner \(403\); use a token with write permission, and your own name"),
+        (404, r"may not write to owner \(404\)"),
+        (500, r"500 .*nothing here is lost, push again"),
+    ],
+)
+def test_what_the_hub_refuses_is_one_line_with_what_to_do(hub, saved, status, expected):
+    hub.fail("POST /api/repos/create", status, times=99)
+    with pytest.raises(ValueError, match=rf"cannot be pushed to owner/name: .*{expected}") as caught:
+        push_adapter(saved, "owner/name")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("where", ["repos/create", "preupload", "commit"])
+def test_a_push_gets_over_one_server_error_and_is_loaded_back(hub, saved, where):
+    hub.fail(where, 500)
+    path = push_adapter(saved, "owner/name")
+    assert describe_adapter(path) == describe_adapter(saved)
 
 
 def test_package_does_not_import_the_hub_before_it_is_needed():
@@ -186,16 +223,8 @@ def test_package_does_not_import_the_hub_before_it_is_needed():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_no_network_is_noticed_by_the_real_client(tmp_path, monkeypatch):
+def test_no_network_is_noticed_by_the_real_client(hub, monkeypatch):
     """Online, with an empty cache, and every connection refused."""
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
-
-    def refuse(*_, **__):
-        raise ConnectionRefusedError("refused")
-
-    monkeypatch.setattr(socket, "create_connection", refuse)
-    monkeypatch.setattr("time.sleep", lambda _: None)
     with pytest.raises(ValueError, match=r"hf://owner/name cannot be fetched: .*fetch it where there is a network, and give"):
         describe_adapter("hf://owner/name")

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from hub_server import Repository
 from token_task import TokenTask
 
 from fourier_moe import FourierMoEConfig, HeadOnly, describe_adapter, inject, load_adapter
@@ -65,15 +66,16 @@ def test_data_is_called_by_its_name_or_its_class(tmp_path, dataset, says):
     assert describe_adapter(tmp_path).task["data"] == says
 
 
-def test_adapter_path_on_the_hub_is_fetched_once(tmp_path, monkeypatch):
+def test_adapter_path_on_the_hub_is_fetched_once(tmp_path, hub):
     task = CausalLanguageModel("llama", tiny=True)
     settings = FourierMoEConfig(targets=["q_proj"], num_coefficients=64)
     saved = AdaptationModule(task, settings)
     inject(task.build(), settings)
     saved.save_adapter(tmp_path, {})
-    asked = []
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **_: asked.append(name) or str(tmp_path))
+    files = ("adapter.safetensors", "adapter.json")
+    hub.models["owner/name"] = Repository({file: (tmp_path / file).read_bytes() for file in files})
     module = AdaptationModule(CausalLanguageModel("llama", tiny=True), settings, adapter_path="hf://owner/name")
     module.configure_model()
-    assert asked == ["owner/name"]
+    assert hub.looked_up() == ["owner/name"]
+    assert sorted(hub.fetched()) == sorted(files)
     load_adapter(module.model, tmp_path)
