@@ -13,11 +13,17 @@ def require(name: str, value: object, valid: bool, expected: str) -> None:
         raise ValueError(f"{name} must be {expected}, got {value}")
 
 
-def require_one_origin(directory: str | None, synthetic: bool) -> None:
-    """Refuse local data and generated data at once.
+def require_one_origin(directory: str | None, synthetic: bool, revision: str | None = None) -> None:
+    """Refuse local data and generated data at once, and a revision of either.
+
+    Args:
+        revision: of the hub's data set.
 
     Raises:
-        ValueError: if both are asked for.
+        ValueError: if two of them are asked for.
     """
+    if revision is not None and (directory is not None or synthetic):
+        other = f"directory '{directory}'" if directory is not None else "synthetic"
+        raise ValueError(f"revision '{revision}' is one of the hub's data set, and {other} reads no hub; leave one of them out")
     if directory is not None and synthetic:
         raise ValueError(f"directory '{directory}' and synthetic cannot be used together; give one of them")

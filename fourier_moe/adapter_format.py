@@ -41,7 +41,8 @@ class AdapterDescription:
         class_names: label names in the order of the head's outputs, or None.
         metrics: results at the time of saving.
         backbone_revision: commit of the pretrained model on the Hugging Face hub, None where it came from elsewhere.
-        task: what trained it, by the trainer: `class`, `pipeline_tag`, `main_metric`, `data`; empty for a plain model.
+        task: what trained it, by the trainer: `class`, `pipeline_tag`, `main_metric`, `data`, and `data_revision`, its
+            commit on the Hugging Face hub; empty for a plain model.
         trained_parameters: counts by kind, as in InjectionReport.
         written_by: version of fourier_moe, None before 0.1.0's format 2.
     """

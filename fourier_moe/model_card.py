@@ -68,7 +68,7 @@ def _body(description: AdapterDescription, code: str) -> list[str]:
         "backbone": f"{description.backbone}{revision}" if description.backbone else None,
         "method": method,
         "task": task.get("class"),
-        "data": task.get("data"),
+        "data": f"{task['data']} at revision {task['data_revision']}" if task.get("data_revision") else task.get("data"),
         "trained parameters": trained,
         "classes": str(len(description.class_names)) if description.class_names else None,
         "written by": f"fourier_moe {description.written_by}",

@@ -18,7 +18,7 @@ from datamodules.arguments import require, require_one_origin
 from datamodules.generated import generated_directory
 from datamodules.glue.dataset import PadBatch, TextDataset
 from datamodules.glue.directory import open_directory
-from datamodules.glue.hub import open_hub
+from datamodules.glue.hub import HubFiles
 from datamodules.glue.own import OWN, OwnSentences
 from datamodules.glue.source import Examples, GlueSource
 from datamodules.glue.summary import SetSummary, summarise
@@ -59,6 +59,7 @@ class GlueDataModule(L.LightningDataModule):
         directory: Local directory to read instead of the hub: the task's folder, or the parent of one called like the task
             (``CoLA``). It has GLUE's official files (``train.tsv``, ``dev.tsv``, perhaps ``test.tsv``) or the hub's parquet
             files.
+        revision: Branch, tag or commit of the hub's data set; None for the newest commit.
         max_length: Most tokens of an example; longer ones are cut.
         batch_size: Examples a batch and process.
         num_workers: Loading processes of each loader; 0 loads in the main process.
@@ -81,6 +82,7 @@ class GlueDataModule(L.LightningDataModule):
         dataset: str,
         tokenizer: str | None = None,
         directory: str | None = None,
+        revision: str | None = None,
         max_length: int = 128,
         batch_size: int = 32,
         num_workers: int = 0,
@@ -101,7 +103,7 @@ class GlueDataModule(L.LightningDataModule):
         require("selection_fraction", selection_fraction, 0 < selection_fraction < 1, "between 0 and 1, exclusive")
         require("seed", seed, seed >= 0, "0 or more")
         require("predict_split", predict_split, predict_split in (None, TEST, VALIDATION), "test, validation or null")
-        require_one_origin(directory, synthetic)
+        require_one_origin(directory, synthetic, revision)
         if dataset == OWN:
             if directory is None:
                 raise ValueError(f"dataset '{OWN}' needs directory, the folder of its train and dev files")
@@ -122,6 +124,7 @@ class GlueDataModule(L.LightningDataModule):
         self.synthetic = synthetic
         self._directory = None if directory is None else Path(directory).expanduser()
         self._cache_directory = None if cache_directory is None else Path(cache_directory).expanduser()
+        self._revision = revision
         self._predict_split = predict_split
         self._tokenizer_name = tokenizer
         self._tokenizer: PreTrainedTokenizerBase | None = None
@@ -146,11 +149,24 @@ class GlueDataModule(L.LightningDataModule):
         """GLUE's metrics for the task: accuracy, and perhaps f1 (of the second class) or matthews."""
         return list(self._task.metrics)
 
+    @property
+    def data_revision(self) -> str | None:
+        """The commit of the hub's data set that was read; None for other data."""
+        return None if self._source is None else self._source.revision
+
+    @property
+    def evaluation_notes(self) -> dict[str, str]:
+        """What a reader of the results has to know, by name of the test set; a single set is called test."""
+        sets = self._task.splits(VALIDATION)
+        notes = {"test" if len(sets) == 1 else name: self._incomplete(split) for name, split in sets.items()}
+        return {name: note for name, note in notes.items() if note}
+
     def prepare_data(self) -> None:
         """Downloads and tokenises, in one process, what this run needs."""
         stage = None if self.trainer is None else self.trainer.state.fn
         if stage is None or self.synthetic:  # every process generates its own files
             return
+        self._open().look_up()
         for part in _PARTS_OF_STAGE[stage.value]:
             for split in self._splits_of(part).values():
                 self._load(split)
@@ -224,7 +240,7 @@ class GlueDataModule(L.LightningDataModule):
             elif self._directory is not None:
                 self._source = open_directory(self._directory, self.dataset, self._task)
             else:
-                self._source = open_hub(self.dataset, self._task)
+                self._source = HubFiles(self.dataset, self._task, self._revision)
         return self._source
 
     def _generate(self) -> Path:
@@ -272,6 +288,16 @@ class GlueDataModule(L.LightningDataModule):
         has_both = self._task.tested == TEST and VALIDATION in self._open().splits
         return VALIDATION if has_both else self.selection
 
+    def _incomplete(self, split: str) -> str:
+        """How many examples a split has where the table says another number; empty for a complete one."""
+        official = self._task.sizes.get(split)
+        count = len(self._splits[split][0]) if split in self._splits else None
+        return (
+            f"{count:,} of the complete set's {official:,} examples"
+            if None not in (count, official) and count != official
+            else ""
+        )
+
     def _build(self, part: str, split: str) -> TextDataset:
         examples, tokens = self._load(split)
         indices: Sequence[int] = range(len(examples))
@@ -296,5 +322,8 @@ class GlueDataModule(L.LightningDataModule):
             for name, split in self._splits_of(part).items()
         ]
         splits = [self._splits[split] for split in sorted({summary.split for summary in sets})]
-        kind = "generated " if self.synthetic else ""
-        return summarise(self.dataset, self.class_names, sets, splits, self.max_length, kind + self._open().origin)
+        if self.synthetic:
+            return summarise(self.dataset, self.class_names, sets, splits, self.max_length, f"generated {self._open().origin}")
+        found = {summary.split: self._incomplete(summary.split) for summary in sets}
+        incomplete = [f"{split} has {note}" for split, note in found.items() if note]
+        return summarise(self.dataset, self.class_names, sets, splits, self.max_length, self._open().origin, incomplete)

@@ -2,36 +2,50 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import datasets
-import huggingface_hub
-
-from datamodules.glue.source import GlueSource
-from datamodules.glue.tables import HubTables
+from datamodules.glue.source import Examples, GlueSource
+from datamodules.glue.tables import ParquetFiles
 from datamodules.glue.tasks import GlueTask
+from datamodules.hub import HubDataset
 
 HUB_ID = "nyu-mll/glue"
-_TIMEOUT_SECONDS = 10.0
 
 
-def open_hub(name: str, task: GlueTask) -> GlueSource:
-    """Downloads a task, or takes it from the cache of the ``datasets`` library.
+class HubFiles(GlueSource):
+    """One task's parquet files on the hub, each split fetched when it is first loaded.
 
-    A task that is not in the cache is first looked up with a single request, because ``datasets`` itself repeats its
-    requests for up to minutes before it reports that the hub is out of reach.
-
-    Raises:
-        RuntimeError: The hub cannot be reached.
+    Args:
+        name: The task's name here and on the hub.
+        task: Its row of the table.
+        revision: Branch, tag or commit; None for the newest commit.
     """
-    try:
-        if not Path(datasets.config.HF_DATASETS_CACHE, HUB_ID.replace("/", "___"), name).is_dir():
-            huggingface_hub.HfApi().dataset_info(HUB_ID, timeout=_TIMEOUT_SECONDS)
-        tables = datasets.load_dataset(HUB_ID, name)
-    except Exception as error:  # the hub's client raises errors of several libraries; all mean that there are no data
-        raise RuntimeError(
-            f"dataset '{name}' cannot be loaded from the Hugging Face hub as '{HUB_ID}' ({type(error).__name__}: {error}). "
-            f"Without access to the hub, download it elsewhere and give --data.directory: GLUE's {task.folder}/train.tsv and "
-            f"{task.folder}/dev*.tsv, or the hub's parquet files"
-        ) from error
-    return HubTables(task, tables, f"hub id '{HUB_ID}'")
+
+    def __init__(self, name: str, task: GlueTask, revision: str | None = None) -> None:
+        self.splits = frozenset(task.all_splits)
+        self._task = task
+        self._dataset = HubDataset(
+            name,
+            HUB_ID,
+            [name],
+            revision,
+            f"Without access to the hub, fetch `hf download {HUB_ID} --repo-type dataset --include '{name}/*' --local-dir DIR` "
+            f"elsewhere and give --data.directory DIR: the hub's parquet files, or GLUE's {task.folder}/train.tsv and "
+            f"{task.folder}/dev*.tsv",
+        )
+
+    @property
+    def origin(self) -> str:  # type: ignore[override]
+        return self._dataset.origin
+
+    @property
+    def revision(self) -> str | None:  # type: ignore[override]
+        return self._dataset.commit
+
+    def look_up(self) -> None:
+        self._dataset.look_up()
+
+    def load(self, split: str) -> Examples:
+        files = self._dataset.files([split])
+        return ParquetFiles(self._task, files, files[split][0].parent).load(split)
+
+    def missing(self, split: str) -> str:
+        return "the hub's version has changed"

@@ -46,6 +46,7 @@ class GlueMixtureDataModule(L.LightningDataModule):
         tasks: The tasks by name, in the order of their classes.
         tokenizer: As for GlueDataModule, like all that follow.
         directory: Local directory with a folder for every task that names no directory of its own; None for the hub.
+        revision: Branch, tag or commit of the hub's data set; None for the newest commit.
         max_length: Most tokens of an example; longer ones are cut.
         batch_size: Examples a batch and process.
         num_workers: Loading processes of each loader; 0 loads in the main process.
@@ -65,6 +66,7 @@ class GlueMixtureDataModule(L.LightningDataModule):
         tasks: Mapping[str, MixtureTask],
         tokenizer: str | None = None,
         directory: str | None = None,
+        revision: str | None = None,
         max_length: int = 128,
         batch_size: int = 32,
         num_workers: int = 0,
@@ -85,6 +87,7 @@ class GlueMixtureDataModule(L.LightningDataModule):
                 task.dataset or name,
                 tokenizer,
                 directory=task.directory or directory,
+                revision=None if task.directory else revision,
                 max_length=max_length,
                 batch_size=batch_size,
                 selection=selection,
@@ -107,6 +110,20 @@ class GlueMixtureDataModule(L.LightningDataModule):
     def class_names(self) -> list[str]:
         """The classes of all tasks, one task after the other: ``cola/acceptable``."""
         return [f"{name}/{class_name}" for name, task in self._tasks.items() for class_name in task.class_names]
+
+    @property
+    def data_revision(self) -> str | None:
+        """The commit of the hub's data set that was read, by any task; None for other data."""
+        return next((task.data_revision for task in self._tasks.values() if task.data_revision), None)
+
+    @property
+    def evaluation_notes(self) -> dict[str, str]:
+        """What a reader of the results has to know, by name of the test set."""
+        return {
+            name if of_set == "test" else f"{name}/{of_set}": note
+            for name, task in self._tasks.items()
+            for of_set, note in task.evaluation_notes.items()
+        }
 
     def prepare_data(self) -> None:
         for task in self._tasks.values():

@@ -33,10 +33,16 @@ class GlueSource(ABC):
     Attributes:
         origin: Where they come from, in words.
         splits: Which there are: train, validation (or validation_matched, validation_mismatched), test likewise.
+        revision: The commit of the hub's data set that they are from; None for other files.
     """
 
     origin: str
     splits: frozenset[str]
+    revision: str | None = None
+
+    def look_up(self) -> None:
+        """Asks where they come from for the newest version. By default there is nothing to ask."""
+        return
 
     @abstractmethod
     def load(self, split: str) -> Examples:

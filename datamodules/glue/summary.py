@@ -51,12 +51,13 @@ def summarise(
     splits: Sequence[tuple[Examples, TokenizedExamples]],
     max_length: int,
     origin: str,
+    incomplete: Sequence[str] = (),
 ) -> str:
-    """Sizes, classes, what was cut or left out, and where all is from."""
+    """Sizes, classes, what was cut, left out or is missing, and where all is from."""
     total, cut = sum(len(examples) for examples, _ in splits), sum(tokens.num_truncated for _, tokens in splits)
     notes = [f"{cut:,} of {total:,} longer than {max_length} tokens, cut" if cut else f"none over {max_length} tokens"]
     if skipped := sum(examples.skipped for examples, _ in splits):
         notes.append(f"{skipped:,} line(s) with missing fields left out")
     classes = ", ".join(class_names[:MAX_CLASSES]) + (", ..." if len(class_names) > MAX_CLASSES else "")
     notes.insert(0, f"{len(class_names):,} classes: {classes}")
-    return f"{name}: {', '.join(map(str, sets))}; {'; '.join(notes)}; from {origin}"
+    return f"{name}: {', '.join(map(str, sets))}; {'; '.join([*notes, *incomplete])}; from {origin}"

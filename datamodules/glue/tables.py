@@ -1,4 +1,4 @@
-"""GLUE as tables with the hub's columns: parquet files in a directory, or what the ``datasets`` library has loaded."""
+"""GLUE as tables with the hub's columns: parquet files."""
 
 from __future__ import annotations
 
@@ -39,28 +39,6 @@ class ParquetFiles(GlueSource):
 
     def missing(self, split: str) -> str:
         return f"expected {split}-00000-of-00001.parquet there"
-
-
-class HubTables(GlueSource):
-    """Tables that ``datasets`` has downloaded.
-
-    Args:
-        task: Which task.
-        tables: By split.
-        origin: Where they come from, in words.
-    """
-
-    def __init__(self, task: GlueTask, tables: Mapping[str, datasets.Dataset], origin: str) -> None:
-        self.origin = origin
-        self.splits = frozenset(tables)
-        self._task, self._tables = task, tables
-
-    def load(self, split: str) -> Examples:
-        table = self._tables[split].with_format("arrow")[:]
-        return read_table(table, self._task, split, f"the {split} split of {self.origin}")
-
-    def missing(self, split: str) -> str:
-        return "the hub's version has changed"
 
 
 def find_parquet_files(folder: Path, task: GlueTask) -> dict[str, list[Path]]:

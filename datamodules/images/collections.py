@@ -24,12 +24,14 @@ class ImageCollection(ABC):
         class_names: The classes; a label is an index into this list.
         splits: Which of "train", "validation" and "test" there are.
         notes: What was found and is not used, in sentences.
+        revision: The commit of the hub's data set that they are from; None for other images.
     """
 
     origin: str
     class_names: list[str]
     splits: frozenset[str]
     notes: Sequence[str] = ()
+    revision: str | None = None
 
     @abstractmethod
     def load(self, split: str) -> ImageSplit:

@@ -47,6 +47,7 @@ class ImageDataModule(L.LightningDataModule):
         dataset: Which data set: cars, dtd, eurosat, gtsrb, resisc45, svhn, sun397 (the paper's partition), sun397_19850
             (50 train images a class), digits (comes with scikit-learn), or folder (your own images in ``directory``).
         directory: Local directory to read instead of the hub. The classes are those found there.
+        revision: Branch, tag or commit of the hub's data set; None for the newest commit.
         predict_directory: Directory of images without labels, in any layout, for predict. Without it, predict goes
             through the test split.
         batch_size: Images a batch and process.
@@ -67,6 +68,7 @@ class ImageDataModule(L.LightningDataModule):
         self,
         dataset: str,
         directory: str | None = None,
+        revision: str | None = None,
         predict_directory: str | None = None,
         batch_size: int = 128,
         num_workers: int = 4,
@@ -86,7 +88,7 @@ class ImageDataModule(L.LightningDataModule):
         require("std", std, len(std) == 3 and all(0 < value < math.inf for value in std), "three positive numbers")
         require("validation_fraction", validation_fraction, 0 < validation_fraction < 1, "between 0 and 1, exclusive")
         require("seed", seed, seed >= 0, "0 or more")
-        require_one_origin(directory, synthetic)
+        require_one_origin(directory, synthetic, revision)
         if self._source.needs_directory and directory is None and predict_directory is None and not synthetic:
             self._source.open(dataset)  # says what is needed
 
@@ -97,6 +99,7 @@ class ImageDataModule(L.LightningDataModule):
         self.validation_fraction = validation_fraction
         self.seed = seed
         self.synthetic = synthetic
+        self._revision = revision
         self._directory = None if directory is None else Path(directory).expanduser()
         self._predict_directory = None if predict_directory is None else Path(predict_directory).expanduser()
         if self._predict_directory is not None and not self._predict_directory.is_dir():
@@ -122,6 +125,17 @@ class ImageDataModule(L.LightningDataModule):
         """The name of each class, by label. Empty for a hub data set that ``setup`` has not loaded yet."""
         return self._class_names
 
+    @property
+    def data_revision(self) -> str | None:
+        """The commit of the hub's data set that was read; None for other images."""
+        return None if self._collection is None else self._collection.revision
+
+    @property
+    def evaluation_notes(self) -> dict[str, str]:
+        """What a reader of the results has to know, by name of the test set, which is called test."""
+        note = self._incomplete(TEST)
+        return {"test": note} if note else {}
+
     def prepare_data(self) -> None:
         """Downloads the data set, if it comes from the hub and this run needs it.
 
@@ -133,7 +147,7 @@ class ImageDataModule(L.LightningDataModule):
         if not self._is_local and not predicts_files:
             if self._source.sizes:
                 self._require_shared_memory(max(self._source.sizes.values()))
-            self._source.download(self.dataset)
+            self._source.download(self.dataset, self._revision)
 
     def setup(self, stage: str) -> None:
         """Loads what the stage needs, once; the train and validation splits for "fit", one split for the others.
@@ -215,7 +229,7 @@ class ImageDataModule(L.LightningDataModule):
             elif self._directory is not None:
                 self._collection = open_directory(self._directory)
             else:
-                self._collection = self._source.open(self.dataset)
+                self._collection = self._source.open(self.dataset, self._revision)
             self._class_names = self._collection.class_names
             _warn(self._collection.notes)
         return self._collection
@@ -241,6 +255,17 @@ class ImageDataModule(L.LightningDataModule):
         images = collection.load(TEST if split == _PREDICT else split)
         return images, range(len(images))
 
+    def _incomplete(self, split: str) -> str:
+        """How many images a loaded split has where the table says another number; empty for a complete one."""
+        held_out = self._collection is not None and split not in self._collection.splits
+        official = None if held_out else self._source.sizes.get(split)
+        count = len(self._datasets[split].split) if split in self._datasets else None
+        return (
+            f"{count:,} of the complete set's {official:,} images"
+            if None not in (count, official) and count != official
+            else ""
+        )
+
     def _summary(self, splits: list[str]) -> str:
         parts = [f"{split} {len(self._datasets[split])}" for split in splits]
         if self._collection is None or (splits == [_PREDICT] and self._predict_directory is not None):
@@ -250,8 +275,10 @@ class ImageDataModule(L.LightningDataModule):
             classes += f" (the complete set has {self._source.num_classes})"
         if VALIDATION in splits and VALIDATION not in self._collection.splits:
             parts[splits.index(VALIDATION)] += f" ({self.validation_fraction:.0%} held out of train)"
-        kind = "generated " if self.synthetic else ""
-        return f"{self.dataset}: {classes}; {', '.join(parts)}; from {kind}{self._collection.origin}"
+        if self.synthetic:
+            return f"{self.dataset}: {classes}; {', '.join(parts)}; from generated {self._collection.origin}"
+        incomplete = "".join(f"; {split} has {note}" for split in splits if (note := self._incomplete(split)))
+        return f"{self.dataset}: {classes}; {', '.join(parts)}{incomplete}; from {self._collection.origin}"
 
 
 def _list_predict_files(directory: Path) -> FileSplit:

@@ -29,4 +29,4 @@ def open_directory(directory: Path, cache_dir: Path | None = None) -> ImageColle
     missing = [split for split in (TRAIN, TEST) if split not in (folders or files)]
     if missing:
         raise ValueError(f"directory '{directory}' has no {' and no '.join(missing)} split; expected {LAYOUTS}")
-    return ClassFolders(directory, folders) if folders else ParquetFiles(files, directory, cache_dir)
+    return ClassFolders(directory, folders) if folders else ParquetFiles(files, f"parquet files in '{directory}'", cache_dir)

@@ -12,11 +12,11 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
+from datamodules.hub import HubDataset
 from datamodules.images.collections import TEST, TRAIN, VALIDATION, ImageCollection
 from datamodules.images.directory import LAYOUTS
-from datamodules.images.hub import load_hub_tables
 from datamodules.images.synthetic import write_class_folders, write_parquet_files
-from datamodules.images.tables import LoadedTables
+from datamodules.images.tables import LoadedTables, ParquetFiles
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +26,7 @@ class ImageSource(ABC):
     Attributes:
         num_classes: Number of classes of the complete set; None if that is up to the user.
         splits: What each split is called where the set comes from; "validation" only where the set has its own.
-        sizes: Number of images of each split, as documentation.
+        sizes: Number of images of each split of the complete set.
         image_size: Typical width and height in pixels; generated images have it.
         file_format: "JPEG" or "PNG"; generated images have it.
         needs_directory: Whether there is nowhere else to get it from.
@@ -41,39 +41,61 @@ class ImageSource(ABC):
     needs_directory: bool = False
     write_synthetic: Callable[[Path, tuple[int, int], str, Iterable[str]], None] = write_parquet_files
 
-    def download(self, name: str) -> None:
-        """Fetches what ``open`` needs; ``name`` is the set's key in the table. By default there is nothing to fetch."""
+    def download(self, name: str, revision: str | None) -> None:
+        """Fetches the newest version of what ``open`` needs. By default there is nothing to fetch.
+
+        Args:
+            name: The set's key in the table.
+            revision: Branch, tag or commit of the hub's data set; None for its newest commit.
+        """
         return
 
     @abstractmethod
-    def open(self, name: str) -> ImageCollection:
-        """The data set without a local directory; ``name`` is its key in the table."""
+    def open(self, name: str, revision: str | None = None) -> ImageCollection:
+        """The data set without a local directory; arguments as for ``download``."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class HubSource(ImageSource):
-    """A data set on the Hugging Face hub. ``datasets`` downloads every split, used or not.
+    """A data set on the Hugging Face hub. Of its splits only those in ``splits`` are fetched.
 
     Attributes:
         hub_id: Its name there.
-        config: Its configuration there, or None for the only one.
+        folder: Where its parquet files are there.
     """
 
     hub_id: str
-    config: str | None = None
+    folder: str = "data"
 
-    def download(self, name: str) -> None:
-        load_hub_tables(name, self.hub_id, self.config)
+    def download(self, name: str, revision: str | None) -> None:
+        dataset = self._dataset(name, revision)
+        dataset.look_up()
+        collection = self._open(name, dataset)
+        for split in self.splits:
+            collection.load(split)
 
-    def open(self, name: str) -> ImageCollection:
-        tables = load_hub_tables(name, self.hub_id, self.config)
-        collection = LoadedTables(
-            {split: tables[hub_split] for split, hub_split in self.splits.items()}, f"hub id '{self.hub_id}'"
+    def open(self, name: str, revision: str | None = None) -> ImageCollection:
+        return self._open(name, self._dataset(name, revision))
+
+    def _dataset(self, name: str, revision: str | None) -> HubDataset:
+        includes = " ".join(f"--include '{self.folder}/{split}*'" for split in self.splits.values())
+        return HubDataset(
+            name,
+            self.hub_id,
+            [self.folder],
+            revision,
+            f"Without access to the hub, fetch `hf download {self.hub_id} --repo-type dataset {includes} --local-dir DIR` "
+            f"elsewhere and give --data.directory DIR/{self.folder}, or give class folders {{train,test}}/<class name>/*.jpg",
         )
+
+    def _open(self, name: str, dataset: HubDataset) -> ImageCollection:
+        files = dataset.files(self.splits.values())
+        by_split = {split: files[hub_split] for split, hub_split in self.splits.items()}
+        collection = ParquetFiles(by_split, dataset.origin, revision=dataset.commit)
         if len(collection.class_names) != self.num_classes:
             raise RuntimeError(
                 f"dataset '{name}' has {len(collection.class_names)} classes on the hub ('{self.hub_id}') where "
-                f"{self.num_classes} are expected: the hub's version has changed"
+                f"{self.num_classes} are expected: the hub's version has changed; give an older commit as --data.revision"
             )
         return collection
 
@@ -82,7 +104,7 @@ class HubSource(ImageSource):
 class DigitsSource(ImageSource):
     """scikit-learn's bundled handwritten digits, half of each class for train and half for test, always the same."""
 
-    def open(self, name: str) -> ImageCollection:
+    def open(self, name: str, revision: str | None = None) -> ImageCollection:
         digits = load_digits()
         pixels = (digits.images * (255 / 16)).astype(np.uint8)
         features = datasets.Features(
@@ -104,7 +126,7 @@ class FolderSource(ImageSource):
     needs_directory: bool = True
     write_synthetic: Callable[[Path, tuple[int, int], str, Iterable[str]], None] = write_class_folders
 
-    def open(self, name: str) -> ImageCollection:
+    def open(self, name: str, revision: str | None = None) -> ImageCollection:
         raise ValueError(f"dataset '{name}' needs directory: a directory with {LAYOUTS}")
 
 
@@ -146,7 +168,7 @@ SOURCES: dict[str, ImageSource] = {
     ),
     "svhn": HubSource(
         hub_id="ufldl-stanford/svhn",
-        config="cropped_digits",
+        folder="cropped_digits",
         num_classes=10,
         sizes={TRAIN: 73257, TEST: 26032},
         image_size=(32, 32),

@@ -57,16 +57,19 @@ class ParquetFiles(ImageCollection):
 
     Args:
         files: The files of each split, in row order; train and test at least.
-        directory: What the data set is called in errors.
+        origin: Where they come from, in words.
         cache_dir: Where ``datasets`` keeps its copy; None for its default.
+        revision: The commit of the hub's data set that they are from; None for other files.
 
     Raises:
         ValueError: An unreadable file, no or several image or label columns, or a class without train rows.
     """
 
-    def __init__(self, files: Mapping[str, Sequence[Path]], directory: Path, cache_dir: Path | None = None) -> None:
-        self.origin = f"parquet files in '{directory}'"
-        self.notes = _describe_strays(files)
+    def __init__(
+        self, files: Mapping[str, Sequence[Path]], origin: str, cache_dir: Path | None = None, revision: str | None = None
+    ) -> None:
+        self.origin, self.revision = origin, revision
+        self.notes = () if revision else _describe_strays(files)
         self.splits = frozenset(files)
         self._files = files
         self._cache_dir = cache_dir

@@ -143,8 +143,10 @@ def test_fit_holds_a_part_of_train_out_and_says_so_once(directory, messages):
     assert sorted(train + held_out) == sorted(f"train/{row}" for row in range(80))
     assert messages == [
         "rte: train 72 (GLUE's train split), val 8 (held out of train), test 16 (GLUE's validation split); "
-        f"2 classes: entailment, not_entailment; none over 128 tokens; from '{directory / 'RTE'}'"
+        "2 classes: entailment, not_entailment; none over 128 tokens; train has 80 of the complete set's 2,490 examples; "
+        f"validation has 16 of the complete set's 277 examples; from '{directory / 'RTE'}'"
     ]
+    assert data.evaluation_notes == {"test": "16 of the complete set's 277 examples"}
 
 
 def test_held_out_part_keeps_the_shares_of_the_classes_and_follows_its_seed(directory):

@@ -1,12 +1,12 @@
 import datasets
+import hub_repositories
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from datamodules.glue import hub
 from datamodules.glue.directory import open_directory
-from datamodules.glue.hub import open_hub
-from datamodules.glue.tables import HubTables, read_table
+from datamodules.glue.hub import HubFiles
+from datamodules.glue.tables import read_table
 from datamodules.glue.tasks import TASKS
 
 RTE = TASKS["rte"]
@@ -81,30 +81,24 @@ def test_what_is_wrong_with_a_table_is_said(rows, message):
         read_table(rows, RTE, "train", "here")
 
 
-def test_loaded_tables_are_read_in_row_order():
-    names = RTE.class_names
-    loaded = datasets.Dataset(table([1, 0, 1], names))
-    source = HubTables(RTE, {"train": loaded.select([2, 1, 0])}, "the hub")
-    assert source.load("train").sentences[0] == ["a2", "a1", "a0"]
-
-
 def test_hub_out_of_reach_says_what_to_do_instead():
     with pytest.raises(
-        RuntimeError, match=r"'cola' cannot be loaded .* as 'nyu-mll/glue' .*--data.directory: GLUE's CoLA/train.tsv"
+        RuntimeError,
+        match=r"'cola' cannot be loaded .* as 'nyu-mll/glue' \(HF_HUB_OFFLINE.*--include 'cola/\*'.*--data.directory DIR",
     ):
-        open_hub("cola", TASKS["cola"])
+        HubFiles("cola", TASKS["cola"]).load("train")
 
 
-def test_hub_gives_the_tasks_configuration(monkeypatch):
-    asked = []
-
-    def load(*words):
-        asked.append(words)
-        return datasets.DatasetDict({"validation": datasets.Dataset(table([1], RTE.class_names))})
-
-    monkeypatch.setattr(hub.huggingface_hub.HfApi, "dataset_info", lambda *_, **__: None)
-    monkeypatch.setattr(hub.datasets, "load_dataset", load)
-    source = open_hub("rte", RTE)
-    assert asked == [("nyu-mll/glue", "rte")]
-    assert source.load("validation").labels == [1]
-    assert source.origin == "hub id 'nyu-mll/glue'"
+def test_a_split_is_fetched_when_it_is_loaded_after_one_look_up(hub):
+    hub.datasets["nyu-mll/glue"] = hub_repositories.glue()
+    source = HubFiles("rte", RTE)
+    source.look_up()
+    assert source.load("validation").labels == [row % 2 for row in range(10)]
+    assert source.load("train").sentences[1][7] == "The train sentence number 7 is short."
+    assert source.load("test").labels is None
+    assert hub.looked_up() == ["nyu-mll/glue"]
+    assert hub.fetched() == [f"rte/{split}-00000-of-00001.parquet" for split in ("validation", "train", "test")]
+    assert source.origin == f"hub id 'nyu-mll/glue' at {source.revision[:7]}"
+    assert source.revision == hub.datasets["nyu-mll/glue"].commit
+    with pytest.raises(RuntimeError, match=r"no files validation\*\.parquet in mnli/"):
+        HubFiles("mnli", TASKS["mnli"]).load("validation")

@@ -6,6 +6,8 @@ import zlib
 
 import numpy as np
 import pytest
+from hub_repositories import parquet
+from hub_server import Repository
 from PIL import Image, ImageOps
 
 from datamodules.images.decoding import FORMATS, UnusableImageError, decode_rgb
@@ -123,15 +125,15 @@ def test_unreadable_exif_data_do_not_make_an_image_unreadable(encode):
     assert pixels(content).shape == (2, 4, 3)
 
 
-def test_images_of_a_table_are_turned_upright(monkeypatch, encode):
+def test_images_of_a_table_are_turned_upright(hub, encode):
     import datasets
 
     exif = Image.Exif()
     exif[0x0112] = 6
     image = {"bytes": encode(Image.new("RGB", (4, 2)), exif=exif), "path": None}
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a"])})
-    table = datasets.Dataset.from_dict({"image": [image], "label": [0]}, features=features)
-    monkeypatch.setattr("datamodules.images.sources.load_hub_tables", lambda *_: {"train": table, "test": table})
+    rows = parquet(features, {"image": [image], "label": [0]})
+    hub.datasets["x/y"] = Repository({f"data/{split}-00000-of-00001.parquet": rows for split in ("train", "test")})
     source = HubSource(hub_id="x/y", num_classes=1, image_size=(4, 2), file_format="JPEG")
     assert decode_rgb(*source.open("y").load("test").read(0)).size == (2, 4)
 

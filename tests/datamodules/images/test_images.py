@@ -215,7 +215,8 @@ def test_subset_of_a_named_data_set_has_the_classes_that_are_there(directory, me
     data = module("eurosat", directory=str(directory))
     assert data.num_classes == 2
     data.setup("test")
-    assert messages[0].startswith("eurosat: 2 classes (the complete set has 10); test 5; from")
+    start = "eurosat: 2 classes (the complete set has 10); test 5; test has 5 of the complete set's 2,700 images; from"
+    assert messages[0].startswith(start)
 
 
 def test_directory_of_parquet_files_works_end_to_end(tmp_path, encode, write_parquet):
