@@ -9,15 +9,19 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
+from fourier_moe.pretrained_weight import PretrainedWeight
+
 
 class Adapter(nn.Module, ABC):
     """A frozen projection `base` with trained additions. Found in a model by `adapters(model)`.
 
     Attributes:
         changes_base: whether `base` is a changed copy of the model's projection and not that projection itself.
+        projection_name: the projection's name in its model, for messages; `inject` sets it.
     """
 
     changes_base = False
+    projection_name = "the adapted projection"
 
     def __init__(self, base: nn.Module) -> None:
         super().__init__()
@@ -58,10 +62,10 @@ class Adapter(nn.Module, ABC):
         """
         raise ValueError(f"{type(self).__name__}: this method has no merge into a weight")
 
-    # Code around a projection (dtype look-ups, fused kernels' checks) reads its weight: hand it on.
+    # Code around a projection (dtype look-ups, fused kernels' checks) may look at its weight, but not multiply with it.
     @property
     def weight(self) -> Tensor:
-        return self.base.weight  # type: ignore[return-value]
+        return PretrainedWeight.of(self.base.weight, self.projection_name)
 
     @property
     def bias(self) -> Tensor | None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fourier_moe.adapter import Adapter, projection_shape
 from fourier_moe.bank_selection import Selection
+from fourier_moe.pretrained_weight import PretrainedWeight
 
 
 class BankLayer(nn.Module):
@@ -52,7 +53,7 @@ class BankProjection(BankLayer):
 
     @property
     def weight(self) -> Tensor:
-        return self.base.weight  # type: ignore[return-value]
+        return PretrainedWeight.of(self.base.weight, self.name)
 
     @property
     def bias(self) -> Tensor | None:

@@ -14,7 +14,9 @@ from fourier_moe.adapter import Adapter, projection_shape
 from fourier_moe.attention import FUSED_PROJECTIONS, is_fused_attention, split_attention
 from fourier_moe.backbone import Fingerprint, keep_fingerprint, measure_backbone
 from fourier_moe.config import AdapterConfig, ProjectionAdapterConfig
+from fourier_moe.pretrained_weight import check_is_called
 from fourier_moe.quantization import is_quantized, num_scalars
+from fourier_moe.recorded import NoTokensError
 from fourier_moe.undo import unchanged_on_error
 
 _CONFIG_ATTRIBUTE = "fourier_moe_adapter_config"
@@ -130,9 +132,37 @@ def adapters(model: nn.Module) -> dict[str, Adapter]:
 
 
 def balance_loss(model: nn.Module) -> Tensor:
-    """Sum of the load-balancing losses of all adapters, times their weights; 0 if none routes. Read it inside `recording`."""
-    terms = [term for adapter in adapters(model).values() if (term := adapter.balance_loss()) is not None]
+    """Sum of the load-balancing losses of all adapters, times their weights; 0 if none routes. Read it inside `recording`.
+
+    Projections that the forward pass left out (LayerDrop, a branch that this batch does not take) add nothing.
+
+    Raises:
+        NoTokensError: if no adapter that routes was used inside the recording.
+    """
+    terms, unused = [], []
+    for name, adapter in adapters(model).items():
+        try:
+            term = adapter.balance_loss()
+        except NoTokensError:
+            unused.append(name)
+        else:
+            terms += [] if term is None else [term]
+    if unused and not terms:
+        raise NoTokensError(
+            f"the routers saw no tokens: no forward pass inside `with recording(model): ...` has used {', '.join(unused[:3])}"
+            f"{f' or {len(unused) - 3} more' if len(unused) > 3 else ''}; read balance_loss inside `recording`, after the "
+            "forward pass, and choose targets that it uses"
+        )
     return torch.stack(terms).sum() if terms else torch.zeros(())
+
+
+def without_gradient(model: nn.Module) -> list[str]:
+    """Names of the adapted projections that backward passes since the last `zero_grad` gave no gradient: not used so far."""
+    return [
+        name
+        for name, adapter in adapters(model).items()
+        if all(parameter.grad is None for group in adapter.parameter_groups().values() for parameter in group)
+    ]
 
 
 def regularization(model: nn.Module) -> Tensor:
@@ -192,7 +222,7 @@ def replace_targets(model: nn.Module, config: ProjectionAdapterConfig) -> Inject
             continue
         if id(base) not in layers:
             layers[id(base)] = layer = config.build_layer(base, name).train(base.training)
-            layer.changes_base = layer.base is not base
+            layer.changes_base, layer.projection_name = layer.base is not base, name
         replace_module(model, name, layers[id(base)])
     return count_parameters(model, config)
 
@@ -280,6 +310,7 @@ def _check_projections(model: nn.Module, names: Iterable[str], config: Projectio
                 f"{type(config).__name__} computes with the pretrained weights, and those of {name!r} are quantised; load the "
                 "model without quantization, or take a method that only adds to the output (FourierMoEConfig, LoRAConfig)"
             )
+        check_is_called(model, name)
         problem = config.check_fit(in_features, out_features)
         if problem:
             raise ValueError(f"{name} is {out_features} x {in_features}: {problem}")

@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 SHARED = threading.RLock()
 
 
+class NoTokensError(RuntimeError):
+    """A router's balance loss was asked for, and no forward pass used its projection inside a `recording`."""
+
+
 class Recorded(NamedTuple):
     """What the balance loss needs of one forward. Sums are left to `balance_loss`: under activation checkpointing an operation
     here would belong to the recomputed region, which must be the same with and without recording."""

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fourier_moe.recorded import SHARED, Recorded, Recording, opened, recording_of
+from fourier_moe.recorded import SHARED, NoTokensError, Recorded, Recording, opened, recording_of
 from fourier_moe.router_logits import logits
 from fourier_moe.router_statistics import RouterStatistics, TokenWeights
 
@@ -102,12 +102,12 @@ class Router(nn.Module, ABC):
         P_e. Padding counts in neither. Zero when every token is padding.
 
         Raises:
-            RuntimeError: outside of `recording`, or when no forward has run in it.
+            NoTokensError: outside of `recording`, or when no forward in it has used the projection.
             ValueError: if a gradient is wanted, and the forward has run without.
         """
         recording = recording_of(self)
         if recording is None or not recording.tokens[self]:
-            raise RuntimeError(
+            raise NoTokensError(
                 "this router saw no tokens: read balance_loss() inside `with recording(model): ...`, after a forward pass that "
                 "uses the adapted projection"
             )

@@ -36,6 +36,7 @@ from lightning_modules.optimization import Optimization
 from lightning_modules.sharding import check_strategy
 from lightning_modules.tasks import Task
 from lightning_modules.tasks.base import without_weights
+from lightning_modules.unused_adapters import UnusedAdapters
 
 
 class AdaptationModule(L.LightningModule):
@@ -120,8 +121,8 @@ class AdaptationModule(L.LightningModule):
         return list(names) if names else None
 
     def configure_callbacks(self) -> list[L.Callback]:
-        """What every run needs to survive an interruption."""
-        return [ExactResume(), GracefulStop()]
+        """What every run needs to survive an interruption, and not to train beside the model."""
+        return [ExactResume(), GracefulStop(), UnusedAdapters()]
 
     def on_validation_start(self) -> None:
         self._require_trained()

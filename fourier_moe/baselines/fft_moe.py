@@ -17,6 +17,7 @@ from fourier_moe.baselines.singular_layers import pretrained_matrix
 from fourier_moe.checks import not_negative, top_k
 from fourier_moe.frequencies import named_generator
 from fourier_moe.inject import InjectionReport, count_parameters
+from fourier_moe.pretrained_weight import PretrainedWeight
 from fourier_moe.quantization import is_quantized
 from fourier_moe.router import Routing, TopKRouter
 
@@ -86,7 +87,7 @@ class FFTMoELinear(Adapter):
     @property
     def weight(self) -> Tensor:
         """Of the first expert: for its type and device, and the pretrained projection's until training starts."""
-        return self.experts.weight[0]
+        return PretrainedWeight.of(self.experts.weight[0], self.projection_name)
 
     @property
     def bias(self) -> Tensor | None:

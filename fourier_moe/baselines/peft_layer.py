@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from fourier_moe.adapter import Adapter
+from fourier_moe.adapter import Adapter, device_of
 from fourier_moe.merge import check_takes_update
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class PeftLinear(Adapter):
             peft_config.fan_in_fan_out = True  # transformers' Conv1D holds its weight as (in, out)
         try:
             # Of a projection on the meta device (to count parameters) peft would otherwise make layers with memory.
-            inject_adapter_in_model(peft_config, holder, low_cpu_mem_usage=self.weight.is_meta)
+            inject_adapter_in_model(peft_config, holder, low_cpu_mem_usage=device_of(base).type == "meta")
         except (NotImplementedError, TypeError, ValueError) as error:
             raise ValueError(f"{name}: {type(config).__name__} cannot adapt a {type(base).__name__}: {error}") from error
         self.layer = holder["projection"]

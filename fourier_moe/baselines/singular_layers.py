@@ -35,7 +35,7 @@ class MiLoRALinear(PeftLinear):
         layer.lora_A["default"].weight.copy_(A)
         layer.lora_B["default"].weight.copy_(B)
         rest = weight - scaling * B @ A
-        self.weight.copy_(rest.T if hasattr(base, "nf") else rest)
+        cast(Tensor, base.weight).copy_(rest.T if hasattr(base, "nf") else rest)
 
 
 class KaSALinear(PeftLinear):
@@ -50,7 +50,9 @@ class KaSALinear(PeftLinear):
     def __init__(self, base: nn.Module, config: KaSAConfig, name: str) -> None:
         super().__init__(base, config, name)
         self.beta, self.gamma = config.beta, config.gamma
-        if self.weight.is_meta:  # peft would take the triplets out at the first forward, from a weight that has lost them
+        if cast(
+            Tensor, base.weight
+        ).is_meta:  # peft would take the triplets out at the first forward, from a weight that has lost them
             cast(Any, self.layer)._lora_kasa_truncation_deferred.clear()
 
     def regularization(self) -> Tensor:

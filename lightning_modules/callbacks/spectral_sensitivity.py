@@ -6,7 +6,7 @@ import functools
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import torch
@@ -169,7 +169,7 @@ def _frozen_weight(adapter: Adapter) -> Tensor | None:
     """W0 (M, N) in float32; None for a quantised one."""
     if is_quantized(adapter.base):
         return None
-    weight = adapter.weight.detach()
+    weight = cast(Tensor, adapter.base.weight).detach()
     return (weight.T if hasattr(adapter.base, "nf") else weight).float()  # transformers' Conv1D stores (N, M)
 
 

@@ -138,7 +138,8 @@ def test_something_that_is_no_projection_is_an_error():
 
 def test_weight_and_bias_are_those_of_the_base():
     base = nn.Linear(24, 17)
-    assert layer(base).weight is base.weight
+    assert torch.equal(layer(base).weight, base.weight)
+    assert layer(base).weight.data_ptr() == base.weight.data_ptr()
     assert layer(base).bias is base.bias
 
 
