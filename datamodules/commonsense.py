@@ -32,4 +32,4 @@ class CommonsenseDataModule(InstructionDataModule):
         max_length: int = 256,
         **arguments: Any,
     ) -> None:
-        super().__init__(train=train, test=list(COMMONSENSE) if test is None else test, max_length=max_length, **arguments)
+        super().__init__(train=train, test=test, max_length=max_length, **arguments)

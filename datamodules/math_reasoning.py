@@ -33,4 +33,4 @@ class MathReasoningDataModule(InstructionDataModule):
         max_length: int = 1024,
         **arguments: Any,
     ) -> None:
-        super().__init__(train=train, test=list(MATH) if test is None else test, max_length=max_length, **arguments)
+        super().__init__(train=train, test=test, max_length=max_length, **arguments)

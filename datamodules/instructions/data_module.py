@@ -17,7 +17,7 @@ from datamodules.generated import generated_directory
 from datamodules.instructions.benchmarks import Benchmark, TrainSet
 from datamodules.instructions.dataset import Collator, EvaluationDataset, Example, TrainDataset
 from datamodules.instructions.inventory import Inventory
-from datamodules.instructions.mixing import HELD_OUT, evaluation_sources, hold_out, train_sources
+from datamodules.instructions.mixing import HELD_OUT, Source, choices, evaluation_sources, hold_out, train_sources
 from datamodules.instructions.prompts import STYLES
 from datamodules.instructions.source import Files, LocalFiles, PinnedFiles
 from datamodules.instructions.synthetic import write_synthetic
@@ -31,7 +31,8 @@ _WORTH_CACHING = 20_000  # training examples; fewer are tokenised in seconds
 
 
 class InstructionDataModule(L.LightningDataModule):
-    """Questions with gold answers for language models. Base of the benchmarks' DataModules, which bring the tables.
+    """Questions with gold answers for language models: a user's own, or as the base of the benchmarks' DataModules, which bring
+    the tables.
 
     A training batch is a dict: `input_ids`, `attention_mask` and `labels` int64 (B, T), right-padded, with labels -100 where
     there is no loss; `id` and `task` (the source), lists of B strings. An evaluation batch adds `prompt_ids` and `prompt_mask`
@@ -39,9 +40,11 @@ class InstructionDataModule(L.LightningDataModule):
     tensors only where the set has right responses.
 
     Args:
-        train: What to train on: names from the table or paths of .json or .jsonl files of your own; one, a list, or each with
-            its weight, the number of times that each of its examples comes in an epoch (on average; 0.5 is every other epoch).
-        test: Which sets to test on: names from the table or paths.
+        train: What to train on: names from the table or paths of JSON files of your own (lists or lines, with instruction,
+            output, perhaps input and answer); one, a list, or each with its weight, the number of times that each of its
+            examples comes in an epoch (on average; 0.5 is every other epoch).
+        test: Which sets to test on: names from the table or paths; null for all of the table. Training on files of your own
+            alone fetches none of them: they are fetched when they are tested.
         tokenizer: Name or directory of a Hugging Face tokenizer, or bytes. The command line takes the model's own.
         directory: Local directory with LLM-Adapters' files, dataset/<set>/test.json and ft-training_set/<name>.json. Without
             it they are fetched from LLM-Adapters' repository.
@@ -68,7 +71,7 @@ class InstructionDataModule(L.LightningDataModule):
     def __init__(
         self,
         train: dict[str, float] | list[str] | str,
-        test: list[str],
+        test: list[str] | None = None,
         tokenizer: str | None = None,
         directory: str | None = None,
         cache_directory: str | None = None,
@@ -97,10 +100,10 @@ class InstructionDataModule(L.LightningDataModule):
         require_one_origin(directory, synthetic)
         if directory is not None and not Path(directory).expanduser().is_dir():
             raise ValueError(f"directory '{directory}' is no directory; expected LLM-Adapters' dataset/ and ft-training_set/")
-        if not test:
-            raise ValueError(f"test is empty; give one or more of {', '.join(self.benchmarks)}")
+        if test is not None and not test:
+            raise ValueError(f"test is empty; {choices(self.benchmarks)}")
         self._sources = train_sources(train, self.train_sets)
-        self._test_sources = evaluation_sources("test", test, self.benchmarks)
+        self._test_sources = evaluation_sources("test", list(self.benchmarks) if test is None else test, self.benchmarks)
         self._validation_sources = evaluation_sources("validation_sets", validation_sets or [], self.benchmarks)
 
         self.tokenizer = tokenizer
@@ -151,7 +154,7 @@ class InstructionDataModule(L.LightningDataModule):
         if stage in (None, "fit", "validate"):
             sources = sources + self._validation_sources
         if stage != "validate":
-            sources = sources + self._test_sources
+            sources = sources + self._tests_of(stage)
         for source in sources:
             if not source.own:
                 self._open().get(source.file)
@@ -181,12 +184,16 @@ class InstructionDataModule(L.LightningDataModule):
             sets = {HELD_OUT: held_out} if self.validation_size else {}
             sets |= {source.name: inventory.read([source], files, "validation") for source in self._validation_sources}
             self._validation = {name: self._evaluation_dataset(examples) for name, examples in sets.items()}
-        if stage != "validate" and not inventory.is_compared:
-            tests = {source.name: inventory.read([source], files, "test") for source in self._test_sources}
+        new = [] if stage == "validate" else [test for test in self._tests_of(stage) if not inventory.is_compared(test)]
+        if new:
+            tests = {source.name: inventory.read([source], files, "test") for source in new}
             inventory.compare(train or self._train_without_network(), tests)
+        if stage in ("test", "predict") and not self._test_sources:
+            raise ValueError(f"test is missing, and {stage} has nothing to read; {choices(self.benchmarks)}")
         if stage in ("test", "predict") and not self._test:
-            tests = tests or {source.name: inventory.read([source], files, "test") for source in self._test_sources}
-            self._test = {name: self._evaluation_dataset(examples) for name, examples in tests.items()}
+            for source in self._test_sources:
+                examples = tests[source.name] if source.name in tests else inventory.read([source], files, "test")
+                self._test[source.name] = self._evaluation_dataset(examples)
         if inventory.lines:
             head = f"{type(self).__name__}: tokenizer {self.tokenizer}, prompt {self.prompt}"
             rank_zero_info("\n".join([head, *inventory.lines]))
@@ -285,6 +292,12 @@ class InstructionDataModule(L.LightningDataModule):
         )
         longest = f"median length {sorted(train.lengths)[len(train) // 2]} tokens"
         return f"  {len(train):,} to train on, {self.validation_size:,} held out; {longest}; {cut}"
+
+    def _tests_of(self, stage: str | None) -> list[Source]:
+        """The test sets that a stage reads: of training on one's own files alone, those for which nothing is fetched."""
+        if stage != "fit" or not all(source.own for source in self._sources):
+            return self._test_sources
+        return [source for source in self._test_sources if source.own or self._open().has(source.file)]
 
     def _train_without_network(self) -> list[Example]:
         """The training examples for test and predict, which need them for a note only; none if they are not here."""

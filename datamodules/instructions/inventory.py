@@ -21,7 +21,6 @@ class Inventory:
 
     Attributes:
         lines: about what was read, for the log.
-        is_compared: whether test questions have been looked for in the training sources.
     """
 
     def __init__(self, train: Sequence[Source], train_sets: Sequence[TrainSet]) -> None:
@@ -31,9 +30,9 @@ class Inventory:
         self._overlaps: dict[str, dict[str, int]] = {}
         self.lines: list[str] = []
 
-    @property
-    def is_compared(self) -> bool:
-        return bool(self._overlaps)
+    def is_compared(self, test: Source) -> bool:
+        """Whether a test set's questions have been looked for in the training sources."""
+        return test.name in self._overlaps
 
     def read(self, sources: Sequence[Source], files: Files, role: str) -> list[Example]:
         """The examples of all sources, for role train, validation or test.
@@ -54,8 +53,9 @@ class Inventory:
 
     def compare(self, train: Sequence[Example], tests: Mapping[str, Sequence[Example]]) -> None:
         """Look for the test sets' questions among the training examples."""
-        self._overlaps = count_overlaps(train, tests)
-        for name, overlaps in self._overlaps.items():
+        found = count_overlaps(train, tests)
+        self._overlaps |= found
+        for name, overlaps in found.items():
             self.lines += [f"  {n:,} question(s) of test {name} are in train {source}" for source, n in overlaps.items()]
 
     def note(self, test: Source, *, is_validated: bool) -> str:

@@ -55,7 +55,7 @@ def train_sources(train: Mapping[str, float] | Sequence[str] | str, train_sets: 
     weights = dict(train) if isinstance(train, Mapping) else dict.fromkeys(names, 1.0)
     known = {row.name: row for row in train_sets}
     if not names:
-        raise ValueError(f"train is empty; {_choices(known)}")
+        raise ValueError(f"train is empty; {choices(known)}")
     sources = []
     for name in names:
         weight = weights[name]
@@ -66,7 +66,7 @@ def train_sources(train: Mapping[str, float] | Sequence[str] | str, train_sets: 
         elif _is_path(name):
             sources.append(_own("train", name, weight))
         else:
-            raise ValueError(f"train: '{name}' is unknown; {_choices(known)}")
+            raise ValueError(f"train: '{name}' is unknown; {choices(known)}")
     _check_names("train", sources)
     return sources
 
@@ -85,7 +85,7 @@ def evaluation_sources(argument: str, names: Sequence[str], benchmarks: Mapping[
         elif _is_path(name):
             sources.append(_own(argument, name))
         else:
-            raise ValueError(f"{argument}: '{name}' is unknown; {_choices(benchmarks)}")
+            raise ValueError(f"{argument}: '{name}' is unknown; {choices(benchmarks)}")
     _check_names(argument, sources)
     if argument == "validation_sets" and HELD_OUT in {source.name for source in sources}:
         raise ValueError(f"validation_sets: '{HELD_OUT}' is what the examples held out of train are called; rename the file")
@@ -109,7 +109,8 @@ def _is_path(name: str) -> bool:
     return name.lower().endswith(SUFFIXES) or "/" in name or Path(name).expanduser().exists()
 
 
-def _choices(known: Iterable[str]) -> str:
+def choices(known: Iterable[str]) -> str:
+    """What may be given instead, as the end of an error."""
     names = ", ".join(known)
     return f"choose from {names}, or give the path of a JSON file" if names else "give the path of a JSON file"
 

@@ -9,7 +9,7 @@ import torch
 from jsonargparse import ArgumentParser
 from torch.utils.data import DistributedSampler
 
-from datamodules import CommonsenseDataModule, MathReasoningDataModule
+from datamodules import CommonsenseDataModule, InstructionDataModule, MathReasoningDataModule
 from datamodules.instructions import data_module as instructions
 from datamodules.instructions import dataset
 from datamodules.instructions.answer_rules import NUMBER
@@ -18,7 +18,7 @@ from datamodules.instructions.loading import load_examples
 from datamodules.instructions.mixing import evaluation_sources, train_sources
 from datamodules.instructions.overlap import count_overlaps, question_key
 from datamodules.instructions.records import Record
-from datamodules.instructions.source import LocalFiles
+from datamodules.instructions.source import LocalFiles, PinnedFiles
 
 REAL = Path(__file__).resolve().parents[3].parent / "shared/data/llm_adapters"
 REPOSITORY = Path(__file__).resolve().parents[3]
@@ -113,7 +113,7 @@ def trainer():
         ({"validation_size": -1}, "validation_size must be 0 or more, got -1"),
         ({"directory": "/nowhere"}, "directory '/nowhere' is no directory"),
         ({"directory": "/", "synthetic": True}, "directory '/' and synthetic cannot be used together"),
-        ({"test": []}, "test is empty; give one or more of boolq, piqa"),
+        ({"test": []}, "test is empty; choose from boolq, piqa"),
         ({"test": ["BoolQ"]}, "test: 'BoolQ' is unknown; choose from boolq, piqa"),
         ({"test": ["boolq", "boolq"]}, "test: 'boolq' is there more than once"),
         ({"test": ["/nowhere/own.json"]}, "test: there is no file '/nowhere/own.json'"),
@@ -191,6 +191,61 @@ def test_held_out_examples_of_a_mixed_set_are_graded_by_their_own_form(directory
         assert benchmark.name == {"true": "boolq", "answer2": "commonsense_15k"}[answer]
         assert benchmark.grade(f"the correct answer is {answer}", answer).correct
         assert not benchmark.grade("the correct answer is answer1 or false", answer).correct
+
+
+def write_own(path, count, **fields):
+    """Alpaca's records: no `answer`, one object a line, whatever the file is called."""
+    records = [{"instruction": f"{path.stem} {number}?", "output": f"It is {number}.", **fields} for number in range(count)]
+    path.write_text("\n".join(json.dumps(record) for record in records), encoding="utf-8")
+    return str(path)
+
+
+def test_instructions_of_ones_own_need_no_benchmark(tmp_path, messages):
+    train, test = write_own(tmp_path / "mine.json", 12), write_own(tmp_path / "held.jsonl", 3, input="")
+    data = InstructionDataModule(train, [test], "bytes", num_workers=0, batch_size=4, validation_size=2, prompt="plain")
+    for stage in ("fit", "test"):
+        data.setup(stage)
+    assert len(seen(data)) == 10
+    (batch,) = data.test_dataloader()["held"]
+    assert batch["answer"] == ["It is 0.", "It is 1.", "It is 2."]
+    assert batch["benchmark"][0].grade("It is 0.", "It is 0.").correct
+    assert "test held: 3" in messages[0]
+
+
+def test_without_test_sets_training_works_and_testing_says_what_is_missing(tmp_path):
+    data = InstructionDataModule(write_own(tmp_path / "mine.json", 5), tokenizer="bytes", num_workers=0, validation_size=0)
+    data.setup("fit")
+    assert len(seen(data)) == 5
+    with pytest.raises(ValueError, match="test is missing, and test has nothing to read; give the path of a JSON file"):
+        data.setup("test")
+
+
+@pytest.mark.parametrize("test", [None, ["boolq", "piqa"]])
+def test_training_on_own_files_fetches_no_benchmark(tmp_path, monkeypatch, test):
+    fetched = []
+
+    def get(self, file):
+        fetched.append(file)
+        return write(tmp_path / file, questions("test", 3, "solution1" if "piqa" in file else "true"))
+
+    monkeypatch.setattr(PinnedFiles, "get", get)
+    data = module(train=write_own(tmp_path / "mine.json", 12), test=test, cache_directory=str(tmp_path / "cache"))
+    trainer().fit(Recorder(), data)
+    assert fetched == []
+    if test:
+        trainer().test(Recorder(), data, verbose=False)
+        assert set(fetched) == {"dataset/boolq/test.json", "dataset/piqa/test.json"}
+        assert list(data.test_dataloader()) == test
+
+
+def test_a_file_may_be_called_anything(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("mine [v2].JSON", "folder/questions.txt", "plain"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write_own(tmp_path / name, 5)
+        assert len(seen(fitted(None, train=name, test=[name]))) == 5
+    with pytest.raises(ValueError, match="train: 'folder' is a directory; give the path of a JSON file in it"):
+        module(train="folder")
 
 
 def test_holding_out_everything_is_an_error(directory):
