@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +22,12 @@ from torch import Tensor
 
 from fourier_moe.config import AdapterConfig
 from fourier_moe.file_writing import FileParts
+from fourier_moe.module_names import ModuleNames
+from fourier_moe.stored_values import mapping_of, of_type, parse_json, sequence_of, settings_of
 from fourier_moe.version import __version__
 
 FORMAT_VERSION = 2
+LARGEST_HEADER = 2**23  # bytes; a hundred times that of a large model with a thousand classes
 TENSORS, DESCRIPTION, CARD = "adapter.safetensors", "adapter.json", "README.md"
 
 _METADATA = "fourier_moe"  # the only entry, since several would be written in any order
@@ -44,6 +49,7 @@ class AdapterDescription:
         task: what trained it, by the trainer: `class`, `pipeline_tag`, `main_metric`, `data`, and `data_revision`, its
             commit on the Hugging Face hub; empty for a plain model.
         trained_parameters: counts by kind, as in InjectionReport.
+        modules: what is adapted and what is trained in full, None where an older version left it to the config's patterns.
         written_by: version of fourier_moe, None before 0.1.0's format 2.
     """
 
@@ -56,6 +62,7 @@ class AdapterDescription:
     task: dict[str, str | None] = field(default_factory=dict)
     trained_parameters: dict[str, int] = field(default_factory=dict)
     written_by: str | None = __version__
+    modules: ModuleNames | None = None
 
 
 def encode(description: AdapterDescription, state: Mapping[str, Tensor]) -> tuple[FileParts, bytes]:
@@ -63,6 +70,9 @@ def encode(description: AdapterDescription, state: Mapping[str, Tensor]) -> tupl
 
     Args:
         state: contiguous tensors on the CPU, no two of one memory.
+
+    Raises:
+        ValueError: if the description could not be read again, because of its size or of a value of a wrong type.
     """
     fields = {
         "sha256": _BLANK,
@@ -78,8 +88,13 @@ def encode(description: AdapterDescription, state: Mapping[str, Tensor]) -> tupl
         "metrics": description.metrics,
         "trained_parameters": description.trained_parameters,
     }
+    if description.modules is not None:
+        fields["modules"] = asdict(description.modules)
     text = json.dumps(fields, indent=2, ensure_ascii=False) + "\n"
+    description_of(parse_json(text), "what save_adapter was given")
     data = serialize_safetensors(dict(state), metadata={_METADATA: text})
+    if int.from_bytes(data[:8], "little") > LARGEST_HEADER:
+        raise ValueError(f"names and description take more than the {LARGEST_HEADER:,} bytes that an adapter file has for them")
     checksum = hashlib.sha256(data).hexdigest()
     start = data.index(_BLANK.encode())
     parts: FileParts = [memoryview(data)[:start], checksum.encode(), memoryview(data)[start + len(_BLANK) :]]
@@ -101,8 +116,7 @@ def read(directory: Path) -> tuple[AdapterDescription, bytes]:
         raise ValueError(
             f"no adapter in {directory}: {TENSORS} not found{incomplete}; give the directory that save_adapter wrote"
         )
-    data = _read_bytes(path)
-    text = _embedded(data, path)
+    data, text = _read_tensors(path)
     if text is None:
         return _read_version_1(directory, data), data
     raw = _parse(text, path)
@@ -113,7 +127,7 @@ def read(directory: Path) -> tuple[AdapterDescription, bytes]:
     if start < 0 or digest.hexdigest() != checksum:
         raise ValueError(f"{path} is damaged: its checksum differs from the one written in it")
     _check_copy(directory / DESCRIPTION, text.encode())
-    return _description(raw, path), data
+    return description_of(raw, path), data
 
 
 def tensors(data: bytes, directory: Path) -> dict[str, Tensor]:
@@ -124,48 +138,58 @@ def tensors(data: bytes, directory: Path) -> dict[str, Tensor]:
     """
     try:
         return parse_safetensors(data)
-    except SafetensorError as error:
+    except (SafetensorError, AttributeError, KeyError, RuntimeError, TypeError) as error:  # of types that torch has not, too
         raise ValueError(f"{directory / TENSORS} is no valid safetensors file: {error}") from error
 
 
 def has_version_1(directory: Path) -> bool:
     """Whether adapter.json there is that of a version 1 adapter, which cannot do without it."""
     try:
-        return _is_version_1(json.loads((directory / DESCRIPTION).read_bytes()))
-    except (OSError, ValueError, RecursionError):
+        return _is_version_1(parse_json(_read_bytes(directory / DESCRIPTION, LARGEST_HEADER)))
+    except ValueError:
         return False
 
 
 def _is_version_1(raw: Any) -> bool:
-    return isinstance(raw, dict) and raw.get("format_version") == 1 and "fourier_moe_version" not in raw
+    if not isinstance(raw, dict) or "fourier_moe_version" in raw:
+        return False
+    return type(raw.get("format_version")) is int and raw["format_version"] == 1
 
 
-def _embedded(data: bytes, path: Path) -> str | None:
-    """The description in a safetensors file's metadata, None if it has none (version 1).
+def _read_tensors(path: Path) -> tuple[bytes, str | None]:
+    """The contents of adapter.safetensors, and the description in its metadata, None if it has none (version 1).
 
-    A safetensors file is 8 bytes of the header's length, the header as JSON, and the tensors.
+    A safetensors file is 8 bytes of the header's length, the header as JSON, and the tensors. The rest is read if the header
+    makes sense.
     """
     try:
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")].decode())
-        text = header.get("__metadata__", {}).get(_METADATA)
-    except (AttributeError, ValueError, RecursionError) as error:
+        with path.open("rb") as file:
+            length = file.read(8)
+            size = int.from_bytes(length, "little")
+            if len(length) < 8 or size > min(LARGEST_HEADER, os.fstat(file.fileno()).st_size - 8):
+                raise ValueError(f"its header would have {size:,} bytes")
+            header = file.read(size)
+            metadata = of_type(parse_json(header), dict).get("__metadata__", {})
+            text: str | None = of_type(of_type(metadata, dict).get(_METADATA), str, _NONE)
+            return length + header + file.read(), text
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
         raise ValueError(f"{path} is damaged: it is no safetensors file ({error})") from error
-    if text is not None and not isinstance(text, str):
-        raise ValueError(f"{path} is damaged: its description is no text")
-    return text
 
 
 def _parse(content: str | bytes, path: Path) -> dict[str, Any]:
     """JSON with a checksum and a version that this package can read."""
     try:
-        raw = json.loads(content)
-        version, checksum = raw["format_version"], raw["sha256"]
-        newer = version > FORMAT_VERSION
-        if not isinstance(checksum, str) or not checksum.isascii() or len(checksum) != len(_BLANK):
+        raw = of_type(parse_json(content), dict)
+        version, checksum = of_type(raw["format_version"], int), of_type(raw["sha256"], str)
+        if version < 1:
+            raise ValueError(f"format_version is {version}")
+        if not checksum.isascii() or len(checksum) != len(_BLANK):
             raise ValueError(f"sha256 is {checksum!r}")
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
+    except (KeyError, ValueError) as error:
         raise ValueError(f"{path} is damaged: it cannot be read as an adapter description: {error!r}") from error
-    if newer:
+    if version > FORMAT_VERSION:
         raise ValueError(
             f"{path} has format_version {version}, newer than this package reads ({FORMAT_VERSION}); upgrade fourier_moe"
         )
@@ -177,49 +201,68 @@ def _read_version_1(directory: Path, data: bytes) -> AdapterDescription:
     path, description = directory / TENSORS, directory / DESCRIPTION
     if not description.is_file():
         raise ValueError(f"{path} is damaged or no adapter: there is no description in it, and no {DESCRIPTION} beside it")
-    raw = _parse(_read_bytes(description), description)
+    raw = _parse(_read_bytes(description, LARGEST_HEADER), description)
     if not _is_version_1(raw):
         raise ValueError(f"{path} is damaged: the description that format_version {raw['format_version']} has in it is missing")
     if hashlib.sha256(data).hexdigest() != raw["sha256"]:
         raise ValueError(f"{path} is damaged: its checksum differs from the one in {DESCRIPTION}")
-    return _description(raw, description)
+    return description_of(raw, description)
 
 
 def _check_copy(path: Path, expected: bytes) -> None:
     """adapter.json may be missing, or left of a version 1 adapter when the save that replaced it was interrupted."""
-    if path.is_file() and _read_bytes(path) != expected and not has_version_1(path.parent):
+    if path.is_file() and _read_bytes(path, LARGEST_HEADER) != expected and not has_version_1(path.parent):
         raise ValueError(
             f"{path} is damaged or edited: it is no copy of the description in {TENSORS}; delete it, and the adapter loads"
         )
 
 
-def _description(raw: Mapping[str, Any], path: Path) -> AdapterDescription:
+def description_of(raw: Mapping[str, Any], source: str | Path) -> AdapterDescription:
+    """What the fields of a stored description say.
+
+    Args:
+        source: where they are from, for the message.
+
+    Raises:
+        ValueError: if a field is missing, of another type, or impossible.
+    """
     try:
+        fingerprint = mapping_of(raw["backbone_fingerprint"], float, int)
+        if not all(map(math.isfinite, fingerprint.values())):
+            raise ValueError("backbone_fingerprint has values that are not finite")
         return AdapterDescription(
-            config=AdapterConfig.from_dict(raw["config"]),
-            backbone=_of_type(raw["backbone"], str, _NONE),
-            fingerprint=_of_type(raw["backbone_fingerprint"], dict),
-            class_names=_of_type(raw["class_names"], list, _NONE),
-            metrics=_of_type(raw["metrics"], dict),
-            backbone_revision=_of_type(raw.get("backbone_revision"), str, _NONE),
-            task=_of_type(raw.get("task", {}), dict),
-            trained_parameters=_of_type(raw.get("trained_parameters", {}), dict),
-            written_by=_of_type(raw.get("fourier_moe_version"), str, _NONE),
+            config=AdapterConfig.from_dict(of_type(raw["config"], dict)),
+            backbone=of_type(raw["backbone"], str, _NONE),
+            fingerprint=fingerprint,
+            class_names=None if raw["class_names"] is None else sequence_of(raw["class_names"], str),
+            metrics=mapping_of(raw["metrics"], float, int),
+            backbone_revision=of_type(raw.get("backbone_revision"), str, _NONE),
+            task=mapping_of(raw.get("task", {}), str, _NONE),
+            trained_parameters=mapping_of(raw.get("trained_parameters", {}), int),
+            written_by=of_type(raw.get("fourier_moe_version"), str, _NONE),
+            modules=_modules(raw.get("modules")),
         )
-    except (KeyError, TypeError, ValueError) as error:
-        writer = raw.get("fourier_moe_version")
-        by = f" written by fourier_moe {writer}, this is {__version__}" if writer not in (None, __version__) else ""
-        raise ValueError(f"{path} cannot be read as an adapter description{by}: {error}") from error
+    except (KeyError, ValueError) as error:
+        writer = str(raw.get("fourier_moe_version", __version__))[:20]
+        by = f" written by fourier_moe {writer}, this is {__version__}" if writer != __version__ else ""
+        reason = f"{error} is missing" if isinstance(error, KeyError) else error
+        raise ValueError(f"{source} cannot be read as an adapter description{by}: {reason}") from error
 
 
-def _of_type(value: Any, *types: type) -> Any:
-    if not isinstance(value, types):
-        raise TypeError(f"{value!r} where {' or '.join(kind.__name__ for kind in types)} was expected")
-    return value
+def _modules(raw: Any) -> ModuleNames | None:
+    if raw is None:
+        return None
+    names = {key: tuple(sequence_of(value, str)) for key, value in mapping_of(raw, list).items()}
+    return settings_of(ModuleNames, names)
 
 
-def _read_bytes(path: Path) -> bytes:
+def _read_bytes(path: Path, largest: int) -> bytes:
+    """A file that has no more than `largest` bytes if it is what it should be."""
     try:
-        return path.read_bytes()
+        with path.open("rb") as file:
+            content = file.read(largest + 1)
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+    if len(content) > largest:
+        raise ValueError(f"{path} is damaged: it has more than {largest:,} bytes")
+    return content

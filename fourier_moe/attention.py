@@ -228,6 +228,23 @@ def is_fused_attention(module: nn.Module) -> bool:
     return has_fused_weight or isinstance(module, nn.MultiheadAttention) or _kind(module) is not None
 
 
+def fused_projection(module: Any, name: str) -> nn.Linear:
+    """The projection of this name that a split would give, on the meta device.
+
+    Raises:
+        ValueError: if the kind of attention is unknown.
+    """
+    if _kind(module) is None:
+        raise ValueError(f"{type(module).__name__} is no attention that can be split")
+    if name == "out_proj":
+        weight = module.out_proj.weight
+    elif module.in_proj_weight is not None:
+        weight = module.in_proj_weight[: len(module.in_proj_weight) // 3]
+    else:
+        weight = getattr(module, f"{name}_weight")
+    return nn.Linear(weight.shape[1], weight.shape[0], device="meta")
+
+
 def is_split_attention(module: nn.Module) -> bool:
     """Whether ``module`` came out of ``split_attention``."""
     return isinstance(module, _SplitAttention)

@@ -18,7 +18,7 @@ from fourier_moe.adapter_format import AdapterDescription, read, tensors
 from fourier_moe.attention import fuse_attention
 from fourier_moe.bank_layers import BankHead, BankLayer, BankProjection
 from fourier_moe.bank_selection import CHOOSING, Choice, Selection
-from fourier_moe.files import put_on
+from fourier_moe.files import put_on, stored_names
 from fourier_moe.hub import local_directory
 from fourier_moe.inject import adapters, head_modules, is_adapted, replace_module, split_fused
 from fourier_moe.merge import swap
@@ -185,8 +185,8 @@ class AdapterBank:
         """Adapt a copy of the bare model's structure, and take what was put into it."""
         model = structure_copy(self.model, self._originals())
         shapes = {key: tensor.shape for key, tensor in state.items()}
-        for name, head in head_modules(model, description.config).items():
-            replace_module(model, name, _head_like(head, name, shapes))
+        for name in stored_names(model, f"adapter {path}", description, state).heads:
+            replace_module(model, name, _head_like(model.get_submodule(name), name, shapes))
         put_on(model, f"adapter {path}", description, state)
         loaded = _Loaded(adapters(model), head_modules(model, description.config))
         for module in (*loaded.adapters.values(), *loaded.heads.values()):

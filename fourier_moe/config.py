@@ -7,11 +7,12 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from fourier_moe.checks import at_least_one, dropout, not_negative, refuse, top_k
+from fourier_moe.stored_values import settings_of
 
 if TYPE_CHECKING:
     from fourier_moe.adapter import Adapter
@@ -67,11 +68,11 @@ class AdapterConfig:
         Raises:
             ValueError: for an unknown class, or values that it refuses.
         """
-        known = {config_class.__name__: config_class for config_class in _subclasses(AdapterConfig)}
+        known: dict[str, type[AdapterConfig]] = {kind.__name__: kind for kind in _subclasses(AdapterConfig)}
         name = values.get("class") if isinstance(values, Mapping) else None
         if not isinstance(name, str) or name not in known:
             raise ValueError(f"config class {name!r} is unknown; known: {', '.join(known)}; import the package that defines it")
-        return known[name](**{key: value for key, value in values.items() if key != "class"})
+        return settings_of(known[name], {key: value for key, value in values.items() if key != "class"})
 
     def difference(self, other: AdapterConfig) -> str | None:
         """The first setting that makes the two adapters incompatible, as text, or None."""
@@ -82,6 +83,14 @@ class AdapterConfig:
             if field.name not in self._training_only and mine != theirs:
                 return f"{field.name}: {theirs!r} against {mine!r}"
         return None
+
+
+class StoredProjection(NamedTuple):
+    """A projection's tensors in a file, by their names inside the projection, and the size of that of the model."""
+
+    in_features: int
+    out_features: int
+    tensors: Mapping[str, Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +120,25 @@ class ProjectionAdapterConfig(AdapterConfig):
     def check_fit(self, in_features: int, out_features: int) -> str | None:
         """What is impossible for a projection of this size, or None. Asked for all targets before any layer is built."""
         return None
+
+    def num_stored(self, in_features: int, out_features: int) -> int:
+        """How many numbers a file holds at least for a projection of this size: what its trained tensors have."""
+        return 0
+
+    def check_stored(self, projections: Mapping[str, StoredProjection]) -> list[str]:
+        """What shows that a file's tensors are not those of this config; asked before any layer is built.
+
+        So a file cannot ask for layers that are larger than itself.
+
+        Args:
+            projections: by name, all those to adapt; at least one has tensors.
+        """
+        problems = []
+        for name, (in_features, out_features, tensors) in projections.items():
+            stored, needed = sum(tensor.numel() for tensor in tensors.values()), self.num_stored(in_features, out_features)
+            if tensors and stored < needed:
+                problems.append(f"{name} has {stored:,} numbers in the file and needs {needed:,}")
+        return problems
 
     def build_layer(self, base: nn.Module, name: str) -> Adapter:
         """The adapter that takes the place of projection `base`, known in the model as `name`."""
@@ -226,6 +254,11 @@ class FourierMoEConfig(ProjectionAdapterConfig):
         """P, frequency positions of one expert."""
         return self.num_coefficients // (2 * self.num_experts)
 
+    def check_stored(self, projections: Mapping[str, StoredProjection]) -> list[str]:
+        from fourier_moe.stored_experts import check_stored
+
+        return check_stored(self, projections)
+
     def build_layer(self, base: nn.Module, name: str) -> Adapter:
         from fourier_moe.linear import FourierMoELinear
 
@@ -242,15 +275,20 @@ class FourierMoEConfig(ProjectionAdapterConfig):
         return count_parameters(model, self)
 
 
+_MOST_NAMES, _LONGEST_NAME = 100_000, 1000  # beyond any model; compiling what a stranger's file holds has to end
+
+
 def _set_names(config: AdapterConfig, field: str) -> None:
     """Check a list of module names or regular expressions and make it a tuple."""
     value = getattr(config, field)
     if isinstance(value, str) or not all(isinstance(entry, str) and entry for entry in value):
         raise ValueError(f"{field} must be a list of names, got {value!r}; write {field}: [q_proj, v_proj]")
+    if len(value) > _MOST_NAMES or any(len(entry) > _LONGEST_NAME for entry in value):
+        raise ValueError(f"{field} must have at most {_MOST_NAMES} entries of at most {_LONGEST_NAME} characters")
     for entry in value:
         try:
             re.compile(entry)
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise ValueError(f"{field} holds {entry!r}, which is no valid regular expression: {error}") from error
     object.__setattr__(config, field, tuple(value))
 

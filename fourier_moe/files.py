@@ -6,17 +6,30 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import torch
 import torch.distributed
 from torch import Tensor, nn
 
 from fourier_moe.adapter_format import CARD, DESCRIPTION, TENSORS, AdapterDescription, encode, has_version_1, read, tensors
 from fourier_moe.backbone import backbone_fingerprint, backbone_name, backbone_revision, check_backbone
-from fourier_moe.config import AdapterConfig
+from fourier_moe.config import AdapterConfig, ProjectionAdapterConfig, StoredProjection
 from fourier_moe.file_writing import FileParts, replace_files
 from fourier_moe.hub import local_directory
-from fourier_moe.inject import adapter_config, adapters, count_parameters, head_modules, inject, is_adapted
+from fourier_moe.inject import (
+    adapter_config,
+    adapters,
+    count_parameters,
+    head_modules,
+    inject,
+    is_adapted,
+    projection_sizes,
+)
 from fourier_moe.model_card import is_edited, loading_code, model_card
+from fourier_moe.module_names import ModuleNames, kept_module_names, names_by_file
 from fourier_moe.undo import unchanged_on_error
+
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
 
 
 def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -86,6 +99,7 @@ def save_adapter(
         backbone_revision(model),
         dict(task or {}),
         count_parameters(model, config).trained,
+        modules=kept_module_names(model),
     )
     directory = Path(directory)
     if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
@@ -125,11 +139,26 @@ def put_on(model: nn.Module, source: str, description: AdapterDescription, state
     Raises:
         ValueError: if it does not fit; the model is then as it was.
     """
+    check_values(source, state)
     with unchanged_on_error(model):
         if not is_adapted(model):
-            inject(model, description.config)
+            names = stored_names(model, source, description, state)
+            check_stored(source, description.config, projection_sizes(model, names.projections), state)
+            inject(model, description.config, names=names)
         check_fit(model, source, state, description.config, description.backbone, description.fingerprint)
     model.load_state_dict(state, strict=False)
+
+
+def stored_names(model: nn.Module, source: str, description: AdapterDescription, state: Mapping[str, Tensor]) -> ModuleNames:
+    """The modules of a fresh model that a stored adapter belongs to; arguments as in `put_on`.
+
+    Raises:
+        ValueError: if the model has not all of them.
+    """
+    try:
+        return names_by_file(model, description.config, description.modules, state)
+    except ValueError as error:
+        raise ValueError(f"{source} does not fit this model: {error}") from error
 
 
 def describe_adapter(path: str | os.PathLike[str]) -> AdapterDescription:
@@ -162,6 +191,7 @@ def check_fit(
     difference = adapter_config(model).difference(config)
     if difference:
         raise ValueError(f"{source} does not fit this model: file and model differ in {difference}")
+    check_values(source, state)
     expected = adapter_state_dict(model)
     problems = [f"missing {key}" for key in expected if key not in state]
     problems += [f"unexpected {key}" for key in state if key not in expected]
@@ -170,7 +200,58 @@ def check_fit(
         for key in expected
         if key in state and state[key].shape != expected[key].shape
     ]
+    problems += [
+        f"{key} is {state[key].dtype} in the file, {expected[key].dtype} in the model"
+        for key in expected
+        if key in state and not _like(state[key].dtype, expected[key].dtype)
+    ]
+    _refuse(source, problems)
+    check_stored(source, config, {name: (a.in_features, a.out_features) for name, a in adapters(model).items()}, state)
+    check_backbone(model, backbone, fingerprint, source)
+
+
+def check_values(source: str, state: Mapping[str, Tensor]) -> None:
+    """Refuse tensors that are no adapter's, whatever it is.
+
+    Raises:
+        ValueError: naming the first that is not finite, or of a type that adapters never have.
+    """
+    for key, value in state.items():
+        if value.dtype not in (*_FLOATS, *_INTEGERS):
+            raise ValueError(f"{source} is damaged: {key} is {value.dtype}")
+        if value.dtype in _FLOATS and not value.isfinite().all():
+            raise ValueError(f"{source} is damaged: {key} holds NaN or infinity")
+
+
+def check_stored(source: str, config: AdapterConfig, sizes: Mapping[str, tuple[int, int]], state: Mapping[str, Tensor]) -> None:
+    """Refuse tensors that are not those of a config, before what the config asks for is built.
+
+    Args:
+        sizes: (in_features, out_features) of every projection to adapt, by name.
+
+    Raises:
+        ValueError: naming what differs.
+    """
+    if not isinstance(config, ProjectionAdapterConfig) or not sizes:
+        return
+    tensors: dict[str, dict[str, Tensor]] = {name: {} for name in sizes}
+    for key, value in state.items():
+        end = len(key)
+        while (end := key.rfind(".", 0, end)) > 0:
+            if key[:end] in tensors:
+                tensors[key[:end]][key[end + 1 :]] = value
+                break
+    if not any(tensors.values()):
+        _refuse(source, [f"it has no tensors of {next(iter(sizes))}"])
+    _refuse(source, config.check_stored({name: StoredProjection(*sizes[name], tensors[name]) for name in sizes}))
+
+
+def _refuse(source: str, problems: Sequence[str]) -> None:
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise ValueError(f"{source} does not fit this model: {'; '.join(problems[:5])}{more}")
-    check_backbone(model, backbone, fingerprint, source)
+
+
+def _like(stored: torch.dtype, expected: torch.dtype) -> bool:
+    """Floating-point numbers may come in another precision; all else is stored as it is used."""
+    return stored == expected or (stored in _FLOATS and expected.is_floating_point)

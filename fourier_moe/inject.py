@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-import re
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
@@ -11,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from fourier_moe.adapter import Adapter, projection_shape
-from fourier_moe.attention import FUSED_PROJECTIONS, is_fused_attention, split_attention
+from fourier_moe.attention import FUSED_PROJECTIONS, fused_projection, is_fused_attention, split_attention
 from fourier_moe.backbone import Fingerprint, keep_fingerprint, measure_backbone
 from fourier_moe.config import AdapterConfig, ProjectionAdapterConfig
+from fourier_moe.module_names import ModuleNames, keep_module_names, kept_module_names, names_by_config
 from fourier_moe.pretrained_weight import check_is_called
 from fourier_moe.quantization import is_quantized, num_scalars
 from fourier_moe.recorded import NoTokensError
@@ -80,13 +79,14 @@ class InjectionReport:
         return "\n".join(lines)
 
 
-def inject(model: nn.Module, config: AdapterConfig) -> InjectionReport:
+def inject(model: nn.Module, config: AdapterConfig, *, names: ModuleNames | None = None) -> InjectionReport:
     """Adapt `model` in place as `config` says: adapters at the targets, everything but adapters and head frozen.
 
     Args:
         model: any module; fused attention (torch.nn.MultiheadAttention, open_clip's Attention) is split into q_proj, k_proj,
             v_proj and out_proj where a target names one of these.
         config: for example `FourierMoEConfig(targets=["q_proj", "v_proj"], num_coefficients=3008)`.
+        names: the modules to adapt and to train in full, in place of those that the config's `targets` and `head` match.
 
     The weights are measured before anything becomes of them: see `kept_fingerprint` in backbone.py.
 
@@ -100,6 +100,7 @@ def inject(model: nn.Module, config: AdapterConfig) -> InjectionReport:
     if is_adapted(model) or adapters(model):
         raise ValueError("model is adapted already, or a part of it is; inject into a freshly loaded model")
     with unchanged_on_error(model):
+        keep_module_names(model, names or names_by_config(model, config))
         report = config.inject(model)
         if report.total == 0:
             raise ValueError(f"{type(config).__name__} would train nothing of this model; name a head, or another method")
@@ -183,10 +184,8 @@ def head_modules(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Module
     Raises:
         ValueError: if an entry of config.head matches nothing.
     """
-    inside = tuple(f"{name}." for name in adapters(model))  # an adapter's own parts (router, base, ...) are no head
-    modules = {name: module for name, module in model.named_modules() if name and not name.startswith(inside)}
-    matches = _match(config.head, modules, "head", by_suffix=False)
-    return {name: modules[name] for name in modules if name in matches}
+    names = kept_module_names(model) or names_by_config(model, AdapterConfig(head=config.head))
+    return {name: model.get_submodule(name) for name in names.heads}
 
 
 def _own(model: nn.Module, config: AdapterConfig) -> set[int]:
@@ -200,17 +199,7 @@ def _own(model: nn.Module, config: AdapterConfig) -> set[int]:
 def replace_targets(model: nn.Module, config: ProjectionAdapterConfig) -> InjectionReport:
     """Replace every target by `config.build_layer(...)`, freeze the rest, keep the head trained; see `inject`."""
     head = head_modules(model, config)
-    names = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
-    fused = {name for name, module in model.named_modules(remove_duplicate=False) if name and is_fused_attention(module)}
-    inner = {f"{name}.{projection}" for name in fused for projection in FUSED_PROJECTIONS}
-    matches = _match(config.targets, [*names, *sorted(inner - set(names))], "targets")
-    in_head = {name for name in matches if any(name == h or name.startswith(f"{h}.") for h in head)}
-    matches -= in_head
-    if in_head and not matches:
-        raise ValueError(
-            f"targets match only {', '.join(sorted(in_head)[:5])}, which head={list(config.head)} trains in full; "
-            "name projections outside of the head"
-        )
+    matches = set((kept_module_names(model) or names_by_config(model, config)).projections)
     split_fused(model, matches)
     _check_projections(model, matches, config)
 
@@ -261,6 +250,24 @@ def split_fused(model: nn.Module, matches: Collection[str]) -> dict[nn.Module, n
     return split
 
 
+def projection_sizes(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[int, int]]:
+    """(in_features, out_features) of projections, also of those inside of a fused attention.
+
+    Raises:
+        ValueError: naming what is no linear projection.
+    """
+    present = {name for name, _ in model.named_modules(remove_duplicate=False)}
+    sizes = {}
+    for name in names:
+        parent, _, last = name.rpartition(".")
+        try:
+            split = model.get_submodule(name) if name in present else fused_projection(model.get_submodule(parent), last)
+            sizes[name] = projection_shape(split)
+        except ValueError as error:
+            raise ValueError(f"targets match {name!r}: {error}") from error
+    return sizes
+
+
 def count_parameters(model: nn.Module, config: AdapterConfig) -> InjectionReport:
     """Count what is trained and what is frozen in an adapted model."""
     projections = []
@@ -277,25 +284,6 @@ def count_parameters(model: nn.Module, config: AdapterConfig) -> InjectionReport
     trained["backbone"] = rest if config.trains_backbone() else 0
     replaced = sum(adapter.num_replaced() for adapter in adapters(model).values())
     return InjectionReport(tuple(projections), trained, rest - trained["backbone"], replaced)
-
-
-def _match(entries: Iterable[str], names: Iterable[str], argument: str, *, by_suffix: bool = True) -> set[str]:
-    """Names that equal an entry, end in it at a dot (`by_suffix`) or match it as a pattern; every entry must match."""
-    names = list(names)
-    found: set[str] = set()
-    for entry in entries:
-        end = f".{entry}"
-        matched = {n for n in names if n == entry or (by_suffix and n.endswith(end)) or re.fullmatch(entry, n) is not None}
-        if not matched:
-            raise ValueError(f"{argument} entry {entry!r} matches no module of the model; {_near_names(entry, names)}")
-        found |= matched
-    return found
-
-
-def _near_names(entry: str, names: list[str]) -> str:
-    last_parts = sorted({part for name in names if not (part := name.rpartition(".")[2]).isdigit()})
-    near = difflib.get_close_matches(entry, [*last_parts, *names], n=5, cutoff=0.5)
-    return f"near names: {', '.join(near)}" if near else f"its modules are called: {', '.join(last_parts[:30])}"
 
 
 def _check_projections(model: nn.Module, names: Iterable[str], config: ProjectionAdapterConfig) -> None:

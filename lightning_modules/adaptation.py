@@ -24,6 +24,7 @@ from fourier_moe import (
     recording,
     save_adapter,
 )
+from fourier_moe.adapter_format import description_of
 from fourier_moe.backbone import backbone_fingerprint, backbone_name
 from fourier_moe.files import check_fit
 from fourier_moe.hub import local_directory
@@ -252,13 +253,13 @@ class AdaptationModule(L.LightningModule):
         Raises:
             ValueError: naming what differs.
         """
-        if "adaptation" not in checkpoint:
+        raw = checkpoint.get("adaptation")
+        if not isinstance(raw, dict):
             raise ValueError("the checkpoint was not written by AdaptationModule")
-        stored = checkpoint["adaptation"]
-        self.class_names = _agree("the checkpoint", stored["class_names"], "this run", self.class_names)
+        stored = description_of({"config": raw.get("adapter"), "metrics": {}, **raw}, "the checkpoint")
+        self.class_names = _agree("the checkpoint", stored.class_names, "this run", self.class_names)
         state = {key.removeprefix("task.model."): tensor for key, tensor in checkpoint["state_dict"].items()}
-        config = AdapterConfig.from_dict(stored["adapter"])
-        check_fit(self.model, "the checkpoint", state, config, stored["backbone"], stored["backbone_fingerprint"])
+        check_fit(self.model, "the checkpoint", state, stored.config, stored.backbone, stored.fingerprint)
         self._untrained = False
         if self.optimization is not None:
             self.optimization.override(checkpoint)

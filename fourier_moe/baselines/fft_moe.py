@@ -55,6 +55,9 @@ class FFTMoEConfig(RoutedConfig):
     def trains_backbone(self) -> bool:
         return True
 
+    def num_stored(self, in_features: int, out_features: int) -> int:
+        return super().num_stored(in_features, out_features) + self.num_experts * in_features * out_features
+
     def build_layer(self, base: nn.Module, name: str) -> Adapter:
         return FFTMoELinear(base, self, name)
 

@@ -43,6 +43,9 @@ class LowRankConfig(ProjectionAdapterConfig):
     def check_fit(self, in_features: int, out_features: int) -> str | None:
         return rank_problem(self.r, min(in_features, out_features))
 
+    def num_stored(self, in_features: int, out_features: int) -> int:
+        return self.r * (in_features + out_features)
+
     def build_layer(self, base: nn.Module, name: str) -> Adapter:
         return self.layer_class(base, self, name)
 
@@ -83,6 +86,10 @@ class LoRADashConfig(LowRankConfig):
             return f"num_directions={self.num_directions} must be at most {largest}"
         return super().check_fit(in_features, out_features)
 
+    def num_stored(self, in_features: int, out_features: int) -> int:
+        directions = self.num_directions * (1 + in_features + out_features)
+        return super().num_stored(in_features, out_features) + directions
+
 
 @dataclass(frozen=True, kw_only=True)
 class TopLoRAConfig(LowRankConfig):
@@ -92,6 +99,9 @@ class TopLoRAConfig(LowRankConfig):
     """
 
     layer_class = TopLoRALinear
+
+    def num_stored(self, in_features: int, out_features: int) -> int:
+        return super().num_stored(in_features, out_features) + self.r * (in_features + 1)
 
 
 @dataclass(frozen=True, kw_only=True)

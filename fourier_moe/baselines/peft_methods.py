@@ -82,6 +82,9 @@ class LoRAConfig(PeftConfig):
     def check_fit(self, in_features: int, out_features: int) -> str | None:
         return rank_problem(self.r, min(in_features, out_features))
 
+    def num_stored(self, in_features: int, out_features: int) -> int:
+        return self.r * (in_features + out_features)
+
 
 @dataclass(frozen=True, kw_only=True)
 class RsLoRAConfig(LoRAConfig):
@@ -133,6 +136,9 @@ class FourierFTConfig(PeftConfig):
         most = in_features * out_features
         return f"num_coefficients={self.num_coefficients} must be at most {most}" if self.num_coefficients > most else None
 
+    def num_stored(self, in_features: int, out_features: int) -> int:
+        return self.num_coefficients
+
 
 @dataclass(frozen=True, kw_only=True)
 class PEANuTConfig(PeftConfig):
@@ -165,3 +171,6 @@ class PEANuTConfig(PeftConfig):
 
     def check_fit(self, in_features: int, out_features: int) -> str | None:
         return rank_problem(self.r, min(in_features, out_features))
+
+    def num_stored(self, in_features: int, out_features: int) -> int:
+        return 2 * self.r * out_features + 2 * self.depth * self.r**2

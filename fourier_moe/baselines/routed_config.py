@@ -45,6 +45,9 @@ class RoutedConfig(ProjectionAdapterConfig):
         """What is impossible, each with what would be valid."""
         return at_least_one(self, "num_experts")
 
+    def num_stored(self, in_features: int, out_features: int) -> int:
+        return self.num_experts * in_features
+
 
 @dataclass(frozen=True, kw_only=True)
 class RoutedLoRAConfig(RoutedConfig):
@@ -110,6 +113,10 @@ class RoutedLoRAConfig(RoutedConfig):
 
     def check_fit(self, in_features: int, out_features: int) -> str | None:
         return rank_problem(self.r, self.largest_rank(in_features, out_features))
+
+    def num_stored(self, in_features: int, out_features: int) -> int:
+        A, B = self.r * in_features, self.num_experts * self.expert_rank * out_features
+        return super().num_stored(in_features, out_features) + A + B
 
     def build_layer(self, base: nn.Module, name: str) -> Adapter:
         from fourier_moe.baselines.lora_experts import RoutedLoRALinear

@@ -186,6 +186,36 @@ def test_head_that_nobody_trained_is_refused_and_a_trained_one_is_not(tmp_path, 
     getattr(token_trainer(tmp_path), command)(token_module(adapter_path=str(tmp_path / "adapter")), TokenData())
 
 
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda c, key: c["state_dict"][f"{key}.experts.frequencies"].fill_(10**6), r"\|u\| = 1000000, and at most"),
+        (lambda c, key: c["state_dict"][f"{key}.experts.coefficients"].fill_(torch.nan), "holds NaN or infinity"),
+        (
+            lambda c, key: c["state_dict"].update({f"{key}.router.weight": torch.zeros(1, dtype=torch.complex64)}),
+            "router.weight is torch.complex64",
+        ),
+        (lambda c, key: c["adaptation"]["adapter"].update(num_experts=10**400), "num_experts=1.* is no int"),
+        (lambda c, key: c["adaptation"]["adapter"].update(targets=["x{99999999999}"]), "no valid regular expression"),
+        (lambda c, key: c["adaptation"].update(adapter=3), "3 where dict was expected"),
+        (lambda c, key: c["adaptation"].update(class_names=[1]), "1 where str was expected"),
+        (lambda c, key: c["adaptation"].update(backbone_fingerprint={"a": "b"}), "'b' where float or int was expected"),
+        (lambda c, key: c["adaptation"].pop("backbone"), "'backbone' is missing"),
+        (lambda c, key: c.update(adaptation=[]), "was not written by AdaptationModule"),
+    ],
+)
+def test_checkpoint_that_somebody_spoiled_is_refused_in_one_line(spoil, message):
+    module = built()
+    checkpoint = {"state_dict": {key: value.clone() for key, value in module.state_dict().items()}}
+    module.trainer = token_trainer(".")
+    module.on_save_checkpoint(checkpoint)
+    module.on_load_checkpoint(checkpoint)
+    spoil(checkpoint, f"task.model.{next(iter(adapters(module.model)))}")
+    with pytest.raises(ValueError, match=message) as error:
+        module.on_load_checkpoint(checkpoint)
+    assert len(str(error.value)) < 500
+
+
 def test_head_of_the_adapter_is_the_tasks_to_say(tmp_path):
     with pytest.raises(ValueError, match=r"adapter.head=\['norm'\] is the task's to say"):
         fit(tmp_path, adapter=HeadOnly(head=["norm"]), optimization=HEAD_RATE)
