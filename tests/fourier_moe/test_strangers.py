@@ -1,8 +1,8 @@
 """Adapter directories that somebody made to do harm, with valid checksums: refused in one line before any work."""
 
 import json
+import re
 import struct
-import time
 
 import pytest
 import torch
@@ -82,17 +82,21 @@ def refused(directory, match, model=Transformer):
 
 @pytest.mark.parametrize("without_modules", [False, True])
 @pytest.mark.parametrize("changes", [{"targets": [EVIL]}, {"head": [EVIL]}, {"targets": [EVIL], "head": [EVIL]}], ids=str)
-def test_a_regular_expression_of_a_file_is_never_tried(saved, changes, without_modules):
+def test_a_regular_expression_of_a_file_is_never_tried(saved, monkeypatch, changes, without_modules):
     alter(saved, without_modules=without_modules, config=changes)
-    model, x = Transformer().eval(), tokens(2, 5, 16)
-    start = time.monotonic()
+    model, x, fullmatch = Transformer().eval(), tokens(2, 5, 16), re.fullmatch
+
+    def unless_evil(pattern, *arguments):
+        assert pattern != EVIL
+        return fullmatch(pattern, *arguments)
+
+    monkeypatch.setattr(re, "fullmatch", unless_evil)
     load_adapter(model, saved)
     assert torch.equal(model(x), trained()(x))
     bank = AdapterBank(Transformer())
     bank.load("a", saved)
     bank.activate("a")
     assert torch.equal(bank.model(x), trained()(x))
-    assert time.monotonic() - start < 60  # it took years
 
 
 def test_files_list_their_modules_by_name(tmp_path):
