@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+from fourier_moe.printable import printable
 from lightning_modules.analyze import analyze
 from lightning_modules.cli import AdaptationCLI, user_mistake
 from lightning_modules.compare import compare
@@ -26,4 +27,4 @@ if __name__ == "__main__":
         mistake = user_mistake(error)
         if mistake is None:
             raise
-        sys.exit(f"\nerror: {mistake}")
+        sys.exit("\nerror: " + "\n".join(map(printable, str(mistake).split("\n"))))

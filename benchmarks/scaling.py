@@ -7,7 +7,6 @@ routed spectral product on given gates (all its gradients), and the whole adapte
 from __future__ import annotations
 
 import argparse
-import csv
 import dataclasses
 import json
 import time
@@ -24,6 +23,7 @@ from benchmarks.plots import plot_study
 from benchmarks.routing import BalancedRouter
 from benchmarks.timing import paired_ratio, summarize, time_interleaved
 from fourier_moe import FourierMoEConfig, FourierMoELinear, Routing, TopKRouter
+from lightning_modules.csv_files import write_table
 
 PARTS = ("frozen", "product", "adapted")
 _WARM_UP = 2
@@ -157,13 +157,16 @@ def _write_csv(studies: dict[str, Any], path: Path) -> None:
     fields = [field.name for field in dataclasses.fields(Point)]
     measured = (*PARTS, "product_to_frozen", "adapted_to_frozen")
     statistics = ("median", "lower_quartile", "upper_quartile", "min")
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["study", *fields, *(f"{name}_{statistic}" for name in measured for statistic in statistics)])
-        for name, study in studies.items():
-            for row in study["points"]:
-                values = (row[quantity][statistic] for quantity in measured for statistic in statistics)
-                writer.writerow([name, *(row[field] for field in fields), *values])
+    rows = (
+        [
+            name,
+            *(row[field] for field in fields),
+            *(row[quantity][statistic] for quantity in measured for statistic in statistics),
+        ]
+        for name, study in studies.items()
+        for row in study["points"]
+    )
+    write_table(path, ["study", *fields, *(f"{name}_{statistic}" for name in measured for statistic in statistics)], rows)
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -29,6 +29,7 @@ from fourier_moe.backbone import backbone_fingerprint, backbone_name
 from fourier_moe.files import check_fit
 from fourier_moe.hub import local_directory
 from fourier_moe.inject import adapter_config, regularization
+from fourier_moe.printable import printable
 from lightning_modules.blocks import checkpoint_activations
 from lightning_modules.building_code import building_code
 from lightning_modules.evaluation_sets import EvaluationSets, each_loader, num_own, set_names
@@ -287,4 +288,4 @@ def _agree(first: str, names: list[str] | None, second: str, others: list[str] |
 
 
 def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    return ", ".join(map(printable, names[:3])) + (", ..." if len(names) > 3 else "")

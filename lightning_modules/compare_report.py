@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import csv
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
+from lightning_modules.csv_files import write_table
 from lightning_modules.grid import Result, mean_and_spread
 from lightning_modules.markdown import markdown_table
 
@@ -55,17 +55,17 @@ def format_table(results: Sequence[Result], metric: str) -> str:
 def write_csv(path: Path, results: Sequence[Result], metric: str) -> None:
     """One line per run. Metrics are shares, as they are logged, not percent; memory is in bytes."""
     kinds = list(dict.fromkeys(kind for result in results for kind in result.parameters))
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        header = ["method", "name", "size", "seed", "metric", "last", "best", *kinds, "seconds", "peak_memory"]
-        writer.writerow([*header, "data_order", "config_hash", "commit", *results[0].versions])
-        for result in results:
-            best = result.best_metrics[metric] if result.best_metrics else ""
-            line = [result.method, result.overlay, result.size or "", result.seed, metric, result.metrics[metric], best]
-            line += [result.parameters.get(kind, 0) for kind in kinds]
-            line += [f"{result.seconds:.1f}", result.peak_memory if result.peak_memory is not None else ""]
-            line += [result.data_order, result.config_hash, result.commit or ""]
-            writer.writerow([*line, *(result.versions.get(name, "") for name in results[0].versions)])
+    header = ["method", "name", "size", "seed", "metric", "last", "best", *kinds, "seconds", "peak_memory"]
+    header += ["data_order", "config_hash", "commit", *results[0].versions]
+    lines = []
+    for result in results:
+        best = result.best_metrics[metric] if result.best_metrics else ""
+        line = [result.method, result.overlay, result.size or "", result.seed, metric, result.metrics[metric], best]
+        line += [result.parameters.get(kind, 0) for kind in kinds]
+        line += [f"{result.seconds:.1f}", result.peak_memory if result.peak_memory is not None else ""]
+        line += [result.data_order, result.config_hash, result.commit or ""]
+        lines.append([*line, *(result.versions.get(name, "") for name in results[0].versions)])
+    write_table(path, header, lines)
 
 
 def unfair_runs(results: Sequence[Result]) -> list[str]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import csv
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from lightning_modules.csv_files import write_table
 from lightning_modules.grid import Result, mean_and_spread
 from lightning_modules.markdown import markdown_table
 from lightning_modules.sweep_studies import Setting
@@ -92,17 +92,17 @@ def write_csv(path: Path, study: str, rows: Sequence[Row]) -> None:
     """One line per run. Metrics are shares, as they are logged, not percent; `best` is empty where no checkpoint was kept."""
     kinds = list(rows[0].results[0].parameters)
     header = ["study", "series", "value", "seed", "metric", "last", "best", *kinds]
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow([*header, *(measure.replace(" ", "_") for measure in LOAD), "seconds"])
-        for row in rows:
-            for result in row.results:
-                metric = result.main_metric
-                best = result.best_metrics[metric] if result.best_metrics else ""
-                values = [study, row.setting.series, row.setting.label, result.seed, metric, result.metrics[metric], best]
-                values += [result.parameters.get(kind, 0) for kind in kinds]
-                values += [result.router.get(name, "") for name in LOAD.values()]
-                writer.writerow([*values, f"{result.seconds:.1f}"])
+    header += [*(measure.replace(" ", "_") for measure in LOAD), "seconds"]
+    lines = []
+    for row in rows:
+        for result in row.results:
+            metric = result.main_metric
+            best = result.best_metrics[metric] if result.best_metrics else ""
+            values = [study, row.setting.series, row.setting.label, result.seed, metric, result.metrics[metric], best]
+            values += [result.parameters.get(kind, 0) for kind in kinds]
+            values += [result.router.get(name, "") for name in LOAD.values()]
+            lines.append([*values, f"{result.seconds:.1f}"])
+    write_table(path, header, lines)
 
 
 def _signed(differences: list[float]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,8 +9,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import Tensor
 
+from fourier_moe.printable import printable
 from lightning_modules.callbacks.load_sums import LoadSums
 from lightning_modules.callbacks.logged import short_names
+from lightning_modules.csv_files import write_table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -52,25 +53,23 @@ def write_layers(path: Path, layers: Sequence[str], sums: LoadSums) -> None:
     header = ["layer", "tokens", "load_imbalance", "load_entropy"]
     header += [f"load/expert_{e}" for e in experts] + [f"gate/expert_{e}" for e in experts]
     measures = (statistics.load_imbalance, statistics.load_entropy)
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(header)
-        for index, layer in enumerate(layers):
-            values = [float(measure[index]) for measure in measures]
-            values += statistics.load[index].tolist() + statistics.gate[index].tolist()
-            writer.writerow([layer, round(float(statistics.tokens[index])), *(f"{value:.6g}" for value in values)])
+    rows = []
+    for index, layer in enumerate(layers):
+        values = [float(measure[index]) for measure in measures]
+        values += statistics.load[index].tolist() + statistics.gate[index].tolist()
+        rows.append([layer, round(float(statistics.tokens[index])), *(f"{value:.6g}" for value in values)])
+    write_table(path, header, rows)
 
 
 def write_tasks(path: Path, layers: Sequence[str], sums: LoadSums) -> None:
     """One row per task and layer, and one per task with the mean over the layers (layer `all`)."""
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["task", "layer", "tokens", *(f"load/expert_{e}" for e in range(sums.layers.num_experts))])
-        for task, statistics in sums.tasks.items():
-            tokens, loads = statistics.tokens, statistics.load
-            mean = ("all", tokens.mean(), loads.mean(0))
-            for layer, count, load in (mean, *zip(layers, tokens, loads, strict=True)):
-                writer.writerow([task, layer, round(float(count)), *(f"{value:.6g}" for value in load.tolist())])
+    rows = []
+    for task, statistics in sums.tasks.items():
+        tokens, loads = statistics.tokens, statistics.load
+        mean = ("all", tokens.mean(), loads.mean(0))
+        for layer, count, load in (mean, *zip(layers, tokens, loads, strict=True)):
+            rows.append([task, layer, round(float(count)), *(f"{value:.6g}" for value in load.tolist())])
+    write_table(path, ["task", "layer", "tokens", *(f"load/expert_{e}" for e in range(sums.layers.num_experts))], rows)
 
 
 def task_table(sums: LoadSums) -> str:
@@ -79,7 +78,7 @@ def task_table(sums: LoadSums) -> str:
     rows = [["task", "tokens", *map(str, experts)]]
     for task, statistics in sums.tasks.items():
         percent = (f"{100 * value:.0f}" for value in statistics.load.mean(0).tolist())
-        rows.append([task, f"{statistics.tokens.mean():,.0f}", *percent])
+        rows.append([printable(task), f"{statistics.tokens.mean():,.0f}", *percent])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
     even = 100 * float(sums.layers.even_load.mean())

@@ -5,7 +5,6 @@ Shape legend: L layers (adapted projections), E experts, P positions per expert,
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -18,6 +17,7 @@ from torch import Tensor
 from fourier_moe import FourierMoEConfig, SpectralExperts
 from fourier_moe.analysis import ExpertSpectra, radial_overlap
 from fourier_moe.frequencies import band_centers
+from lightning_modules.csv_files import write_table
 
 NUM_BINS = 50  # bins of the radius: six in a band of the paper's width
 
@@ -112,7 +112,5 @@ class ModelSpectra:
 
 
 def _write(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(header)
-        writer.writerows([cell if isinstance(cell, str | int) else f"{float(cell):.6g}" for cell in row] for row in rows)
+    cells = ([cell if isinstance(cell, str | int) else f"{float(cell):.6g}" for cell in row] for row in rows)
+    write_table(path, header, cells)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import statistics
 from collections.abc import Iterable, Mapping
@@ -14,6 +13,7 @@ import torch
 from fourier_moe import FourierMoEConfig
 from fourier_moe.frequencies import band_capacity, band_centers
 from fourier_moe.sensitivity import Sensitivity, equal_energy_bands
+from lightning_modules.csv_files import write_table
 
 GRADIENT, FROZEN, UPDATE = "gradient", "frozen weight", "full fine-tuning"
 MEAN = "mean over layers"
@@ -144,17 +144,15 @@ class SensitivityReport:
         """layers.csv (the table), spectra.csv (the curves), suggestion.json, report.txt and spectra.png."""
         directory.mkdir(parents=True, exist_ok=True)
         rows = self.rows()
-        with open(directory / "layers.csv", "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
-        with open(directory / "spectra.csv", "w", newline="", encoding="utf-8") as file:
-            plain = csv.writer(file)
-            plain.writerow(["source", "layer", "radius", "density", "density/permuted", "density/permuted_spread"])
-            means = {(source, MEAN): mean for source, mean in self.means.items()}
-            for (source, name), sensitivity in {**self.results, **means}.items():
-                for values in _curve(sensitivity):
-                    plain.writerow([source, name, *(f"{value:.6g}" for value in values)])
+        write_table(directory / "layers.csv", list(rows[0]), [list(row.values()) for row in rows])
+        means = {(source, MEAN): mean for source, mean in self.means.items()}
+        curves = (
+            [source, name, *(f"{value:.6g}" for value in values)]
+            for (source, name), sensitivity in {**self.results, **means}.items()
+            for values in _curve(sensitivity)
+        )
+        header = ["source", "layer", "radius", "density", "density/permuted", "density/permuted_spread"]
+        write_table(directory / "spectra.csv", header, curves)
         gradient = self.means[GRADIENT]
         facts = {"structured": self.structured} | {f"{measure}/deviation": gradient.deviation(measure) for measure in MEASURES}
         (directory / "suggestion.json").write_text(json.dumps(facts | self.suggestion(), indent=2) + "\n", encoding="utf-8")
