@@ -10,7 +10,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import Tensor
-from torch.utils.data import Sampler
+from torch.utils.data import DistributedSampler, Sampler
 
 BATCHES_PER_CHUNK = 50
 _OTHER_STREAM = 0x5851F42D4C957F2D  # keeps the seeds of augmentation apart from the order
@@ -166,12 +166,15 @@ class TrainShare(DistributedSamplerWrapper):
 
 
 def evaluation_sampler(dataset: Sized, trainer: Trainer | None) -> Sampler[int] | None:
-    """On several processes, a share of the examples for each without the usual repetition, which would count some twice."""
+    """On several processes, a share of the examples for each without the usual repetition, which would count some twice.
+
+    Where the model is sharded every forward needs all processes, so that they get equally many batches, repetition included.
+    """
     if trainer is None or trainer.world_size == 1:
         return None
-    if isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy):
-        return None  # every forward is a collective there: all processes need equally many batches, repetition included
-    return UnrepeatedDistributedSampler(dataset, num_replicas=trainer.world_size, rank=trainer.global_rank, shuffle=False)
+    repeats = isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy)
+    sampler = DistributedSampler if repeats else UnrepeatedDistributedSampler
+    return sampler(dataset, num_replicas=trainer.world_size, rank=trainer.global_rank, shuffle=False)  # type: ignore[arg-type]
 
 
 def hold_out(labels: Sequence[int], fraction: float, seed: int) -> tuple[list[int], list[int]]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
+import torch
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
@@ -38,6 +39,7 @@ from lightning_modules.optimization import Optimization
 from lightning_modules.sharding import check_strategy
 from lightning_modules.tasks import Task
 from lightning_modules.tasks.base import without_weights
+from lightning_modules.tasks.generation import is_sharded
 from lightning_modules.unused_adapters import UnusedAdapters
 
 
@@ -79,6 +81,7 @@ class AdaptationModule(L.LightningModule):
         self.activation_checkpointing = activation_checkpointing
         self.class_names: list[str] | None = None
         self.report: InjectionReport | None = None
+        self.skips_prediction = False  # PredictionsWriter says so of a batch whose rows it has
         self.val_sets: EvaluationSets | None = None
         self.test_sets: EvaluationSets | None = None
         self._untrained = False
@@ -138,6 +141,19 @@ class AdaptationModule(L.LightningModule):
         self._require_trained()
         self.task.split = "predict"
         self.task.check(each_loader(self.trainer.predict_dataloaders))
+        if is_sharded(self.model):
+            self._require_equal_batches()
+
+    def _require_equal_batches(self) -> None:
+        """Refuse shares in which the last forward would wait for ever; Lightning makes such ones for predict."""
+        counts = torch.tensor([float(count) for count in self.trainer.num_predict_batches], device=self.device)
+        most = self.trainer.strategy.reduce(counts.clone(), reduce_op="max")
+        assert isinstance(most, Tensor)
+        if not self.trainer.strategy.reduce_boolean_decision(torch.equal(counts, most), all=True):
+            raise ValueError(
+                "the processes have different numbers of predict batches, and a sharded model needs all processes in every "
+                "batch; give the DataModule's predict loader a torch DistributedSampler without shuffling"
+            )
 
     def _require_trained(self) -> None:
         """A new head knows nothing: its test results and predictions would be noise that looks like results.
@@ -187,7 +203,7 @@ class AdaptationModule(L.LightningModule):
         return self._evaluate(self.test_sets, self.trainer.test_dataloaders, batch, batch_idx, dataloader_idx)
 
     def predict_step(self, batch: Mapping[str, Any], batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
-        return self.task.predict(batch)
+        return [] if self.skips_prediction else self.task.predict(batch)
 
     def _evaluate(
         self, sets: EvaluationSets | None, loaders: Any, batch: Mapping[str, Any], batch_idx: int, dataloader_idx: int

@@ -97,7 +97,12 @@ class AdaptationCLI(LightningCLI):
         if "verbose" in options and any(isinstance(callback, EvaluationReport) for callback in self.trainer.callbacks):  # type: ignore[attr-defined]
             options.verbose = False
 
-    before_validate = before_predict = before_test
+    before_validate = before_test
+
+    def before_predict(self) -> None:
+        """The same; callbacks write predictions as they come, and Lightning would hold all of them in memory."""
+        self.before_test()
+        self.config_init[self.subcommand].return_predictions = False
 
     def after_validate(self) -> None:
         """What read nothing must not look like what went well."""

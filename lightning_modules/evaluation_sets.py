@@ -119,8 +119,9 @@ def num_own(loader: Any, batch_idx: int, batch_size: int) -> int:
     The others are repetitions, which DistributedSampler appends to its interleaved order so that all processes have equally
     many batches.
     """
-    sampler = getattr(loader, "sampler", None)
-    if not isinstance(sampler, DistributedSampler) or loader.batch_size is None:
+    batches = getattr(loader, "batch_sampler", None)
+    sampler = getattr(batches, "sampler", None)
+    if not isinstance(sampler, DistributedSampler) or batches is None:
         return batch_size
-    total, first = len(sampler.dataset), batch_idx * loader.batch_size  # type: ignore[arg-type]
+    total, first = len(sampler.dataset), batch_idx * batches.batch_size  # type: ignore[arg-type]
     return sum((first + row) * sampler.num_replicas + sampler.rank < total for row in range(batch_size))

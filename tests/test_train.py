@@ -146,6 +146,7 @@ def test_predict_names_the_adapters_classes_where_the_source_is_known_for_more(r
     predicted = run("predict", *words, *data, "--model.adapter_path", str(run_directory(fitted) / "adapter"))
     header, row = (run_directory(predicted) / "predictions.csv").read_text().splitlines()
     assert header == "id,label,prediction,probability,p(blue),p(green),p(red),p(yellow)"
+    assert predicted.trainer.predict_loop.predictions == [], "rows are on disk, not in memory"
     assert row.startswith("car.png,,")
 
 

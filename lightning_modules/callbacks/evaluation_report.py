@@ -106,7 +106,7 @@ class EvaluationReport(L.Callback):
             ValueError: if the directory cannot be written.
         """
         key = trainer.strategy.broadcast(user_key() if trainer.is_global_zero else b"")
-        description = about(trainer, module, task)
+        description = about(trainer, module, task.settings())
         self._unfinished = UnfinishedEvaluation(output / UNFINISHED, trainer.global_rank, description, key)
         opened, problem = None, None
         if trainer.is_global_zero:

@@ -19,7 +19,6 @@ from fourier_moe.backbone import backbone_fingerprint, backbone_name
 from fourier_moe.inject import adapter_config
 from lightning_modules.adaptation import AdaptationModule
 from lightning_modules.callbacks.sealed_rows import Row, SealedRows
-from lightning_modules.tasks import CausalLanguageModel
 
 _FIELDS = ("id", "prompt", "answer", "output", "loss")  # of a row; grades are never read from a file
 
@@ -104,8 +103,8 @@ class UnfinishedEvaluation:
         return found, note if num_refused else None
 
 
-def about(trainer: L.Trainer, module: AdaptationModule, task: CausalLanguageModel) -> dict[str, Any]:
-    """What an evaluation's rows depend on, beside prompts and answers, which they hold themselves."""
+def about(trainer: L.Trainer, module: AdaptationModule, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What rows depend on beside their inputs; `settings` are the task's own."""
     return {
         "command": str(trainer.state.fn),
         "backbone": backbone_name(module.model),
@@ -113,7 +112,7 @@ def about(trainer: L.Trainer, module: AdaptationModule, task: CausalLanguageMode
         "adapter": adapter_config(module.model).to_dict(),
         "weights": _checksum(module.model),
         "precision": str(trainer.precision),
-        **task.settings(),
+        **settings,
     }
 
 

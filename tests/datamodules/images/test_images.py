@@ -420,9 +420,10 @@ def test_every_example_is_evaluated_once_on_however_many_processes(size, process
     assert sorted(seen) == list(range(size))
 
 
-def test_sharded_processes_keep_lightnings_sampler_with_equally_many_batches():
-    trainer = SimpleNamespace(world_size=2, global_rank=0, strategy=ModelParallelStrategy())
-    assert evaluation_sampler(range(9), trainer) is None
+def test_sharded_processes_get_equally_many_examples():
+    trainers = [SimpleNamespace(world_size=2, global_rank=rank, strategy=ModelParallelStrategy()) for rank in range(2)]
+    shares = [list(evaluation_sampler(range(9), trainer)) for trainer in trainers]
+    assert shares == [[0, 2, 4, 6, 8], [1, 3, 5, 7, 0]]
 
 
 def test_module_can_be_sent_to_another_process(directory):
