@@ -11,6 +11,7 @@ from pathlib import Path
 from datamodules.instructions.benchmarks import Benchmark, TrainSet
 from datamodules.instructions.dataset import Example
 from datamodules.json_items import SUFFIXES
+from fourier_moe.printable import printable
 
 HELD_OUT = "held_out"  # name of the evaluation set that is taken out of the training examples
 
@@ -121,7 +122,7 @@ def _own(argument: str, name: str, weight: float = 1.0) -> Source:
         raise ValueError(f"{argument}: '{name}' is a directory; give the path of a JSON file in it")
     if not path.is_file():
         raise ValueError(f"{argument}: there is no file '{name}'")
-    return Source(path.stem, str(path), own=True, weight=weight)
+    return Source(printable(path.stem), str(path), own=True, weight=weight)
 
 
 def _check_names(argument: str, sources: Sequence[Source]) -> None:

@@ -1,4 +1,5 @@
 import json
+import os
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -210,6 +211,15 @@ def test_instructions_of_ones_own_need_no_benchmark(tmp_path, messages):
     assert batch["answer"] == ["It is 0.", "It is 1.", "It is 2."]
     assert batch["benchmark"][0].grade("It is 0.", "It is 0.").correct
     assert "test held: 3" in messages[0]
+
+
+def test_set_of_a_file_whose_name_is_not_utf8_has_a_name_that_is(tmp_path):
+    path = tmp_path / os.fsdecode(b"caf\xe9.json")
+    path.write_text(json.dumps([{"instruction": "1?", "output": "1"}]), encoding="utf-8")
+    data = InstructionDataModule(write_own(tmp_path / "mine.json", 5), [str(path)], "bytes", num_workers=0, validation_size=0)
+    data.setup("test")
+    (name,) = data.test_dataloader()
+    assert name == r"caf\xe9"
 
 
 def test_without_test_sets_training_works_and_testing_says_what_is_missing(tmp_path):
