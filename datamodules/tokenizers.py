@@ -36,6 +36,11 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
             f"tokenizer={name!r} cannot be loaded ({reason}); give a Hugging Face name that this machine can fetch, or a "
             "directory with a tokenizer's files"
         ) from error
+    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):  # transformers makes one up for a BERT without its files
+        raise ValueError(
+            f"tokenizer={name!r} knows no words, only {len(tokenizer)} special tokens: its files (tokenizer.json, vocab.txt) "
+            "are missing; copy them there, or give another tokenizer"
+        )
     if tokenizer.pad_token is None:  # LLaMA has none; what it stands for is masked everywhere
         tokenizer.pad_token = tokenizer.unk_token if tokenizer.eos_token is None else tokenizer.eos_token
     if tokenizer.pad_token is None:

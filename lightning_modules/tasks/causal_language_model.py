@@ -12,12 +12,13 @@ from torch import Tensor
 from torchmetrics import MeanMetric, MetricCollection
 from transformers import PreTrainedModel
 
-from datamodules.tokenizers import load_tokenizer
 from lightning_modules.tasks.base import Batch, Evaluation, Task, select
 from lightning_modules.tasks.generation import GenerationSettings, generate, is_sharded
 from lightning_modules.tasks.hugging_face_models import (
     check_model,
+    check_vocabulary,
     load_causal_language_model,
+    load_fitting_tokenizer,
     save_hugging_face,
     tokenizer_name,
 )
@@ -89,17 +90,11 @@ class CausalLanguageModel(Task):
         """Load the model and its tokenizer; see Task.
 
         Raises:
-            ValueError: if one of them cannot be loaded, or the tokenizer has tokens that the model does not know.
+            ValueError: if one of them cannot be loaded, or the tokenizer is another model's.
         """
-        self.tokenizer = load_tokenizer(self.tokenizer_name)
+        self.tokenizer = load_fitting_tokenizer(self.tokenizer_name, self.model_name, self.tiny)
         self.model = load_causal_language_model(**self.arguments())
-        embeddings: Any = self.model.get_input_embeddings()
-        known = len(embeddings.weight)
-        if len(self.tokenizer) > known:
-            raise ValueError(
-                f"tokenizer={self.tokenizer_name!r} has {len(self.tokenizer):,} tokens, model={self.model_name!r} knows "
-                f"{known:,}; leave tokenizer null for the model's own"
-            )
+        check_vocabulary(self.tokenizer, self.tokenizer_name, self.model, self.model_name)
         return self.model
 
     def check(self, loaders: Sequence[Any]) -> None:

@@ -7,10 +7,11 @@ import tempfile
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import nn
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
@@ -19,6 +20,7 @@ from transformers import (
     GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
@@ -49,6 +51,48 @@ def check_model(model: str, dtype: str, quantization: str | None = None) -> None
 def tokenizer_name(model: str, tiny: bool) -> str:
     """What `load_tokenizer` takes for a model."""
     return BYTES if tiny else model
+
+
+def load_fitting_tokenizer(name: str, model: str, tiny: bool) -> PreTrainedTokenizerBase:
+    """The tokenizer that the data was made with, if its ids mean what they mean to the model.
+
+    Args:
+        name: of the tokenizer; see `load_tokenizer`.
+        model: name or directory; its own tokenizer, where it has one, says what the ids mean.
+        tiny: whether it is an untrained one that reads bytes.
+
+    Raises:
+        ValueError: if the tokenizer cannot be loaded, or gives tokens other ids than the model's own.
+    """
+    tokenizer = load_tokenizer(name)
+    if name == tokenizer_name(model, tiny):
+        return tokenizer
+    try:
+        own = load_tokenizer(tokenizer_name(model, tiny))
+    except ValueError:  # a model without one: which it was trained with is the user's to know
+        return tokenizer
+    ids, size = own.get_vocab(), len(own)
+    others = [token for token, id_ in tokenizer.get_vocab().items() if id_ < size and ids.get(token) != id_]
+    if others:
+        raise ValueError(
+            f"tokenizer={name!r} is another model's: {len(others):,} of its {len(tokenizer):,} tokens have other ids in the "
+            f"tokenizer of model={model!r}; leave tokenizer null for the model's own"
+        )
+    return tokenizer
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, name: str, model: PreTrainedModel, model_name: str) -> None:
+    """Check that a loaded model has an embedding for every token.
+
+    Raises:
+        ValueError: if it has not.
+    """
+    known = len(cast(nn.Embedding, model.get_input_embeddings()).weight)
+    if len(tokenizer) > known:
+        raise ValueError(
+            f"tokenizer={name!r} has {len(tokenizer):,} tokens, model={model_name!r} knows {known:,}; leave tokenizer null for "
+            "the model's own"
+        )
 
 
 def load_sequence_classifier(

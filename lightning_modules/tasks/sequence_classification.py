@@ -18,7 +18,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from datamodules.tokenizers import load_tokenizer
 from lightning_modules.class_scores import F1, Matthews
 from lightning_modules.tasks.base import Batch, Evaluation, Task, without_autocast
-from lightning_modules.tasks.hugging_face_models import check_model, load_sequence_classifier, save_hugging_face, tokenizer_name
+from lightning_modules.tasks.hugging_face_models import (
+    check_model,
+    check_vocabulary,
+    load_fitting_tokenizer,
+    load_sequence_classifier,
+    save_hugging_face,
+    tokenizer_name,
+)
 from lightning_modules.tasks.padding import padded_right, real_tokens
 from lightning_modules.tasks.quantization import modules_outside_body
 
@@ -41,6 +48,8 @@ class SequenceClassification(Task):
         quantization: `int8` or `nf4` (4 bits) for the linear layers of the frozen model, null for none; embeddings, norms and
             what is computed keep `dtype`. Needs bitsandbytes.
         tiny: replace the model by an untrained one of 2 layers and width 256 that reads bytes (configs/smoke.yaml).
+        tokenizer: name or directory of the tokenizer that the data was made with, `bytes`, or null for the model's own. The
+            command line takes the data's.
 
     Raises:
         ValueError: for an unknown metric, dtype or quantization, a missing package, or a directory without a model.
@@ -56,6 +65,7 @@ class SequenceClassification(Task):
         dtype: Literal["float32", "bfloat16", "float16"] = "float32",
         quantization: Literal["int8", "nf4"] | None = None,
         tiny: bool = False,
+        tokenizer: str | None = None,
     ) -> None:
         super().__init__()
         check_model(model, dtype, quantization)
@@ -63,6 +73,8 @@ class SequenceClassification(Task):
         if unknown:
             raise ValueError(f"metrics={list(metrics)} must be some of accuracy, f1, matthews")
         self.model_name, self.dtype, self.quantization, self.tiny = model, dtype, quantization, tiny
+        self.tokenizer_name = tokenizer or tokenizer_name(model, tiny)
+        self._knows_tokenizer = tokenizer is not None
         self.metric_names = dict.fromkeys(["accuracy", *metrics])
         self.num_classes = 0
         self._reads_last_token = False  # whether transformers picks one of the logits that the head gives all tokens
@@ -74,12 +86,15 @@ class SequenceClassification(Task):
         """Load the model with a new head; see Task.
 
         Raises:
-            ValueError: if the number of classes is unknown, or the model cannot be loaded.
+            ValueError: if the number of classes is unknown, the model cannot be loaded, or the tokenizer is another model's.
         """
         self.num_classes = num_classes or len(class_names or ())
         if not self.num_classes:
             raise ValueError("num_classes is unknown; give data with classes, or the adapter file that keeps them")
+        tokenizer = load_fitting_tokenizer(self.tokenizer_name, self.model_name, self.tiny) if self._knows_tokenizer else None
         model = load_sequence_classifier(num_labels=self.num_classes, **self.arguments())
+        if tokenizer is not None:
+            check_vocabulary(tokenizer, self.tokenizer_name, model, self.model_name)
         self.head_names = modules_outside_body(model)
         self._reads_last_token = "score" in self.head_names and not model.config.is_encoder_decoder  # a decoder's is called so
         for name in self.head_names:
@@ -124,7 +139,7 @@ class SequenceClassification(Task):
         if class_names:
             self.model.config.id2label = dict(enumerate(class_names))
             self.model.config.label2id = {name: index for index, name in enumerate(class_names)}
-        save_hugging_face(self.model, tokenizer_name(self.model_name, self.tiny), directory)
+        save_hugging_face(self.model, self.tokenizer_name, directory)
 
     def loss(self, batch: Batch) -> Tensor:
         return F.cross_entropy(self(batch), batch["label"])
@@ -158,7 +173,7 @@ class SequenceClassification(Task):
         return real_tokens(batch["attention_mask"])
 
     def _tokenizer(self) -> PreTrainedTokenizerBase:
-        return load_tokenizer(tokenizer_name(self.model_name, self.tiny))
+        return load_tokenizer(self.tokenizer_name)
 
 
 @contextmanager

@@ -2,6 +2,7 @@ import json
 
 import pytest
 from tokenizers import Tokenizer, models
+from transformers import BertConfig
 
 from datamodules.tokenizers import check_max_length, is_path, load_tokenizer
 
@@ -54,3 +55,13 @@ def test_the_models_own_length_is_the_limit():
     check_max_length(8, tokenizer, "bytes")
     with pytest.raises(ValueError, match="max_length=9 is more than the 8 tokens that the model of tokenizer 'bytes' takes"):
         check_max_length(9, tokenizer, "bytes")
+
+
+def test_a_model_without_its_tokenizer_files_is_refused(tmp_path):
+    """transformers makes up a tokenizer of special tokens alone, to which every word is unknown."""
+    BertConfig().save_pretrained(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"tokenizer='.*' knows no words, only 5 special tokens: its files .* are missing"
+    ) as error:
+        load_tokenizer(str(tmp_path))
+    assert "\n" not in str(error.value)

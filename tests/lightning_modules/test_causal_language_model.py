@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader
 from fourier_moe import balance_loss, inject, recording
 from lightning_modules import AdaptationModule
 from lightning_modules.optimization import Optimization, ParameterGroup
-from lightning_modules.tasks import GenerationSettings, Task, causal_language_model
+from lightning_modules.tasks import GenerationSettings, Task, causal_language_model, hugging_face_models
 from lightning_modules.tasks.generation import generate
 from lightning_modules.tasks.label_losses import label_losses, log_likelihoods
 
@@ -474,7 +474,7 @@ def test_tokenizer_with_tokens_that_the_model_does_not_know_is_an_error(monkeypa
     task = causal_language_model.CausalLanguageModel("meta-llama/Llama-2-7b-hf", tiny=True)
     larger = copy.deepcopy(TOKENIZER)
     larger.add_tokens(["<extra>"])
-    monkeypatch.setattr(causal_language_model, "load_tokenizer", lambda _: larger)
+    monkeypatch.setattr(hugging_face_models, "load_tokenizer", lambda _: larger)
     with pytest.raises(ValueError, match="tokenizer='bytes' has 385 tokens, model='meta-llama/Llama-2-7b-hf' knows 384"):
         task.build()
 

@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models
 from torch.nn import functional as F
 from transformers import (
     AutoModelForSequenceClassification,
@@ -17,6 +18,7 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
+    PreTrainedTokenizerFast,
     RobertaConfig,
     RobertaModel,
 )
@@ -398,3 +400,39 @@ def test_examples_of_several_tasks_choose_among_their_own_classes(bert):
     rows = task.predict(mixed)
     assert rows[0]["probabilities"][2:] == [0, 0, 0]
     assert sum(rows[1]["probabilities"][2:]) == pytest.approx(1)
+
+
+# ---------------------------------------------------------------- tokenizers
+
+
+def word_tokenizer(directory, *words):
+    backend = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="[UNK]"))
+    PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(directory)
+    return str(directory)
+
+
+def test_another_model_s_tokenizer_is_refused(bert, tmp_path):
+    word_tokenizer(bert, "[PAD]", "[UNK]", "good", "bad")
+    same = word_tokenizer(tmp_path / "same", "[PAD]", "[UNK]", "good", "bad")
+    more = word_tokenizer(tmp_path / "more", "[PAD]", "[UNK]", "good", "bad", "added")
+    for tokenizer in (None, str(bert), same, more):
+        assert built(bert, tokenizer=tokenizer).model is not None
+    other = word_tokenizer(tmp_path / "other", "[PAD]", "[UNK]", "bad", "good")
+    with pytest.raises(ValueError, match=r"tokenizer='.*other' is another model's: 2 of its 4 tokens have other ids in the"):
+        built(bert, tokenizer=other)
+    with pytest.raises(ValueError, match=r"tokenizer='bytes' is another model's"):
+        built(bert, tokenizer="bytes")
+
+
+def test_tokenizer_with_more_tokens_than_the_model_is_refused_before_training(bert):
+    with pytest.raises(
+        ValueError, match=r"tokenizer='bytes' has 384 tokens, model='.*tiny_bert' knows 50; leave tokenizer null"
+    ):
+        built(bert, tokenizer="bytes")
+    built(bert)  # without a tokenizer, batches are the caller's
+
+
+def test_saved_model_has_the_tokenizer_of_the_data(bert, tmp_path):
+    words = word_tokenizer(tmp_path / "words", "[PAD]", "[UNK]", "good")
+    built(bert, tokenizer=words).save_model(tmp_path / "saved", ["bad", "good"])
+    assert load_tokenizer(str(tmp_path / "saved")).get_vocab() == load_tokenizer(words).get_vocab()
