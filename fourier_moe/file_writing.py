@@ -97,11 +97,14 @@ def _new_file(path: Path) -> Iterator[tuple[BinaryIO, Path]]:
     """A new file beside `path`, locked, and its name; it is removed at the end if it is still there."""
     with _naming(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = _name_beside(path)
-        file = open(temporary, "xb")  # noqa: SIM115 # closed below
+        while True:
+            temporary = _name_beside(path)
+            file = open(temporary, "xb")  # noqa: SIM115 # closed below
+            if _lock(file) is not False and temporary.exists():
+                break
+            file.close()  # another writer took it for abandoned in the moment before it was locked
     try:
         with file:
-            _lock(file)
             yield file, temporary
     finally:
         temporary.unlink(missing_ok=True)
@@ -116,12 +119,14 @@ def _to_disk(file: BinaryIO) -> None:
     os.fsync(file.fileno())
 
 
-def _lock(file: BinaryIO) -> bool:
-    """Whether no other process has the file locked; the lock ends with the process. Some file systems have none."""
+def _lock(file: BinaryIO) -> bool | None:
+    """Whether the file is locked by us now; None where the file system has no locks. The lock ends with the process."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         return False
+    except OSError:
+        return None
     return True
 
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 from fourier_moe_models import trained
 
-from fourier_moe import load_adapter, save_adapter
+from fourier_moe import file_writing, load_adapter, save_adapter
 from fourier_moe.file_writing import new_directory, replace_files, replacing, write_file
 
 HEX = "0123456789abcdef" * 2
@@ -73,6 +73,25 @@ def test_what_a_killed_process_left_is_removed_and_the_file_of_a_living_one_is_n
         assert path.read_bytes() == b"inner"
     assert path.read_bytes() == b"outer"
     assert names(tmp_path) == ["last.ckpt"]
+
+
+@pytest.mark.parametrize("holds_lock", [False, True])
+def test_a_file_that_is_taken_for_abandoned_before_it_is_locked_is_written_again(tmp_path, monkeypatch, holds_lock):
+    """Another writer of the same file removes it between its creation and its lock."""
+    lock, taken = file_writing._lock, []
+
+    def late(file):
+        if not taken:
+            taken.append(open(file.name, "rb"))  # noqa: SIM115 # closed below
+            assert not holds_lock or lock(taken[0])
+            os.unlink(file.name)
+        return lock(file)
+
+    monkeypatch.setattr(file_writing, "_lock", late)
+    write_file(tmp_path / "a", "new")
+    taken[0].close()
+    assert (tmp_path / "a").read_text() == "new"
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
 @pytest.mark.parametrize("fails", [OSError(28, "No space left on device"), KeyboardInterrupt(), ValueError()], ids=repr)
