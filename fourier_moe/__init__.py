@@ -1,6 +1,6 @@
 """FourierMoE (arXiv 2604.01762): a frozen model learns through token-routed experts in frequency bands of its weight updates.
 
-report = inject(model, FourierMoEConfig(targets=["q_proj", "v_proj"], num_coefficients=3008))
+report = inject(model, FourierMoEConfig(targets=["q_proj", "v_proj"], num_coefficients=3008, head=["classifier"]))
 ...train the parameters that require a gradient...
 save_adapter(model, "adapter")
 load_adapter(fresh_model, "adapter")

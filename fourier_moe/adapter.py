@@ -5,11 +5,15 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from itertools import chain
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from fourier_moe.pretrained_weight import PretrainedWeight
+
+if TYPE_CHECKING:
+    from fourier_moe.reminders import Reminder
 
 
 class Adapter(nn.Module, ABC):
@@ -18,6 +22,7 @@ class Adapter(nn.Module, ABC):
     Attributes:
         changes_base: whether `base` is a changed copy of the model's projection and not that projection itself.
         projection_name: the projection's name in its model, for messages; `inject` sets it.
+        reminders: what is said to a training loop that leaves out `regularization` or `after_step`, by method.
     """
 
     changes_base = False
@@ -25,6 +30,7 @@ class Adapter(nn.Module, ABC):
 
     def __init__(self, base: nn.Module) -> None:
         super().__init__()
+        self.reminders: dict[str, Reminder] = {}
         self.base = base
         self.in_features, self.out_features = projection_shape(base)
 

@@ -12,10 +12,13 @@ from fourier_moe.adapter import Adapter, projection_shape
 from fourier_moe.attention import FUSED_PROJECTIONS, fused_projection, is_fused_attention, split_attention
 from fourier_moe.backbone import Fingerprint, keep_fingerprint, measure_backbone
 from fourier_moe.config import AdapterConfig, ProjectionAdapterConfig
+from fourier_moe.fresh_heads import fresh_heads, warn_of_frozen
 from fourier_moe.module_names import ModuleNames, keep_module_names, kept_module_names, names_by_config
 from fourier_moe.pretrained_weight import check_is_called
 from fourier_moe.quantization import is_quantized, num_scalars
 from fourier_moe.recorded import NoTokensError
+from fourier_moe.reminders import attach_reminders, heed
+from fourier_moe.saving_guard import guard_saving
 from fourier_moe.undo import unchanged_on_error
 
 _CONFIG_ATTRIBUTE = "fourier_moe_adapter_config"
@@ -88,7 +91,8 @@ def inject(model: nn.Module, config: AdapterConfig, *, names: ModuleNames | None
         config: for example `FourierMoEConfig(targets=["q_proj", "v_proj"], num_coefficients=3008)`.
         names: the modules to adapt and to train in full, in place of those that the config's `targets` and `head` match.
 
-    The weights are measured before anything becomes of them: see `kept_fingerprint` in backbone.py.
+    The weights are measured before anything becomes of them: see `kept_fingerprint` in backbone.py. A head that looks new
+    and is frozen, and later a training loop without the method's own losses, get a warning; `save_pretrained` is refused.
 
     Returns:
         A report that prints as a table.
@@ -99,6 +103,7 @@ def inject(model: nn.Module, config: AdapterConfig, *, names: ModuleNames | None
     """
     if is_adapted(model) or adapters(model):
         raise ValueError("model is adapted already, or a part of it is; inject into a freshly loaded model")
+    heads = fresh_heads(model)
     with unchanged_on_error(model):
         keep_module_names(model, names or names_by_config(model, config))
         report = config.inject(model)
@@ -106,6 +111,9 @@ def inject(model: nn.Module, config: AdapterConfig, *, names: ModuleNames | None
             raise ValueError(f"{type(config).__name__} would train nothing of this model; name a head, or another method")
     setattr(model, _CONFIG_ATTRIBUTE, config)
     keep_fingerprint(model, Fingerprint() if config.trains_backbone() else measure_backbone(model, _own(model, config)))
+    guard_saving(model)
+    attach_reminders(model)
+    warn_of_frozen(heads)
     return report
 
 
@@ -168,13 +176,18 @@ def without_gradient(model: nn.Module) -> list[str]:
 
 def regularization(model: nn.Module) -> Tensor:
     """Sum of the losses that adapters put on their own parameters (KaSA); 0 if none does. Part of the training loss."""
-    terms = [term for adapter in adapters(model).values() if (term := adapter.regularization()) is not None]
+    terms = []
+    for adapter in adapters(model).values():
+        heed(adapter, "regularization")
+        term = adapter.regularization()
+        terms += [] if term is None else [term]
     return torch.stack(terms).sum() if terms else torch.zeros(())
 
 
 def after_step(model: nn.Module) -> None:
     """Let adapters do what their method does after every optimiser step (LoRA-Dash chooses its directions after some)."""
     for adapter in adapters(model).values():
+        heed(adapter, "after_step")
         adapter.after_step()
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from fourier_moe.router_statistics import TokenWeights
 
 if TYPE_CHECKING:
+    from fourier_moe.reminders import Reminder
     from fourier_moe.router import Router
 
 # Guards what recordings of several threads share: how many are open for a router, and its sums. Reentrant, because the garbage
@@ -39,12 +40,16 @@ class Recording:
         tokens: the recorded forwards of each router.
         token_mask: as given to `recording`.
         weights: which tokens count, and for which task.
+        balance_read: whether a router's load-balancing loss was asked for.
+        reminder: what to say if it was not and should have been.
         open: False after its body has ended. A task or thread that was started in the body may still see it then.
     """
 
     def __init__(self, routers: Iterable[Router], token_mask: Tensor | None, weights: TokenWeights) -> None:
         self.tokens: dict[Router, list[Recorded]] = {router: [] for router in routers}
         self.token_mask, self.weights = token_mask, weights
+        self.balance_read = False
+        self.reminder: Reminder | None = None
         self.open = True
 
 

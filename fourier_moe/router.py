@@ -111,6 +111,7 @@ class Router(nn.Module, ABC):
                 "this router saw no tokens: read balance_loss() inside `with recording(model): ...`, after a forward pass that "
                 "uses the adapted projection"
             )
+        recording.balance_read = True
         tokens, weights = recording.tokens[self], recording.weights
         trains = torch.is_grad_enabled() and self.weight.requires_grad
         if trains and not all(recorded.probabilities.requires_grad for recorded in tokens):
@@ -278,6 +279,8 @@ def recording(model: nn.Module, token_mask: Tensor | None = None, tasks: Sequenc
     with opened(recording):
         yield
         _count(read, recording)
+        if recording.reminder is not None and not recording.balance_read:
+            recording.reminder.miss()
 
 
 def _count(found: Sequence[Router], recording: Recording) -> None:

@@ -1,0 +1,48 @@
+"""Other libraries' `save_pretrained` on an adapted model, whose files `from_pretrained` could not read."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+from torch import nn
+
+from fourier_moe.adapter import Adapter
+
+_METHODS = ("save_pretrained", "push_to_hub")  # of transformers, huggingface_hub's mixin, diffusers
+
+
+def guard_saving(model: nn.Module) -> None:
+    """Shadow `save_pretrained` and `push_to_hub` of every module that has them by what refuses while the module is adapted."""
+    for module in model.modules():
+        for method in _METHODS:
+            if callable(getattr(type(module), method, None)):
+                setattr(module, method, GuardedSaving(module, method))
+
+
+class GuardedSaving:
+    """Stands in for a method that saves a module: the weights of adapted projections have other names (`q_proj.base.weight`).
+
+    It saves as ever once no adapter is left (merged). Where the tensors are named (`state_dict`), as transformers' Trainer does
+    for a checkpoint that the same adapted model resumes from, it saves with a warning.
+    """
+
+    def __init__(self, module: nn.Module, method: str) -> None:
+        self.module, self.method = module, method
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Save.
+
+        Raises:
+            ValueError: if the module is adapted and no `state_dict` is given.
+        """
+        if any(isinstance(module, Adapter) for module in self.module.modules()):
+            problem = (
+                f"{type(self.module).__name__} is adapted, so its weights have other names, and from_pretrained would start "
+                "the adapted projections at random. Save what was trained with fourier_moe.save_adapter(model, directory), or "
+                "push_adapter; a model without adapters is what `train.py export` writes"
+            )
+            if kwargs.get("state_dict") is None:
+                raise ValueError(problem)
+            warnings.warn(f"{problem}. This checkpoint is good for resuming with the same adapter only", stacklevel=2)
+        return getattr(type(self.module), self.method)(self.module, *args, **kwargs)
