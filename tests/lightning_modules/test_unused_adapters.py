@@ -6,7 +6,7 @@ import pytest
 from token_task import ADAPTER, RATES, TokenData, token_module, token_trainer
 from torch import nn
 
-from fourier_moe import LoRAConfig
+from fourier_moe import KaSAConfig, LoRAConfig
 from lightning_modules.optimization import Optimization, ParameterGroup
 
 LORA = LoRAConfig(targets=["q_proj", "v_proj"], r=2)
@@ -64,3 +64,15 @@ def test_adapter_that_a_whole_epoch_does_not_use_is_named_once(tmp_path, adapter
 @pytest.mark.parametrize(("adapter", "rates"), [(LORA, LORA_RATES), (ADAPTER, RATES)], ids=["lora", "fourier_moe"])
 def test_layers_left_out_in_some_steps_are_no_fault(tmp_path, adapter, rates):
     assert messages(tmp_path, adapter, rates, ["q_proj", "v_proj"], max_epochs=2) == []
+
+
+def test_the_trainer_reminds_of_no_loss_that_it_adds_itself(tmp_path):
+    kasa = KaSAConfig(targets=["q_proj", "v_proj"], r=2)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for adapter, rates in ((ADAPTER, RATES), (kasa, LORA_RATES)):
+            module = token_module(adapter, rates)
+            trainer = token_trainer(tmp_path, max_epochs=2)
+            trainer.fit(module, TokenData())
+            trainer.test(module, TokenData())
+    assert [str(warning.message) for warning in caught if "the adapters train" in str(warning.message)] == []
