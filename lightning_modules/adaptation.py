@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import lightning as L
 import torch
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from fourier_moe import (
     AdapterConfig,
@@ -37,10 +40,27 @@ from lightning_modules.evaluation_sets import EvaluationSets, each_loader, num_o
 from lightning_modules.interruption import ExactResume, GracefulStop, require_finite_loss, require_finite_weights
 from lightning_modules.optimization import Optimization
 from lightning_modules.sharding import check_strategy
+from lightning_modules.step_mean import StepMean
 from lightning_modules.tasks import Task
 from lightning_modules.tasks.base import without_weights
 from lightning_modules.tasks.generation import is_sharded
 from lightning_modules.unused_adapters import UnusedAdapters
+
+
+class BatchLosses(NamedTuple):
+    """What the loss of a training batch was made of, on this process; scalars without gradients.
+
+    Attributes:
+        weight: the batch's weight in its optimiser step, see `Task.loss_weight`.
+        task: the task's loss.
+        balance: the load-balancing losses of all adapters, times their weights.
+        penalty: what adapters put on their own parameters.
+    """
+
+    weight: Tensor
+    task: Tensor
+    balance: Tensor
+    penalty: Tensor
 
 
 class AdaptationModule(L.LightningModule):
@@ -57,6 +77,9 @@ class AdaptationModule(L.LightningModule):
             `hf://owner/name[@revision]` on the Hugging Face hub.
         activation_checkpointing: keep only the input of every transformer block for the backward pass and compute the rest
             again: much less memory for about a third more time.
+
+    Attributes:
+        batch_losses: of the last training batch.
 
     Raises:
         ValueError: if adapter_path holds no adapter.
@@ -84,6 +107,8 @@ class AdaptationModule(L.LightningModule):
         self.skips_prediction = False  # PredictionsWriter says so of a batch whose rows it has
         self.val_sets: EvaluationSets | None = None
         self.test_sets: EvaluationSets | None = None
+        self.batch_losses: BatchLosses | None = None
+        self._step_mean = StepMean()
         self._untrained = False
         self._adapter_directory = local_directory(adapter_path) if adapter_path else None
         self._stored: AdapterDescription | None = describe_adapter(self._adapter_directory) if self._adapter_directory else None
@@ -173,6 +198,13 @@ class AdaptationModule(L.LightningModule):
         sets.reset()
         return sets
 
+    def on_fit_start(self) -> None:
+        # GradientAccumulationScheduler's advice to those who change what a step does, which is not changed here.
+        warnings.filterwarnings("ignore", message=r"When using `Trainer\(accumulate_grad_batches != 1\)` and overriding")
+
+    def on_train_start(self) -> None:
+        self._step_mean.reset()
+
     def on_train_epoch_start(self) -> None:
         self._untrained = False
         # Frozen means frozen: batch statistics of a frozen backbone stay as they were pretrained.
@@ -185,6 +217,10 @@ class AdaptationModule(L.LightningModule):
             task_loss = self.task.loss(batch)
             balance = balance_loss(self.model)
         penalty = regularization(self.model)
+        weight = self.task.loss_weight(batch)
+        if not isinstance(weight, Tensor):
+            weight = torch.full_like(task_loss, weight, dtype=torch.float32)  # a copy would wait for the device
+        self.batch_losses = BatchLosses(*(value.detach() for value in (weight, task_loss, balance, penalty)))
         require_finite_loss(self, {"task": task_loss, "balance": balance, "penalty": penalty}, batch)
         loss = task_loss + balance + penalty
         logs = {"train/loss": task_loss.detach()}
@@ -195,6 +231,27 @@ class AdaptationModule(L.LightningModule):
         self.log_dict(logs, batch_size=_batch_size(batch))
         self.log("loss", task_loss.detach(), prog_bar=True, logger=False, batch_size=_batch_size(batch))
         return loss
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        assert self.batch_losses is not None
+        super().backward(self._step_mean.weigh(loss, self.batch_losses.weight, self.trainer), *args, **kwargs)
+
+    def optimizer_step(
+        self,
+        epoch: int,
+        batch_idx: int,
+        optimizer: Optimizer | LightningOptimizer,
+        optimizer_closure: Callable[[], Any] | None = None,
+    ) -> None:
+        """Lightning's; between the step's last backward pass and whatever reads its gradients, they become the step's mean."""
+        assert optimizer_closure is not None
+
+        def closure() -> Any:
+            result = optimizer_closure()
+            self._step_mean.divide(optimizer, self.trainer)  # type: ignore[arg-type]
+            return result
+
+        super().optimizer_step(epoch, batch_idx, optimizer, closure)
 
     def validation_step(self, batch: Mapping[str, Any], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
         return self._evaluate(self.val_sets, self.trainer.val_dataloaders, batch, batch_idx, dataloader_idx)

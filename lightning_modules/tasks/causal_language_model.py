@@ -22,7 +22,7 @@ from lightning_modules.tasks.hugging_face_models import (
     save_hugging_face,
     tokenizer_name,
 )
-from lightning_modules.tasks.label_losses import LabelLosses, label_logits, label_losses, log_likelihoods
+from lightning_modules.tasks.label_losses import IGNORED, LabelLosses, label_logits, label_losses, log_likelihoods
 from lightning_modules.tasks.padding import padded_right, real_tokens
 
 GREEDY = GenerationSettings()
@@ -115,9 +115,13 @@ class CausalLanguageModel(Task):
                 )
 
     def loss(self, batch: Batch) -> Tensor:
-        """Mean over the label tokens of the batch; batches that are accumulated to one step weigh the same, however many."""
+        """Mean over the label tokens of the batch."""
         losses = self._label_losses(batch)
         return losses.loss.sum() / losses.num_labels.sum().clamp(min=1)
+
+    def loss_weight(self, batch: Batch) -> Tensor:
+        """The number of label tokens; nothing predicts an example's first token."""
+        return (padded_right(batch, "labels")["labels"][:, 1:] != IGNORED).sum()
 
     def token_mask(self, batch: Batch) -> Tensor:
         return real_tokens(batch["attention_mask"])
