@@ -10,7 +10,7 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from fourier_moe import RouterStatistics, StatisticsReader, adapters
+from fourier_moe import RouterStatistics, StatisticsReader
 from fourier_moe.inject import adapter_config
 from lightning_modules.adaptation import AdaptationModule
 from lightning_modules.callbacks.load_report import load_map, task_table, write_layers, write_tasks
@@ -29,8 +29,10 @@ class RouterLoad(L.Callback):
     - `router/active_experts`, experts that serve a token: K, or what a threshold lets pass;
     - `router/load_imbalance` (1 is even), `router/load_entropy` (1 is even), `router/dead_experts` (share of all experts);
     - `router/load/expert_{e}`, share of the tokens that expert e serves, and `router/gate/expert_{e}`, its mean gate there;
-    - `router/balance_loss_unscaled`, K when even, and `router/balance_loss`, its sum over the routers, each times its
-      projection's `balance_weight`, which is what the loss contains.
+    - `router/balance_loss_unscaled`, K when even: the loss's formula over all tokens of the interval;
+    - `router/balance_loss`, what the loss contained: mean over the interval's optimiser steps, in each over its batches and
+      processes by their weight in the step. A batch's is the formula over its own tokens, summed over the routers, each times
+      its projection's `balance_weight`. Few tokens are never balanced as evenly as many, so it is more than the former says.
 
     TensorBoard also gets a map of the load per layer and expert (`router/load_map`) and, where batches name their `task`, per
     task and expert (`router/task_load_map`, mean over the layers). At the end of training the maps of the last epoch are in the
@@ -70,6 +72,8 @@ class RouterLoad(L.Callback):
         self._interval: LoadSums | None = None
         self._map: LoadSums | None = None  # since the last map
         self._epoch: LoadSums | None = None
+        self._in_step: list[torch.Tensor] = []  # weight, and weight times balance loss (2,), of each batch of a step
+        self._in_interval: list[torch.Tensor] = []  # their sums (2,) over each step, on this process
         self._last_step = 0
         self._no_map_before = 0.0  # the clock's time
         self._warned: set[tuple[str, int | None]] = set()  # layer and expert, or None for the layer
@@ -81,6 +85,7 @@ class RouterLoad(L.Callback):
         self._reader = StatisticsReader(pl_module.model)
         self._layers = list(self._reader.routers)
         self._interval = self._map = self._epoch = None
+        self._in_step, self._in_interval = [], []
         self._last_step, self._no_map_before, self._warned = trainer.global_step, 0.0, set()
         if not self._layers:
             rank_zero_info("RouterLoad: this model has no routers, so there is nothing to log")
@@ -92,12 +97,18 @@ class RouterLoad(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         step = trainer.global_step
-        if not self._layers or step == self._last_step:  # gradients are being accumulated
+        interval = self.every_n_steps or trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if not self._layers or not interval:  # log_every_n_steps: 0 logs nothing
+            return
+        assert isinstance(pl_module, AdaptationModule)
+        assert pl_module.batch_losses is not None
+        weight, balance = pl_module.batch_losses.weight, pl_module.batch_losses.balance
+        self._in_step.append(torch.stack([weight, weight * balance]))
+        if step == self._last_step:  # gradients are being accumulated
             return
         self._last_step = step
-        interval = self.every_n_steps or trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if not interval:  # log_every_n_steps: 0 logs nothing
-            return
+        self._in_interval.append(torch.stack(self._in_step).sum(0))
+        self._in_step = []
         log, draw = step % interval == 0, step % (self.heat_map_every_n_steps or 10 * interval) == 0
         if log or draw:
             self._collect(trainer)
@@ -155,9 +166,7 @@ class RouterLoad(L.Callback):
         assert self._interval is not None
         layers, self._interval = self._interval.layers, None
         metrics = {f"router/{name}": float(value.mean()) for name, value in self._measures(layers).items()}
-        layer_adapters = adapters(pl_module.model)
-        weights = torch.tensor([layer_adapters[layer].balance_weight for layer in self._layers], dtype=torch.float64)
-        metrics["router/balance_loss"] = float((weights * layers.balance_loss).sum())
+        metrics["router/balance_loss"] = self._balance_loss(trainer)
         for expert, (load, gate) in enumerate(zip(layers.load.mean(0), layers.over(0).gate, strict=True)):
             metrics |= {f"router/load/expert_{expert}": float(load), f"router/gate/expert_{expert}": float(gate)}
         if self.detailed:
@@ -165,6 +174,14 @@ class RouterLoad(L.Callback):
                 metrics |= {f"router_layers/{layer}/{name}": float(v) for layer, v in zip(self._layers, value, strict=True)}
         log_now(trainer, metrics)
         self._warn(layers, pl_module, trainer.global_step)
+
+    def _balance_loss(self, trainer: L.Trainer) -> float:
+        """Mean over the steps of the interval; all processes have had the same number of steps."""
+        sums = trainer.strategy.reduce(torch.stack(self._in_interval), reduce_op="sum")
+        assert isinstance(sums, torch.Tensor)
+        self._in_interval = []
+        weights, weighted = sums.double().cpu().unbind(-1)
+        return float(torch.where(weights > 0, weighted / weights, 0.0).mean())
 
     def _measures(self, layers: RouterStatistics) -> dict[str, torch.Tensor]:
         """Measures (layers,)."""

@@ -106,6 +106,37 @@ def test_balance_loss_is_the_one_in_the_loss(tmp_path):
     assert float(logged["router/balance_loss"]) == pytest.approx(0.5 * 2 * float(logged["router/balance_loss_unscaled"]))
 
 
+class BatchLosses(L.Callback):
+    def __init__(self):
+        self.values = []
+
+    def on_train_batch_end(self, trainer, module, *_):
+        self.values.append((float(module.batch_losses.weight), float(module.batch_losses.balance)))
+
+
+class UnevenData(TokenData):
+    def train_dataloader(self):
+        return DataLoader([token_batch(size, seed=size) for size in (8, 2, 6, 1)], batch_size=None)
+
+
+def test_balance_loss_of_an_interval_is_the_mean_over_its_steps_of_what_their_loss_contained(tmp_path):
+    """And not that of all tokens together, which are balanced more evenly than those of any batch."""
+    losses = BatchLosses()
+    logged = fit(tmp_path, losses, RouterLoad(), log_every_n_steps=3).callback_metrics
+    assert len(losses.values) == 3
+    assert float(logged["router/balance_loss"]) == pytest.approx(sum(balance for _, balance in losses.values) / 3, rel=1e-6)
+    assert float(logged["router/balance_loss"]) > 0.5 * 2 * float(logged["router/balance_loss_unscaled"]) + 1e-3
+
+
+def test_balance_loss_of_an_accumulated_step_is_the_mean_by_weight_of_its_batches(tmp_path):
+    losses, options = BatchLosses(), {"accumulate_grad_batches": 2, "log_every_n_steps": 2}
+    logged = fit(tmp_path, losses, RouterLoad(), data=UnevenData(), **options).callback_metrics
+    (a, first), (b, second), (c, third), (d, fourth) = losses.values
+    assert (a, b, c, d) == (8, 2, 6, 1)
+    steps = [(a * first + b * second) / (a + b), (c * third + d * fourth) / (c + d)]
+    assert float(logged["router/balance_loss"]) == pytest.approx(sum(steps) / 2, rel=1e-6)
+
+
 def test_balance_loss_counts_the_weight_that_a_callback_gives_each_projection(tmp_path):
     class OnlyQuery(L.Callback):
         def on_train_start(self, trainer, module):
