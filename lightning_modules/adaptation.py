@@ -39,6 +39,7 @@ from lightning_modules.building_code import building_code
 from lightning_modules.evaluation_sets import EvaluationSets, each_loader, num_own, set_names
 from lightning_modules.interruption import ExactResume, GracefulStop, require_finite_loss, require_finite_weights
 from lightning_modules.optimization import Optimization
+from lightning_modules.planned_schedule import PlannedSchedule, accumulated_batches
 from lightning_modules.sharding import check_strategy
 from lightning_modules.step_mean import StepMean
 from lightning_modules.tasks import Task
@@ -109,6 +110,7 @@ class AdaptationModule(L.LightningModule):
         self.test_sets: EvaluationSets | None = None
         self.batch_losses: BatchLosses | None = None
         self._step_mean = StepMean()
+        self._schedule: PlannedSchedule | None = None
         self._untrained = False
         self._adapter_directory = local_directory(adapter_path) if adapter_path else None
         self._stored: AdapterDescription | None = describe_adapter(self._adapter_directory) if self._adapter_directory else None
@@ -203,10 +205,20 @@ class AdaptationModule(L.LightningModule):
         warnings.filterwarnings("ignore", message=r"When using `Trainer\(accumulate_grad_batches != 1\)` and overriding")
 
     def on_train_start(self) -> None:
+        assert self._schedule is not None
+        self._schedule.on_train_start(self.trainer)
         self._step_mean.reset()
+        # What Lightning does at an epoch's start it leaves out where a resumed run goes on within one.
+        self.trainer.accumulate_grad_batches = accumulated_batches(self.trainer, self.trainer.current_epoch)
+        self._freeze_statistics()
 
     def on_train_epoch_start(self) -> None:
+        assert self._schedule is not None
+        self._schedule.on_train_epoch_start(self.trainer)
         self._untrained = False
+        self._freeze_statistics()
+
+    def _freeze_statistics(self) -> None:
         # Frozen means frozen: batch statistics of a frozen backbone stay as they were pretrained.
         for module in self.model.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm) and not any(p.requires_grad for p in module.parameters()):
@@ -289,11 +301,8 @@ class AdaptationModule(L.LightningModule):
         if self.optimization is None:
             raise ValueError("optimization is missing; fit needs the learning rates of what it trains")
         optimizer = self.optimization.build_optimizer(self.model, adapter_config(self.model))
-        num_steps = self.trainer.estimated_stepping_batches
-        if num_steps in (-1, float("inf")):
-            raise ValueError("the number of optimiser steps is unknown, and the schedule needs it; set trainer.max_steps")
-        scheduler = self.optimization.build_scheduler(optimizer, int(num_steps))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        self._schedule = PlannedSchedule(self.optimization, optimizer, self.trainer)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self._schedule.scheduler, "interval": "step"}}
 
     def save_adapter(self, directory: Path, metrics: Mapping[str, float]) -> None:
         """Write the adapter, and what a user of it needs to know of this run; see `fourier_moe.save_adapter`."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
+import torch
 from torch import nn
-from torch.optim import AdamW
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim import SGD, AdamW
+from torch.optim.lr_scheduler import LambdaLR
 from transformers.optimization import get_scheduler
 
 from fourier_moe import AdapterConfig, adapters
@@ -85,10 +87,29 @@ class Optimization:
         optimizer.register_step_post_hook(lambda *_: after_step(model))
         return optimizer
 
-    def build_scheduler(self, optimizer: AdamW, num_steps: int) -> LRScheduler:
+    def build_scheduler(self, optimizer: AdamW, num_steps: int) -> LambdaLR:
         """The schedule over `num_steps` optimiser steps."""
+        return LambdaLR(optimizer, self._share_of_peak(num_steps))
+
+    def reschedule(self, scheduler: LambdaLR, num_steps: int) -> None:
+        """Go on from the step that `scheduler` is at with the schedule over another number of steps.
+
+        Sets the rates of the next step, too: a checkpoint brings those of the schedule that it was written under. At the end of
+        a finished run they are 0.
+        """
+        share = self._share_of_peak(num_steps)
+        scheduler.lr_lambdas = [share] * len(scheduler.base_lrs)
+        rates = [base * share(scheduler.last_epoch) for base in scheduler.base_lrs]
+        for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        scheduler._last_lr = rates  # what get_last_lr gives
+
+    def _share_of_peak(self, num_steps: int) -> Callable[[int], float]:
+        """transformers' schedule as a function of the step."""
         warmup = math.ceil(self.warmup_ratio * num_steps)
-        return get_scheduler(_SCHEDULES[self.schedule], optimizer, num_warmup_steps=warmup, num_training_steps=num_steps)
+        some = SGD([torch.zeros(1)], lr=1.0)  # which transformers gives it a place in
+        name = _SCHEDULES[self.schedule]
+        return get_scheduler(name, some, num_warmup_steps=warmup, num_training_steps=num_steps).lr_lambdas[0]
 
     def override(self, checkpoint: dict[str, Any]) -> None:
         """Put these learning rates, weight decays and betas into a Lightning checkpoint's optimiser and scheduler states.
