@@ -48,6 +48,8 @@ class InstructionDataModule(L.LightningDataModule):
         tokenizer: Name or directory of a Hugging Face tokenizer, or bytes. The command line takes the model's own.
         directory: Local directory with LLM-Adapters' files, dataset/<set>/test.json and ft-training_set/<name>.json. Without
             it they are fetched from LLM-Adapters' repository.
+        base_url: Address of a mirror of LLM-Adapters' repository, where its files are below dataset/ and ft-training_set/;
+            None for GitHub. The files are checked in any case.
         cache_directory: Where fetched files are kept, and the token ids of large training sets (Commonsense170K takes minutes),
             instead of the user's cache directory.
         max_length: Of prompt and response in training, in tokens; see InstructionTokenizer for what is cut.
@@ -74,6 +76,7 @@ class InstructionDataModule(L.LightningDataModule):
         test: list[str] | None = None,
         tokenizer: str | None = None,
         directory: str | None = None,
+        base_url: str | None = None,
         cache_directory: str | None = None,
         max_length: int = 512,
         batch_size: int = 16,
@@ -98,6 +101,8 @@ class InstructionDataModule(L.LightningDataModule):
         require("validation_size", validation_size, validation_size >= 0, "0 or more")
         require("seed", seed, seed >= 0, "0 or more")
         require_one_origin(directory, synthetic)
+        is_address = base_url is None or base_url.startswith(("http://", "https://"))
+        require("base_url", base_url, is_address, "an address that begins with http:// or https://")
         if directory is not None and not Path(directory).expanduser().is_dir():
             raise ValueError(f"directory '{directory}' is no directory; expected LLM-Adapters' dataset/ and ft-training_set/")
         if test is not None and not test:
@@ -118,6 +123,7 @@ class InstructionDataModule(L.LightningDataModule):
         self.synthetic = synthetic
         self._directory = None if directory is None else Path(directory).expanduser()
         self._cache_directory = default_cache_directory() if cache_directory is None else Path(cache_directory).expanduser()
+        self._base_url = base_url
         self._files: Files | None = None
         self._remove_synthetic: Callable[[], object] | None = None
         self._loaded_tokenizer: PreTrainedTokenizerBase | None = None
@@ -273,7 +279,7 @@ class InstructionDataModule(L.LightningDataModule):
             elif self._directory is not None:
                 self._files = LocalFiles(self._directory)
             else:
-                self._files = PinnedFiles(self._cache_directory)
+                self._files = PinnedFiles(self._cache_directory, self._base_url)
         return self._files
 
     def _generate(self) -> Path:

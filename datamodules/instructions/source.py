@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import http.client
-import urllib.request
+import os
+import tempfile
 from abc import ABC, abstractmethod
 from pathlib import Path, PurePosixPath
-from typing import IO
 
 from lightning.pytorch.utilities import rank_zero_info
-from tqdm import tqdm
 
-from fourier_moe.file_writing import replacing
+from datamodules.instructions.download import download
 
 COMMIT = "816657208af4db747803f87ba40a4c71383fed7a"
 BASE_URL = f"https://raw.githubusercontent.com/AGI-Edgerunners/LLM-Adapters/{COMMIT}"
@@ -49,7 +48,6 @@ BLOB_IDS = {
 }
 
 _CHUNK_BYTES = 1 << 20
-_TIMEOUT_SECONDS = 20.0
 
 
 class Files(ABC):
@@ -96,9 +94,11 @@ class PinnedFiles(Files):
 
     Args:
         cache_directory: where they are kept.
+        base_url: a mirror of the repository at this commit; None for GitHub.
     """
 
-    def __init__(self, cache_directory: Path) -> None:
+    def __init__(self, cache_directory: Path, base_url: str | None = None) -> None:
+        self._base_url = base_url
         self._cache = cache_directory / f"LLM-Adapters-{COMMIT[:12]}"
 
     def has(self, file: str) -> bool:
@@ -115,7 +115,7 @@ class PinnedFiles(Files):
         path = self._cache / file
         if not self.has(file):
             path.parent.mkdir(parents=True, exist_ok=True)
-            _download(file, path)
+            _download(file, path, (self._base_url or BASE_URL).rstrip("/"))
         return path
 
 
@@ -128,32 +128,27 @@ def blob_id(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _download(file: str, path: Path) -> None:
-    """Fetch a file, which appears under its name complete and checked or not at all."""
+def _download(file: str, path: Path, base_url: str) -> None:
+    """Fetch to a temporary file beside `path`, which appears complete and checked or not at all."""
     rank_zero_info(f"Fetching {file} from LLM-Adapters to {path.parent}")
-    with replacing(path) as target:
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    try:
         try:
-            _fetch(f"{BASE_URL}/{file}", target, file)
-            target.flush()
+            download(f"{base_url}/{file}", Path(name), file)
         except (OSError, http.client.HTTPException) as error:  # URLError, HTTPError and timeouts are OSErrors
             raise RuntimeError(
-                f"{file} cannot be fetched from {BASE_URL} ({error}). Without a network, fetch LLM-Adapters' dataset/ and "
-                "ft-training_set/ elsewhere and give --data.directory"
+                f"{file} cannot be fetched from {base_url} ({error}). Give a mirror of it as --data.base_url, or, without a "
+                "network, fetch LLM-Adapters' dataset/ and ft-training_set/ elsewhere and give --data.directory"
             ) from error
-        if (got := blob_id(Path(target.name))) != BLOB_IDS[file]:
+        if (got := blob_id(Path(name))) != BLOB_IDS[file]:
             raise ValueError(
-                f"{file} from {BASE_URL} is not the file of commit {COMMIT[:12]}: git blob {got}, expected {BLOB_IDS[file]}; "
+                f"{file} from {base_url} is not the file of commit {COMMIT[:12]}: git blob {got}, expected {BLOB_IDS[file]}; "
                 "is there a proxy that answers in its place?"
             )
-
-
-def _fetch(url: str, target: IO[bytes], label: str) -> None:
-    with urllib.request.urlopen(url, timeout=_TIMEOUT_SECONDS) as response:
-        total = int(response.headers.get("Content-Length") or 0) or None
-        with tqdm(total=total, unit="B", unit_scale=True, desc=label, leave=False) as bar:
-            while chunk := response.read(_CHUNK_BYTES):
-                target.write(chunk)
-                bar.update(len(chunk))
+        os.replace(name, path)
+    finally:
+        Path(name).unlink(missing_ok=True)
 
 
 def _without_first_folder(file: str) -> str:

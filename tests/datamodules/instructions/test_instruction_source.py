@@ -26,13 +26,16 @@ def server(monkeypatch):
         def do_GET(self):
             self.server.asked.append(self.path)
             content = self.server.answers.get(self.path)
-            if content is None:
-                self.send_error(404)
+            fault = self.server.faults.pop(0) if self.server.faults else None
+            if content is None or isinstance(fault, int):
+                self.send_error(fault or 404)
                 return
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(content) + self.server.missing))
+            start = int(self.headers.get("Range", "bytes=0-")[len("bytes=") : -1]) if self.server.ranges else 0
+            self.server.sent.append(start)
+            self.send_response(206 if start else 200)
+            self.send_header("Content-Length", str(len(content) - start + self.server.missing))
             self.end_headers()
-            self.wfile.write(content)
+            self.wfile.write(content[start : start + 5] if fault == "drop" else content[start:])
 
         def log_message(self, *args):
             pass
@@ -42,6 +45,8 @@ def server(monkeypatch):
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.answers, server.asked, server.missing = {f"/{FILE}": CONTENT}, [], 0
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    server.faults, server.ranges, server.sent = [], True, []
+    monkeypatch.setattr("fourier_moe.retrying.FIRST_WAIT_SECONDS", 0.0)
     monkeypatch.setattr(source, "BASE_URL", f"http://127.0.0.1:{server.server_port}")
     monkeypatch.setitem(BLOB_IDS, FILE, git_blob(CONTENT))
     yield server
@@ -81,6 +86,33 @@ def test_an_interrupted_transfer_leaves_nothing(server, tmp_path):
     with pytest.raises((ValueError, RuntimeError), match=FILE):
         PinnedFiles(tmp_path).get(FILE)
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+@pytest.mark.parametrize("fault", [500, 503, 429, "drop"])
+def test_one_fault_is_got_over(server, tmp_path, fault):
+    server.faults = [fault]
+    assert PinnedFiles(tmp_path).get(FILE).read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize(("ranges", "sent"), [(True, [0, 5, 10]), (False, [0, 0, 0])])
+def test_a_dropped_transfer_is_resumed_where_the_server_can(server, tmp_path, ranges, sent):
+    server.faults, server.ranges = ["drop", "drop"], ranges
+    assert PinnedFiles(tmp_path).get(FILE).read_bytes() == CONTENT
+    assert server.sent == sent
+
+
+def test_a_transfer_that_keeps_breaking_off_is_not_called_another_file(server, tmp_path):
+    server.faults = ["drop"] * 9
+    server.ranges = False
+    with pytest.raises(RuntimeError, match=r"be fetched .*ended after 5 of 22 bytes\).*--data.base_url.*--data.directory"):
+        PinnedFiles(tmp_path).get(FILE)
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def test_a_mirror_is_asked_instead(server, tmp_path, monkeypatch):
+    mirror, server.answers = f"{source.BASE_URL}/mirror/", {f"/mirror/{FILE}": CONTENT}
+    monkeypatch.setattr(source, "BASE_URL", "http://127.0.0.1:9")
+    assert PinnedFiles(tmp_path, mirror).get(FILE).read_bytes() == CONTENT
 
 
 def test_a_missing_file_and_no_network_name_the_way_out(server, tmp_path):
