@@ -5,12 +5,20 @@ The only module that tasks take from this package: text means nothing without th
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from pathlib import Path
 
+from lightning.pytorch.utilities import rank_zero_info
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerBase
+
+from fourier_moe.hub_files import HubError, Repository
 
 BYTES = "bytes"
 
+SMALL_FILE = re.compile(r"[^/]+\.(json|txt|model|jinja)")  # a model's configs and its tokenizer, not its weights
+
+_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model")
 _REASON_CHARACTERS = 200  # of an error from below
 
 
@@ -28,8 +36,15 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         return ByT5Tokenizer()
     if is_path(name) and not Path(name).expanduser().is_dir():
         raise ValueError(f"tokenizer={name!r}: no such directory; give a directory with a tokenizer, or a name on the hub")
+    on_hub = not is_path(name)
+    if on_hub:
+        try:
+            Repository(name).fetch(_tokenizer_files, rank_zero_info, look_up=False)
+        except HubError as error:
+            otherwise = "" if error.remedy else "; give a Hugging Face name that this machine can fetch, or a directory"
+            raise ValueError(f"tokenizer={name!r} cannot be fetched ({error}){otherwise}") from error
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(Path(name).expanduser()) if is_path(name) else name)
+        tokenizer = AutoTokenizer.from_pretrained(name if on_hub else str(Path(name).expanduser()), local_files_only=on_hub)
     except Exception as error:  # files that are damaged or not there give errors of many kinds
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:_REASON_CHARACTERS]
         raise ValueError(
@@ -48,6 +63,12 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
             f"tokenizer={name!r} has no pad, eos or unk token to pad with; give its tokenizer_config.json a pad_token"
         )
     return tokenizer
+
+
+def _tokenizer_files(sizes: Mapping[str, int]) -> list[str]:
+    if not any(path in _VOCABULARIES for path in sizes):
+        raise HubError(f"it has no tokenizer, {' or '.join(_VOCABULARIES)}", "give a model with a tokenizer")
+    return [path for path in sizes if SMALL_FILE.fullmatch(path)]
 
 
 def check_max_length(max_length: int, tokenizer: PreTrainedTokenizerBase, name: str) -> None:

@@ -6,15 +6,18 @@ server error and waits minutes for a network that does not answer.
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from fourier_moe.retrying import Say, causes, retry, status_of
+
+Select = Callable[[Mapping[str, int]], Sequence[str]]
 
 TIMEOUT_SECONDS = 10.0  # of the look-up
 LOG_SECONDS = 20.0  # between two lines of progress in a log
@@ -93,6 +96,28 @@ class Repository:
         import huggingface_hub
 
         return Path(huggingface_hub.constants.HF_HUB_CACHE, f"{self.kind}s--{self.name.replace('/', '--')}")
+
+    def fetch(self, select: Select, say: Say, *, look_up: bool) -> list[Path]:
+        """Where some files are on this machine, after those that the cache lacks were fetched.
+
+        Args:
+            select: picks paths of those that there are, or raises HubError for what is missing.
+            look_up: ask the hub for the newest version; without it only where the cache lacks one of them.
+
+        Raises:
+            HubError: if they cannot be fetched.
+        """
+        listing = None if look_up else self.cached()
+        if listing is not None:
+            with contextlib.suppress(HubError):
+                return listing.fetch(select(listing.sizes), say)
+        listing = self.look_up(say)
+        try:
+            return listing.fetch(select(listing.sizes), say)
+        except HubError as error:
+            if listing.problem is None:
+                raise
+            raise HubError(f"{error}; the cache is all there is, because of {listing.problem}", error.remedy) from error
 
     def look_up(self, say: Say) -> Listing:
         """Ask the hub once for the files; where it does not answer, take those of the cache and say so.

@@ -45,6 +45,7 @@ def analyze(args: list[str]) -> SensitivityReport:
     cli = AdaptationCLI([*configs, *fit_args, *(f"--trainer.{word}" for word in no_steps)], run=False)
     cli.trainer.callbacks = [callback]  # type: ignore[attr-defined] # nothing of a training run is to be written
     cli.trainer.loggers = []
+    cli.model.task.fetch()
     cli.trainer.fit(cli.model, cli.datamodule)
     assert callback.report is not None
     return callback.report

@@ -17,6 +17,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from fourier_moe import AdapterConfig
 from lightning_modules.adaptation import AdaptationModule, untrained
 from lightning_modules.callbacks import EvaluationReport
+from lightning_modules.cpu_time import StepTime, bound_cpu_time
 from lightning_modules.interruption import CheckedCheckpointIO, newest_intact, require_writable
 from lightning_modules.tasks.hugging_face_models import tokenizer_name
 
@@ -103,6 +104,14 @@ class AdaptationCLI(LightningCLI):
         """The same; callbacks write predictions as they come, and Lightning would hold all of them in memory."""
         self.before_test()
         self.config_init[self.subcommand].return_predictions = False
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        """Lightning's; between `before_<subcommand>` and the subcommand the model is fetched, before gigabytes of data are."""
+        if subcommand == "fit" and self.trainer.strategy.root_device.type == "cpu":
+            bound_cpu_time(self.trainer, self.model.task, self.datamodule)
+            self.trainer.callbacks.append(StepTime())  # type: ignore[attr-defined]
+        self.model.task.fetch()
+        return super()._prepare_subcommand_kwargs(subcommand)
 
     def after_validate(self) -> None:
         """What read nothing must not look like what went well."""

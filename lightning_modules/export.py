@@ -161,6 +161,7 @@ def lora_table(exports: list[ProjectionExport]) -> str:
 
 
 def _write_merged(cli: AdaptationCLI, options: Any, directory: Path) -> tuple[str, dict[str, Any]]:
+    cli.model.task.fetch()
     report = merge(
         cli.trainer, cli.model, cli.datamodule, split=options.split, task_name=options.task, ckpt_path=options.ckpt_path or None
     )

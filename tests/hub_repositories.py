@@ -71,7 +71,7 @@ def glue(tasks: Sequence[str] = ("cola", "rte")) -> Repository:
 TINY_CLIP = {
     "embed_dim": 32,
     "quick_gelu": True,
-    "vision_cfg": {"image_size": 224, "layers": 2, "width": 256, "head_width": 64, "patch_size": 32},
+    "vision_cfg": {"image_size": 224, "layers": 1, "width": 128, "head_width": 64, "patch_size": 56},
     "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 8, "heads": 1, "layers": 1},
 }
 

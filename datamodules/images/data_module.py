@@ -126,6 +126,18 @@ class ImageDataModule(L.LightningDataModule):
         return self._class_names
 
     @property
+    def num_train_examples(self) -> int | None:
+        """Images of an epoch, by the table before they are loaded; None if neither is known yet."""
+        if TRAIN in self._datasets:
+            return len(self._datasets[TRAIN])
+        if self._is_local:
+            return len(self._select(TRAIN)[1])
+        if TRAIN not in self._source.sizes:
+            return None
+        held_out = 0.0 if VALIDATION in self._source.splits else self.validation_fraction
+        return round(self._source.sizes[TRAIN] * (1 - held_out))
+
+    @property
     def data_revision(self) -> str | None:
         """The commit of the hub's data set that was read; None for other images."""
         return None if self._collection is None else self._collection.revision

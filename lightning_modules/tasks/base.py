@@ -88,6 +88,18 @@ class Task(nn.Module, ABC):
         them and hands them on.
         """
 
+    def fetch(self) -> None:
+        """Fetch what `build` reads from a network, so that it fails before the data are fetched. By default nothing.
+
+        Raises:
+            ValueError: if it cannot be fetched, with what to do.
+        """
+        return
+
+    def forward_flops(self) -> int | None:
+        """Floating-point operations of one example's forward pass, before anything is loaded; None where they depend on it."""
+        return None
+
     def arguments(self) -> dict[str, Any] | None:
         """The constructor's arguments that make `model` what it is, for model cards; None leaves them out of it."""
         return None

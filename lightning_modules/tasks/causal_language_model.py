@@ -17,6 +17,7 @@ from lightning_modules.tasks.generation import GenerationSettings, generate, is_
 from lightning_modules.tasks.hugging_face_models import (
     check_model,
     check_vocabulary,
+    fetch_model,
     load_causal_language_model,
     load_fitting_tokenizer,
     save_hugging_face,
@@ -85,6 +86,10 @@ class CausalLanguageModel(Task):
 
     def arguments(self) -> dict[str, Any]:
         return {"model": self.model_name, "dtype": self.dtype, "quantization": self.quantization, "tiny": self.tiny}
+
+    def fetch(self) -> None:
+        if not self.tiny:
+            fetch_model(self.model_name)
 
     def build(self, num_classes: int | None = None, class_names: Sequence[str] | None = None) -> PreTrainedModel:
         """Load the model and its tokenizer; see Task.

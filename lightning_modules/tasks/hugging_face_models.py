@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 from transformers import (
     CONFIG_MAPPING,
@@ -26,7 +26,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import logging as transformers_logging
 
 from datamodules.tokenizers import BYTES, is_path, load_tokenizer
+from fourier_moe.hub_files import HubError, Repository
 from lightning_modules.tasks.base import without_weights
+from lightning_modules.tasks.hub_models import model_files
 from lightning_modules.tasks.quantization import check_quantization, prepare_training, quantization_config
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -95,6 +97,26 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, name: str, model: PreTr
         )
 
 
+def fetch_model(model: str, *, look_up: bool = True) -> str | None:
+    """Fetch weights, config and tokenizer of a name on the hub; directories need none.
+
+    Args:
+        look_up: ask the hub for the newest version; without it only where the cache lacks a file.
+
+    Returns:
+        The commit that they are of; None for a directory.
+
+    Raises:
+        ValueError: if they cannot be fetched, with what to do.
+    """
+    if is_path(model):
+        return None
+    try:
+        return Repository(model).fetch(model_files, rank_zero_info, look_up=look_up)[0].parent.name
+    except HubError as error:
+        raise _not_loaded(model, error) from error
+
+
 def load_sequence_classifier(
     model: str, num_labels: int, *, dtype: str = "float32", quantization: str | None = None, tiny: bool = False
 ) -> PreTrainedModel:
@@ -148,12 +170,13 @@ def _load(auto_class: Any, model: str, dtype: str, quantization: str | None, tin
                 loaded = _load(auto_class, directory, dtype, quantization, False)
         loaded.config._name_or_path = f"{Path(model).name}/tiny"
         return loaded
+    commit = fetch_model(model, look_up=False)
     config = _config(model, **options)
     if auto_class is AutoModelForCausalLM:
         _check_continues_text(model, config)
     if without_weights():
-        return _empty(auto_class, model, config, dtype)
-    reading: dict[str, Any] = {"config": config, "dtype": DTYPES[dtype]}
+        return _named(_empty(auto_class, model, config, dtype), model, commit)
+    reading: dict[str, Any] = {"config": config, "dtype": DTYPES[dtype], "local_files_only": True}  # all of it is here
     if quantization:
         with torch.device("meta"):
             skeleton = auto_class.from_config(config, dtype=DTYPES[dtype])
@@ -166,7 +189,7 @@ def _load(auto_class: Any, model: str, dtype: str, quantization: str | None, tin
     if quantization:
         prepare_training(loaded)
     _check_complete(model, loaded, info["missing_keys"], may_have_new_head=auto_class is not AutoModelForCausalLM)
-    return _named(loaded, model).train()  # Lightning keeps the mode it finds; from_pretrained gives eval
+    return _named(loaded, model, commit)
 
 
 def _empty(auto_class: Any, model: str, config: PretrainedConfig, dtype: str) -> PreTrainedModel:
@@ -174,18 +197,20 @@ def _empty(auto_class: Any, model: str, config: PretrainedConfig, dtype: str) ->
     loaded = auto_class.from_config(config, dtype=DTYPES[dtype])
     if loaded.can_generate():
         with suppress(OSError):  # not every model has one, and then the config says it all
-            loaded.generation_config = GenerationConfig.from_pretrained(_source(model))
-    return _named(loaded, model).train()
-
-
-def _named(loaded: PreTrainedModel, model: str) -> PreTrainedModel:
-    loaded.config._name_or_path = Path(model).name if is_path(model) else model  # what adapter files remember
+            loaded.generation_config = GenerationConfig.from_pretrained(_source(model), local_files_only=True)
     return loaded
+
+
+def _named(loaded: PreTrainedModel, model: str, commit: str | None) -> PreTrainedModel:
+    """With what adapter files remember of it, and in the mode that Lightning keeps; from_pretrained gives eval."""
+    loaded.config._name_or_path = Path(model).name if is_path(model) else model
+    loaded.config._commit_hash = commit  # transformers has stopped to note it
+    return loaded.train()
 
 
 def _config(model: str, **options: Any) -> PretrainedConfig:
     try:
-        return AutoConfig.from_pretrained(_source(model), **options)
+        return AutoConfig.from_pretrained(_source(model), local_files_only=True, **options)
     except (OSError, ValueError) as error:
         raise _not_loaded(model, error) from error
 
@@ -195,7 +220,10 @@ def _source(model: str) -> str:
 
 
 def _not_loaded(model: str, error: Exception) -> ValueError:
-    reason = " ".join(str(error).split())[:300]
+    reason = " ".join(str(error).split())
+    if isinstance(error, HubError) and error.remedy:
+        return ValueError(f"model={model!r} cannot be fetched: {reason}")
+    reason = reason if isinstance(error, HubError) else reason[:300]
     return ValueError(
         f"model={model!r} cannot be loaded ({reason}). Without a network: give the model's directory, or fill the Hugging Face "
         "cache (HF_HOME) on a machine that has one and copy it"

@@ -12,13 +12,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from fourier_moe.attention import fuse_attention, is_split_attention
 from lightning_modules.class_scores import BalancedAccuracy
 from lightning_modules.tasks.base import Batch, Evaluation, Task, without_autocast
-from lightning_modules.tasks.open_clip_models import check_model, load_open_clip, save_open_clip
+from lightning_modules.tasks.open_clip_models import check_model, fetch_weights, load_open_clip, save_open_clip
 
 
 class ImageClassifier(nn.Module):
@@ -101,6 +102,17 @@ class ImageClassification(Task):
     @property
     def works_untrained(self) -> bool:
         return self.head_kind == "zero_shot"
+
+    def fetch(self) -> None:
+        if not self.tiny:
+            fetch_weights(self.model_name, self.pretrained)
+
+    def forward_flops(self) -> int:
+        with torch.device("meta"):
+            clip: Any = load_open_clip(self.model_name, self.pretrained, image_size=self.image_size, tiny=self.tiny)
+            size = clip.visual.image_size
+            height, width = (size, size) if isinstance(size, int) else size
+            return _count_flops(clip.visual, torch.empty(1, 3, height, width))
 
     def build(self, num_classes: int | None, class_names: Sequence[str] | None = None) -> ImageClassifier:
         """Load tower and head; see Task.
@@ -210,6 +222,13 @@ class ImageClassification(Task):
             {"id": id_, "label": label, "probabilities": row}
             for id_, label, row in zip(batch["id"], labels, probabilities.tolist(), strict=True)
         ]
+
+
+def _count_flops(module: nn.Module, *inputs: Tensor) -> int:
+    """Floating-point operations of a forward pass: a product and a sum are two. On the meta device it costs nothing."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        module(*inputs)
+    return counter.get_total_flops()
 
 
 @torch.no_grad()

@@ -15,8 +15,10 @@ from open_clip.factory import load_checkpoint, load_state_dict
 from safetensors.torch import save_file
 from torch import nn
 
+from fourier_moe.hub_files import HubError
 from lightning_modules.quiet import quiet
 from lightning_modules.tasks.base import without_weights
+from lightning_modules.tasks.hub_models import fetch_open_clip
 
 _UNTRAINED_SEED = 0  # an untrained tower is the same one everywhere, so that an adapter of it can be used again
 
@@ -92,14 +94,30 @@ def load_open_clip(
         if Path(pretrained).is_file():
             clip = open_clip.create_model(name, force_image_size=image_size, pretrained_text=False)
             return _load_file(clip, pretrained, needs_text)
-        try:
-            return open_clip.create_model(name, pretrained=pretrained, force_image_size=image_size)
-        except Exception as error:  # open_clip wraps whatever the download raised
-            raise ValueError(
-                f"the weights pretrained={pretrained!r} of model={model!r} could not be fetched ({_first_line(error)}). "
-                "Without a network: give the path of a weights file as model.task.init_args.pretrained, or fill the Hugging "
-                "Face cache (HF_HOME) on a machine that has one and copy it"
-            ) from error
+        fetch_weights(model, pretrained, look_up=False)
+        return open_clip.create_model(name, pretrained=pretrained, force_image_size=image_size)
+
+
+def fetch_weights(model: str, pretrained: str | None, *, look_up: bool = True) -> None:
+    """Fetch the weights of a tag; files, and untrained models, need none.
+
+    Args:
+        look_up: ask the hub for the newest version; without it only where the cache lacks a file.
+
+    Raises:
+        ValueError: as `check_model`; or if the weights cannot be fetched (naming the ways without a network).
+    """
+    check_model(model, pretrained)
+    if pretrained is None or Path(pretrained).is_file():
+        return
+    try:
+        fetch_open_clip(model, pretrained, look_up=look_up)
+    except HubError as error:
+        raise ValueError(
+            f"the weights pretrained={pretrained!r} of model={model!r} cannot be fetched ({error}). "
+            "Without a network: give the path of a weights file as model.task.init_args.pretrained, or fill the Hugging "
+            "Face cache (HF_HOME) on a machine that has one and copy it"
+        ) from error
 
 
 def save_open_clip(clip: Any, model: str, directory: Path, *, image_size: int | None = None, tiny: bool = False) -> None:

@@ -21,6 +21,7 @@ from lightning_modules.tasks.base import Batch, Evaluation, Task, without_autoca
 from lightning_modules.tasks.hugging_face_models import (
     check_model,
     check_vocabulary,
+    fetch_model,
     load_fitting_tokenizer,
     load_sequence_classifier,
     save_hugging_face,
@@ -60,7 +61,7 @@ class SequenceClassification(Task):
 
     def __init__(
         self,
-        model: str = "roberta-large",
+        model: str = "FacebookAI/roberta-large",
         metrics: Sequence[Literal["accuracy", "f1", "matthews"]] = ("accuracy",),
         dtype: Literal["float32", "bfloat16", "float16"] = "float32",
         quantization: Literal["int8", "nf4"] | None = None,
@@ -81,6 +82,10 @@ class SequenceClassification(Task):
 
     def arguments(self) -> dict[str, Any]:
         return {"model": self.model_name, "dtype": self.dtype, "quantization": self.quantization, "tiny": self.tiny}
+
+    def fetch(self) -> None:
+        if not self.tiny:
+            fetch_model(self.model_name)
 
     def build(self, num_classes: int | None, class_names: Sequence[str] | None = None) -> PreTrainedModel:
         """Load the model with a new head; see Task.

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 
+import hub_repositories
 import open_clip
 import pytest
 import torch
@@ -251,15 +252,15 @@ def test_file_that_is_no_weights_file_is_an_error_that_names_it(config, tmp_path
         load_open_clip(config, str(tmp_path / file))
 
 
-def test_weights_that_cannot_be_fetched_are_an_error_that_names_the_ways_without_a_network(monkeypatch):
-    def refuse(*_, **__):
-        raise RuntimeError("connection refused\nand a long story")
-
-    monkeypatch.setattr(open_clip, "create_model", refuse)
+def test_weights_that_cannot_be_fetched_are_an_error_that_names_the_ways_without_a_network(hub):
+    hub.models["timm/vit_base_patch32_clip_224.openai"] = hub_repositories.clip()
+    hub.fail("GET /timm/", 500, times=99)
     with pytest.raises(ValueError) as error:
         load_open_clip("ViT-B-32-quickgelu", "openai")
     assert "'openai'" in str(error.value)
-    assert "(connection refused)" in str(error.value)
+    assert "open_clip_model.safetensors: HfHubHTTPError" in str(error.value)
+    assert "500 Internal Server Error" in str(error.value)
+    assert "open_clip_pytorch_model.bin" not in str(error.value)
     assert "pretrained" in str(error.value)
     assert "HF_HOME" in str(error.value)
 

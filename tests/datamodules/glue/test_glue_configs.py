@@ -45,4 +45,4 @@ def test_config_has_the_values_of_table_15_and_the_tasks_own_metrics(name):
     common = {"targets": ["query", "value"], "num_coefficients": 1008, "num_experts": 8, "top_k": 2, "dropout": 0}
     assert {key: adapter[key] for key in common} == common
     task = config["model"]["task"]["init_args"]
-    assert (task["model"], tuple(task["metrics"])) == ("roberta-large", TASKS[name].metrics)
+    assert (task["model"], tuple(task["metrics"])) == ("FacebookAI/roberta-large", TASKS[name].metrics)
