@@ -42,7 +42,8 @@ def test_cars_get_over_faults_fetch_what_they_need_and_run_again_without_a_netwo
     served.fail("test-00000", 503)
     served.fail("GET /datasets/", "drop")
     served.fail("train-00001", "cut")
-    first = adapter(run(*COMMANDS["cars"], *ONE_STEP))
+    cli = run(*COMMANDS["cars"], *ONE_STEP)
+    first = adapter(cli)
     assert all(fault.times == 0 for fault in served.faults)
     fetched = dict.fromkeys(served.fetched())
     assert next(iter(fetched)) == "open_clip_model.safetensors"  # the model before the data
@@ -57,10 +58,10 @@ def test_cars_get_over_faults_fetch_what_they_need_and_run_again_without_a_netwo
 
     served.requests.clear()
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    again = adapter(run(*COMMANDS["cars"], *ONE_STEP))
+    again = run("validate", *COMMANDS["cars"][1:], "--model.adapter_path", str(Path(cli.trainer.log_dir) / "adapter_last"))
     assert served.requests == []
-    assert again.metrics == first.metrics
-    assert again.task == first.task
+    assert again.datamodule.data_revision == first.task["data_revision"]
+    assert float(again.trainer.callback_metrics["val/accuracy"]) == pytest.approx(first.metrics["val/accuracy"])
 
 
 def test_cola_gets_over_faults_fetches_what_it_needs_and_runs_again_on_a_dead_network(served, run, monkeypatch):
@@ -84,11 +85,8 @@ def test_cola_gets_over_faults_fetches_what_it_needs_and_runs_again_on_a_dead_ne
     served.requests.clear()
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", "http://127.0.0.1:9/{repo_id}/{filename}")
-    assert adapter(run(*COMMANDS["cola"], *ONE_STEP)).metrics == first.metrics
-    assert served.requests == []
-
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     run("test", *COMMANDS["cola"][1:], "--model.adapter_path", str(Path(cli.trainer.log_dir) / "adapter_last"))
+    assert served.requests == []
     (results,) = Path(cli.trainer.log_dir).rglob("results.json")
     assert "10 of the complete set's 1,043 examples" in json.dumps(json.loads(results.read_text()))
 
