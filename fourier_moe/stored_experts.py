@@ -59,6 +59,6 @@ def _check_values(name: str, plane: tuple[int, int], tensors: Mapping[str, Tenso
             problems.append(f"{name}.experts.frequencies has |{letter}| = {largest}, and at most {size // 2} is in the plane")
     for key in ("experts.input_order", "experts.output_order"):
         order = tensors.get(key)
-        if order is not None and not torch.equal(order.long().sort().values, torch.arange(len(order))):
+        if order is not None and not torch.equal(order.long().sort().values, torch.arange(len(order), device=order.device)):
             problems.append(f"{name}.{key} is no order of {len(order)} features")
     return problems

@@ -309,6 +309,15 @@ def test_positions_outside_of_the_plane_are_refused(saved, index, message):
     refused(saved, message)
 
 
+def test_the_default_device_does_not_matter(tmp_path):
+    """Trainer.configure_model makes the accelerator the default, and what is read from a file is on the CPU."""
+    directory = save_adapter(trained(permute=True), tmp_path)
+    model, x = Transformer().eval(), tokens(2, 5, 16)
+    with torch.device("meta"):
+        load_adapter(model, directory)
+    assert torch.equal(model(x), trained(permute=True)(x))
+
+
 def test_positions_at_the_edge_of_the_plane_are_taken(saved):
     state = load_file(saved / TENSORS)
     state[f"{Q}.experts.frequencies"][1, 2] = torch.tensor([8, -8], dtype=torch.int32)
