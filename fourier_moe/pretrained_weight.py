@@ -19,6 +19,12 @@ _PARTS = (
     *("cat", "concat", "stack", "chunk", "split", "tensor_split", "unbind", "narrow", "select", "index_select"),
     "__getitem__",
 )
+# What takes only a type, a device or a shape from the weight: the result is a weight where one is converted, else other values.
+_CONVERSIONS = ("to", "type_as", "view_as", "reshape_as", "expand_as")
+_NEW_VALUES = (
+    *("zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "randint_like"),
+    *("new_zeros", "new_ones", "new_empty", "new_empty_strided", "new_full", "new_tensor"),
+)
 
 _VIEWS = frozenset(
     getattr(Tensor, name).__get__ for name in ("data", "T", "mT", "H", "mH")
@@ -88,7 +94,8 @@ class PretrainedWeight(Tensor):
     ) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "").partition(".")[0]
-        first = next((tensor for tensor in _flat([*args, *kwargs.values()]) if type(tensor) is cls), None)
+        tensors = [value for value in _flat([*args, *kwargs.values()]) if isinstance(value, Tensor)]
+        first = next((tensor for tensor in tensors if type(tensor) is cls), None)
         if first is not None and name in _PRODUCTS:
             raise ValueError(
                 f"the model multiplies with the weight of {first.projection!r} itself ({name}) and does not call the "
@@ -96,7 +103,9 @@ class PretrainedWeight(Tensor):
             )
         with torch._C.DisableTorchFunctionSubclass():
             result = func(*args, **kwargs)
-        if first is None or (name == "__get__" and func not in _VIEWS):
+        if first is None or (name == "__get__" and func not in _VIEWS) or name in _NEW_VALUES:
+            return result
+        if name in _CONVERSIONS and first is not tensors[0]:
             return result
         if isinstance(result, (tuple, list)):
             return type(result)(_again(part, first, name) for part in result) if name in _PARTS else result

@@ -121,6 +121,26 @@ def test_weight_may_be_looked_at_compared_and_copied():
     assert "p.base.weight" in model.state_dict()
 
 
+@pytest.mark.parametrize(
+    "made_like",
+    [
+        lambda x, w: x.to(w),
+        lambda x, w: x.type_as(w),
+        lambda x, w: x.view_as(w),
+        lambda x, w: x.mul(torch.ones_like(w)),
+        lambda x, w: x + w.new_zeros(16, 16),
+        lambda x, w: x + w.new_zeros((16, 16))[:1],
+    ],
+)
+def test_inputs_made_like_the_weight_are_no_weight(made_like):
+    """Also where a batch happens to have as many numbers as the weight."""
+    model, x = nn.ModuleDict({"p": nn.Linear(16, 16)}), torch.ones(16, 16)
+    inject(model, METHODS[0])
+    x = made_like(x, model["p"].weight)
+    assert type(x) is torch.Tensor
+    model["p"](x)
+
+
 class Subclass(nn.Parameter):
     pass
 
