@@ -20,7 +20,7 @@ from typing import BinaryIO, TypeAlias
 
 FileParts: TypeAlias = Sequence[bytes | memoryview]
 
-_LONGEST = 100  # characters of NAME in the name of its new file, which file systems limit
+_LONGEST = 100  # bytes of NAME in the name of its new file, of which file systems take 255
 
 
 @contextmanager
@@ -111,7 +111,11 @@ def _new_file(path: Path) -> Iterator[tuple[BinaryIO, Path]]:
 
 
 def _name_beside(path: Path) -> Path:
-    return path.with_name(f".{path.name[:_LONGEST]}.{uuid.uuid4().hex}.part")
+    return path.with_name(f".{_shortened(path.name)}.{uuid.uuid4().hex}.part")
+
+
+def _shortened(name: str) -> str:
+    return os.fsdecode(os.fsencode(name)[:_LONGEST])
 
 
 def _to_disk(file: BinaryIO) -> None:
@@ -144,7 +148,7 @@ def _after_replacing(paths: Sequence[Path]) -> None:
 
 
 def _remove_abandoned(path: Path) -> None:
-    pattern = re.compile(rf"\.{re.escape(path.name[:_LONGEST])}\.[0-9a-f]{{32}}\.part")
+    pattern = re.compile(rf"\.{re.escape(_shortened(path.name))}\.[0-9a-f]{{32}}\.part")
     with os.scandir(path.parent) as entries:
         abandoned = [entry for entry in entries if pattern.fullmatch(entry.name) and entry.is_file(follow_symlinks=False)]
     for entry in abandoned:

@@ -119,8 +119,12 @@ def test_errors_name_the_file(tmp_path):
     assert names(tmp_path) == ["file"]
 
 
-def test_long_names(tmp_path):
-    path = tmp_path / ("n" * 250)
+@pytest.mark.parametrize("name", ["n" * 250, "汉" * 80, "é" * 125])
+def test_long_names(tmp_path, name):
+    """File systems count bytes, not characters."""
+    path = tmp_path / name
+    abandoned = tmp_path / f".{os.fsdecode(os.fsencode(name)[:100])}.{HEX}.part"
+    abandoned.touch()
     write_file(path, b"x")
     assert names(tmp_path) == [path.name]
 
