@@ -123,14 +123,12 @@ class UpcycledExperts(nn.Module):
         top_k = routing.experts.shape[-1]
         served = routing.experts.flatten()  # expert of assignment i, which is token i // K
         order = served.argsort(stable=True)
-        try:
-            counts = served.bincount(minlength=num_experts).tolist()
-        except RuntimeError as error:
+        if not torch.compiler.is_compiling() and not _has_values(served):
             raise NotImplementedError(
                 "FFT MoE reads how many tokens every expert serves, and there are no values to read on the meta device "
                 "and under torch.func.vmap"
-            ) from error
-        rows = x.reshape(-1, num_in)[order // top_k].split(counts)
+            )
+        rows = x.reshape(-1, num_in)[order // top_k].split(served.bincount(minlength=num_experts).tolist())
         biases = [None] * num_experts if self.bias is None else self.bias.unbind()
         outputs = [  # unbind: its backward pass fills one gradient, that of an index would add up E of full size
             nn.functional.linear(own, weight_MN, bias_M)
@@ -140,6 +138,16 @@ class UpcycledExperts(nn.Module):
         y = torch.cat(outputs) if outputs else x.new_zeros(0, num_out)
         y_of_gates = y[order.argsort()].view(*routing.gates.shape, num_out)
         return (routing.gates.unsqueeze(-1) * y_of_gates).sum(-2).to(y.dtype)
+
+
+def _has_values(tensor: Tensor) -> bool:
+    """Whether Python can read the numbers in a tensor: not on the meta device, and not those of all examples of a vmap."""
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        if functorch.is_batchedtensor(tensor):
+            return False
+        tensor = functorch.get_unwrapped(tensor)
+    return not tensor.is_meta
 
 
 class _Upcycled(nn.Module):

@@ -90,6 +90,19 @@ def test_forward_and_reverse_jacobians_agree_and_second_derivatives_are_refused(
 
 
 @of_each([config for config in ONE_EACH if isinstance(config, FFTMoEConfig)])
+def test_fft_moe_passes_other_errors_on(config, monkeypatch):
+    """A GPU reports many of its errors where values are read."""
+
+    def fail(*_, **__):
+        raise RuntimeError("out of memory")
+
+    layer, _ = layer_and_parameters(config)
+    monkeypatch.setattr(torch.Tensor, "bincount", fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        layer(tokens(3, 8))
+
+
+@of_each([config for config in ONE_EACH if isinstance(config, FFTMoEConfig)])
 def test_fft_moe_says_why_it_needs_values(config):
     layer, _ = layer_and_parameters(config)
     for call in (lambda: vmap(layer)(tokens(4, 3, 8)), lambda: layer.to("meta")(torch.zeros(3, 8, device="meta"))):
