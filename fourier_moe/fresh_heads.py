@@ -31,7 +31,7 @@ def warn_of_frozen(heads: Mapping[str, nn.Module]) -> None:
         warnings.warn(
             f"{', '.join(frozen)} looks newly initialised and is frozen now, as all that is neither adapter nor head: it would "
             f"stay random. Name it in the config to train and save it: head={frozen!r}",
-            stacklevel=4,
+            stacklevel=3,
         )
 
 
@@ -49,7 +49,7 @@ def _looks_initialised(linear: nn.Linear) -> bool:
     weight, bias = linear.weight.detach(), linear.bias
     if not linear.weight.requires_grad:
         return False  # frozen on purpose
-    if weight.is_meta or is_quantized(linear) or type(weight) is not torch.Tensor:
+    if weight.is_meta or is_quantized(linear) or type(weight) is not torch.Tensor or not weight.numel():
         return False
     bound = linear.in_features**-0.5
     largest = float(weight.abs().max())

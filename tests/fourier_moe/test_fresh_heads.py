@@ -26,6 +26,12 @@ def test_new_head_that_stays_frozen_is_named():
     assert "head=['model.classifier']" in text
 
 
+def test_warning_points_at_the_call_of_inject():
+    with pytest.warns(UserWarning, match="newly initialised") as caught:
+        inject(Transformer(), config())
+    assert caught[0].filename == __file__
+
+
 def test_head_that_is_trained_trained_before_or_frozen_on_purpose_is_not():
     assert warned(Transformer(), config(head=["classifier"])) == []
     assert warned(Transformer(), HeadOnly(head=["classifier"])) == []
@@ -58,6 +64,7 @@ def test_what_counts_as_new(seed):
     assert list(fresh_heads(nn.ModuleDict({"fc": nn.Linear(64, 10)}))) == ["fc"]  # torch
     assert list(fresh_heads(nn.ModuleDict({"fc": nn.Linear(64, 10, bias=False)}))) == ["fc"]
     assert not fresh_heads(head(normal, moved))
+    assert not fresh_heads(nn.ModuleDict({"fc": nn.Linear(64, 0)}))
     assert not fresh_heads(head(2 * normal, None))
     assert not fresh_heads(head(0.3 * torch.randn(10, 64), moved))
 
