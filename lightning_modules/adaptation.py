@@ -313,8 +313,9 @@ class AdaptationModule(L.LightningModule):
             "pipeline_tag": self.task.pipeline_tag,
             "main_metric": self.task.main_metric,
             "data": dataset if isinstance(dataset, str) or data is None else type(data).__name__,
-            "data_revision": getattr(data, "data_revision", None),
         }
+        if revision := getattr(data, "data_revision", None):
+            task["data_revision"] = revision
         code = building_code(self.task, self.num_classes, self.class_names)
         save_adapter(self.model, directory, class_names=self.class_names, metrics=metrics, task=task, code=code)
 

@@ -259,7 +259,8 @@ def test_training_leaves_the_base_as_it_was_and_checkpoint_and_file_hold_the_ada
         load_adapter(fresh.build(3), tmp_path / "adapter")
         mine, theirs = adapter_state_dict(module.model), adapter_state_dict(fresh.model)
         assert {name: torch.equal(value, theirs[name]) for name, value in mine.items()} == dict.fromkeys(theirs, True)
-        difference = fresh.eval()({"input_ids": IDS}) - task.eval()({"input_ids": IDS})
+        batch = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
+        difference = fresh.eval()(batch) - task.eval()(batch)
         assert (difference.abs().max() > 0) == (other is None)
 
 
