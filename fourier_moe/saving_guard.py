@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import warnings
 from typing import Any
 
@@ -23,8 +25,9 @@ def guard_saving(model: nn.Module) -> None:
 class GuardedSaving:
     """Stands in for a method that saves a module: the weights of adapted projections have other names (`q_proj.base.weight`).
 
-    It saves as ever once no adapter is left (merged). Where the tensors are named (`state_dict`), as transformers' Trainer does
-    for a checkpoint that the same adapted model resumes from, it saves with a warning.
+    It saves as before once no adapter is left (merged). A training checkpoint, which the same adapted model resumes from, is
+    saved with a warning: where the tensors are named (`state_dict`), or in a directory that is called as transformers' Trainer
+    calls its checkpoints, `checkpoint-500`. An error there would end a training run halfway.
     """
 
     def __init__(self, module: nn.Module, method: str) -> None:
@@ -34,7 +37,7 @@ class GuardedSaving:
         """Save.
 
         Raises:
-            ValueError: if the module is adapted and no `state_dict` is given.
+            ValueError: if the module is adapted and it is no training checkpoint.
         """
         if any(isinstance(module, Adapter) for module in self.module.modules()):
             problem = (
@@ -42,7 +45,11 @@ class GuardedSaving:
                 "the adapted projections at random. Save what was trained with fourier_moe.save_adapter(model, directory), or "
                 "push_adapter; a model without adapters is what `train.py export` writes"
             )
-            if kwargs.get("state_dict") is None:
+            if kwargs.get("state_dict") is None and not self._is_checkpoint(*args, **kwargs):
                 raise ValueError(problem)
             warnings.warn(f"{problem}. This checkpoint is good for resuming with the same adapter only", stacklevel=2)
         return getattr(type(self.module), self.method)(self.module, *args, **kwargs)
+
+    def _is_checkpoint(self, save_directory: str | os.PathLike[str] = "", *_: Any, **__: Any) -> bool:
+        name = os.path.basename(os.path.normpath(save_directory))
+        return self.method == "save_pretrained" and re.fullmatch(r"checkpoint-\d+", name) is not None

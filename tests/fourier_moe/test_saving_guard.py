@@ -86,6 +86,31 @@ def test_checkpoint_that_names_its_tensors_is_written_with_a_warning(tmp_path):
     assert torch.equal(resumed(TOKENS).logits, model(TOKENS).logits)
 
 
+def test_transformers_trainer_writes_checkpoints_and_resumes_exactly_and_its_model_is_refused(tmp_path):
+    pytest.importorskip("accelerate")
+
+    def trained(directory, resume_from=None):
+        model = llama()
+        inject(model, LORA)
+        settings = {"max_steps": 3, "save_steps": 1, "learning_rate": 0.1, "lr_scheduler_type": "constant"}
+        arguments = transformers.TrainingArguments(
+            str(directory), **settings, per_device_train_batch_size=2, report_to=[], use_cpu=True, disable_tqdm=True
+        )
+        examples = [{"input_ids": tokens, "labels": tokens} for tokens in (TOKENS[0], TOKENS[1]) * 3]
+        trainer = transformers.Trainer(model, arguments, train_dataset=examples)
+        trainer.train(resume_from_checkpoint=resume_from)
+        return trainer
+
+    with pytest.warns(UserWarning, match="good for resuming with the same adapter only"):
+        whole = trained(tmp_path / "whole")
+    with pytest.warns(UserWarning, match="good for resuming"):
+        resumed = trained(tmp_path / "resumed", str(tmp_path / "whole" / "checkpoint-1"))
+    state = resumed.model.state_dict()
+    assert all(torch.equal(value, state[key]) for key, value in whole.model.state_dict().items())
+    with pytest.raises(ValueError, match="LlamaForCausalLM is adapted"):
+        whole.save_model(str(tmp_path / "model"))
+
+
 def test_adapter_files_take_the_place(tmp_path):
     model = llama()
     inject(model, config())
