@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from fourier_moe.file_writing import write_file
 from fourier_moe.retrying import Say, causes, retry, status_of
 
 Select = Callable[[Mapping[str, int]], Sequence[str]]
@@ -69,7 +70,10 @@ class Listing:
         for done, path in enumerate(missing):
             say(f"  {path}, {_readable(self.sizes[path])} ({done + 1} of {len(missing)})")
             self.repository.download(path, self.commit, say)
-        self.repository.remember(self.commit)
+        try:
+            self.repository.remember(self.commit)
+        except OSError as error:  # a cache that others share may be read-only
+            say(f"{self.repository} is not found offline: its commit cannot be noted in the cache ({error.strerror})")
         return [folder / path for path in paths]
 
 
@@ -93,9 +97,9 @@ class Repository:
     @property
     def cache(self) -> Path:
         """Where huggingface_hub keeps it: `snapshots/<commit>/<path>`, and the commit of a branch in `refs/<branch>`."""
-        import huggingface_hub
+        from huggingface_hub import constants
 
-        return Path(huggingface_hub.constants.HF_HUB_CACHE, f"{self.kind}s--{self.name.replace('/', '--')}")
+        return Path(constants.HF_HUB_CACHE, f"{self.kind}s--{self.name.replace('/', '--')}")
 
     def fetch(self, select: Select, say: Say, *, look_up: bool) -> list[Path]:
         """Where some files are on this machine, after those that the cache lacks were fetched.
@@ -187,24 +191,18 @@ class Repository:
         """Note the commit of the revision, as huggingface_hub does, once its files are here: offline they are found by it."""
         reference = self.cache / "refs" / (self.revision or "main")
         if not _COMMIT.fullmatch(self.revision or "") and not (reference.is_file() and reference.read_text() == commit):
-            reference.parent.mkdir(parents=True, exist_ok=True)
-            part = reference.with_name(f"{reference.name}.{commit}")
-            part.write_text(commit, encoding="utf-8")
-            part.replace(reference)
+            write_file(reference, commit)
 
 
 def explain(error: BaseException, repository: Repository) -> HubError:
     """What an error of the client means, and what to do about it."""
-    import huggingface_hub
-    from huggingface_hub import errors
+    from huggingface_hub import constants, errors
 
     log_in = "log in with `hf auth login`, or set HF_TOKEN"
     status = status_of(error)
     for cause in causes(error):
         if isinstance(cause, errors.GatedRepoError):
-            page = (
-                f"{huggingface_hub.constants.ENDPOINT}/{'datasets/' if repository.kind == 'dataset' else ''}{repository.name}"
-            )
+            page = f"{constants.ENDPOINT}/{'datasets/' if repository.kind == 'dataset' else ''}{repository.name}"
             return HubError(
                 f"access to {repository.name} is restricted ({status})", f"accept its terms at {page}, then {log_in}"
             )

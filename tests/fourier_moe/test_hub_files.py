@@ -1,8 +1,10 @@
 """Files of the hub, with huggingface_hub's real client and the faults of a real network."""
 
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
+import huggingface_hub
 import pytest
 from hub_server import Repository as Served
 
@@ -34,6 +36,33 @@ def test_files_are_fetched_once_small_ones_first_and_their_size_is_told_before(s
     assert fetch(told) == FILES
     assert served.fetched() == ["small.json", "weights.bin"]
     assert served.looked_up() == ["owner/name"] * 2
+
+
+def test_submodules_of_the_client_need_not_be_imported_yet(served, told, monkeypatch):
+    """As in a new process: the package imports its modules when they are first used."""
+    monkeypatch.delattr(huggingface_hub, "constants")
+    assert fetch(told) == FILES
+
+
+def test_all_processes_of_a_run_may_note_the_commit_at_once(served):
+    commits = [f"{number:040x}" for number in range(50)]
+    repository = Repository("owner/name")
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(repository.remember, [commit for commit in commits for _ in range(8)]))
+    assert [file.name for file in (repository.cache / "refs").iterdir()] == ["main"]
+    assert (repository.cache / "refs" / "main").read_text() in commits
+
+
+def test_a_cache_in_which_nothing_can_be_noted_serves_its_files(served, told, monkeypatch):
+    assert fetch(told) == FILES
+
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("fourier_moe.hub_files.write_file", refuse)
+    (Repository("owner/name").cache / "refs" / "main").unlink()
+    assert fetch(told) == FILES
+    assert told[-1] == "owner/name is not found offline: its commit cannot be noted in the cache (Permission denied)"
 
 
 @pytest.mark.parametrize(
