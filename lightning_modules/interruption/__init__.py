@@ -4,14 +4,26 @@ from lightning_modules.interruption.checkpoints import CheckedCheckpointIO, newe
 from lightning_modules.interruption.exact_resume import ExactResume
 from lightning_modules.interruption.finite import require_finite_loss, require_finite_weights
 from lightning_modules.interruption.graceful_stop import GracefulStop
+from lightning_modules.interruption.search import (
+    checkpoint_directories,
+    find_checkpoint,
+    last_checkpoint,
+    require_nothing_ahead,
+)
+from lightning_modules.interruption.write_errors import write_error
 
 __all__ = [
     "CheckedCheckpointIO",
     "ExactResume",
     "GracefulStop",
+    "checkpoint_directories",
+    "find_checkpoint",
+    "last_checkpoint",
     "newest_intact",
     "read_checkpoint",
     "require_finite_loss",
     "require_finite_weights",
+    "require_nothing_ahead",
     "require_writable",
+    "write_error",
 ]
