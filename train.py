@@ -23,7 +23,7 @@ def main(args: list[str] | None = None) -> Any:
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, OSError) as error:
         mistake = user_mistake(error)
         if mistake is None:
             raise

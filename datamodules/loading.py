@@ -74,14 +74,15 @@ class TrainLoader(DataLoader[Any]):
 
 
 def leave_signals_to_main_process(worker: int) -> None:
-    """For ``worker_init_fn``: schedulers and Ctrl-C signal every process, and the main one still needs its workers' batches.
+    """Ignore signals in a data-loading worker; for ``worker_init_fn``.
 
-    A worker ends when its main process does. (torch's looks for that, but not for one that was gone before it first looked.)
+    Schedulers, Ctrl-C and a closed terminal signal every process, and the main one still needs its workers' batches. A worker
+    ends when its main process does. (torch's looks for that, but not for one that was gone before it first looked.)
     """
     main_process = multiprocessing.parent_process()
     if main_process is not None and main_process.pid != os.getppid():
         os._exit(1)
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
 
 

@@ -37,7 +37,14 @@ from fourier_moe.printable import printable
 from lightning_modules.blocks import checkpoint_activations
 from lightning_modules.building_code import building_code
 from lightning_modules.evaluation_sets import EvaluationSets, each_loader, num_own, set_names
-from lightning_modules.interruption import ExactResume, GracefulStop, require_finite_loss, require_finite_weights
+from lightning_modules.interruption import (
+    ExactResume,
+    GracefulStop,
+    NewestState,
+    open_csv_files,
+    require_finite_loss,
+    require_finite_weights,
+)
 from lightning_modules.optimization import Optimization
 from lightning_modules.planned_schedule import PlannedSchedule, accumulated_batches
 from lightning_modules.sharding import check_strategy
@@ -153,8 +160,12 @@ class AdaptationModule(L.LightningModule):
         return list(names) if names else None
 
     def configure_callbacks(self) -> list[L.Callback]:
-        """What every run needs to survive an interruption, and not to train beside the model."""
-        return [ExactResume(), GracefulStop(), UnusedAdapters()]
+        """What every run needs: to survive an interruption, and not to train beside the model.
+
+        It is also the last moment before Lightning opens the loggers' files.
+        """
+        open_csv_files(self.trainer)
+        return [ExactResume(), GracefulStop(), NewestState(), UnusedAdapters()]
 
     def on_validation_start(self) -> None:
         self._require_trained()

@@ -12,13 +12,20 @@ import lightning as L
 from jsonargparse import set_parsing_settings
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from fourier_moe import AdapterConfig
 from lightning_modules.adaptation import AdaptationModule, untrained
 from lightning_modules.callbacks import EvaluationReport
 from lightning_modules.cpu_time import StepTime, bound_cpu_time
-from lightning_modules.interruption import CheckedCheckpointIO, newest_intact, require_writable
+from lightning_modules.interruption import (
+    CheckedCheckpointIO,
+    checkpoint_directories,
+    find_checkpoint,
+    last_checkpoint,
+    require_nothing_ahead,
+    require_writable,
+    write_error,
+)
 from lightning_modules.tasks.hugging_face_models import tokenizer_name
 
 _OUR_PACKAGES = ("fourier_moe", "lightning_modules", "datamodules")
@@ -65,7 +72,7 @@ class AdaptationCLI(LightningCLI):
             raise ValueError("weights_only=false would run code from a checkpoint; leave it out")
         path = config.get("ckpt_path")
         if path and path not in ("best", "last", "hpc"):
-            config.ckpt_path = find_checkpoint(path)
+            config.ckpt_path = find_checkpoint(path, to_resume=self.subcommand == "fit")
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Lightning's, with checkpoint files that are checked, unless a plugin says otherwise."""
@@ -82,19 +89,19 @@ class AdaptationCLI(LightningCLI):
         options = self.config_init[self.subcommand]
         if self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        directory = Path(self.trainer.log_dir or self.trainer.default_root_dir)
-        require_writable(directory, "--trainer.logger.init_args.save_dir")
+        require_writable(Path(self.trainer.log_dir or self.trainer.default_root_dir), "--trainer.logger.init_args.save_dir")
         if options.ckpt_path == "last":
-            options.ckpt_path = None
-            if any(directory.rglob("*.ckpt")):
-                options.ckpt_path = find_checkpoint(str(directory))
+            options.ckpt_path = last_checkpoint(self.trainer, to_resume=True)
+        require_nothing_ahead(checkpoint_directories(self.trainer), options.ckpt_path)
 
     def before_test(self) -> None:
         """Refuse to evaluate a new head before data and weights are fetched; one table of results is enough."""
-        trained = self.model.adapter_path or self.config[self.subcommand].ckpt_path or self.model.task.works_untrained
+        options = self.config_init[self.subcommand]
+        if options.ckpt_path == "last":
+            options.ckpt_path = last_checkpoint(self.trainer)
+        trained = self.model.adapter_path or options.ckpt_path or self.model.task.works_untrained
         if not trained:
             raise untrained(str(self.subcommand))
-        options = self.config_init[self.subcommand]
         if "verbose" in options and any(isinstance(callback, EvaluationReport) for callback in self.trainer.callbacks):  # type: ignore[attr-defined]
             options.verbose = False
 
@@ -122,25 +129,6 @@ class AdaptationCLI(LightningCLI):
         """Nothing: Lightning would let hyper-parameters found in the checkpoint win over the command line, silently."""
 
 
-def find_checkpoint(name: str) -> str:
-    """A checkpoint file as it is; in or below a directory, the newest one that is intact."""
-    path = Path(name)
-    if "://" in name or path.is_file():
-        return name
-    if not path.exists():
-        near = ", ".join(sorted(str(file) for file in path.parent.glob("*.ckpt"))) or "none"
-        raise ValueError(f"ckpt_path={name!r} does not exist; checkpoints beside it: {near}")
-    newest, problems = newest_intact(path)
-    for problem in problems:
-        rank_zero_warn(f"damaged checkpoint left out: {problem}")
-    if newest is None:
-        raise ValueError(
-            f"ckpt_path={name!r} is a directory without an intact checkpoint; a .ckpt file in or below it is needed"
-        )
-    rank_zero_info(f"newest intact checkpoint of {path}: {newest}")
-    return str(newest)
-
-
 def _agree_on_tokenizer(data: Any, task: Any) -> None:
     """Fill in the tokenizer where task or data leaves it open: the other's, else the model's own."""
     if "tokenizer" not in data or "model" not in task:
@@ -159,8 +147,10 @@ def _agree_on_tokenizer(data: Any, task: Any) -> None:
 def user_mistake(error: BaseException | None) -> BaseException | None:
     """The error in a chain of causes that a `raise` statement of ours made: it says what to change and needs no traceback.
 
-    Any other may be a bug, also one that torch raised below a line of ours.
+    So does a full disk, whoever met it. Any other may be a bug, also one that torch raised below a line of ours.
     """
+    if isinstance(error, OSError):
+        return write_error(error)
     while error is not None:
         for frame, line in list(traceback.walk_tb(error.__traceback__))[-1:]:  # a cause that nobody raised has none
             ours = frame.f_globals.get("__name__", "").partition(".")[0] in _OUR_PACKAGES

@@ -16,8 +16,8 @@ from fourier_moe.hub import check_repo_id
 from fourier_moe.lora_export import ProjectionExport, export_loras
 from lightning_modules.adaptation import untrained
 from lightning_modules.building_code import building_code
-from lightning_modules.cli import AdaptationCLI, find_checkpoint
-from lightning_modules.interruption import require_writable
+from lightning_modules.cli import AdaptationCLI
+from lightning_modules.interruption import find_checkpoint, require_writable
 from lightning_modules.markdown import markdown_table
 from lightning_modules.static_merge import MergeReport, merge
 

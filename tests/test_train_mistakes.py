@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.limits import HANGS_AFTER
 from torch import nn
 
 from fourier_moe import FourierMoEConfig, describe_adapter, inject
@@ -137,7 +138,8 @@ def test_error_that_ours_was_raised_from_is_not_the_one_shown(tmp_path):
 def test_missing_adapter_is_one_line_and_no_traceback_in_the_real_process(tmp_path):
     command = [sys.executable, "train.py", "test", *DEMO, "--model.adapter_path", str(tmp_path / "nowhere")]
     save_dir = ["--trainer.logger.init_args.save_dir", str(tmp_path)]
-    done = subprocess.run([*command, *save_dir], cwd=REPOSITORY, capture_output=True, text=True, timeout=120, check=False)
+    options = {"cwd": REPOSITORY, "capture_output": True, "text": True, "timeout": HANGS_AFTER, "check": False}
+    done = subprocess.run([*command, *save_dir], **options)
     assert done.returncode == 1
     assert "Traceback" not in done.stderr + done.stdout
     last_line = done.stderr.strip().splitlines()[-1]

@@ -6,7 +6,7 @@ import math
 from typing import Any, Literal
 
 import lightning as L
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_modules.adaptation import AdaptationModule
 from lightning_modules.callbacks.run_directory import run_directory
@@ -17,6 +17,9 @@ class AdapterCheckpoint(L.Callback):
 
     At the end the values of both are said. Where one cannot be written, or holds NaN, the run ends with the step and the cause,
     and the one before is kept.
+
+    If the best adapter disappears during the run (someone deletes or moves the run directory), the run goes on, keeps the best
+    from then on, and ends with an error that says so.
 
     Without validation only `adapter_last` is written, with fast_dev_run nothing. A run that resumes in another directory starts
     its own record, as ModelCheckpoint does.
@@ -32,11 +35,14 @@ class AdapterCheckpoint(L.Callback):
         self.monitor, self.mode = monitor, mode
         self.best: float | None = None
         self._last: tuple[int, float] | None = None  # step and value of the newest validation
+        self._written = False  # the best adapter, by this run or the one that it goes on from
+        self._lost: int | None = None  # at which step it was found to be gone
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if not trainer.strategy.broadcast((run_directory(trainer) / "adapter").is_dir()):
+        self._written = self._is_there(trainer)
+        if not self._written:
             self.best = None
-        self._last = None
+        self._last = self._lost = None
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.sanity_checking or trainer.state.fn != "fit":
@@ -44,22 +50,37 @@ class AdapterCheckpoint(L.Callback):
         if self.monitor not in trainer.callback_metrics:
             known = ", ".join(sorted(trainer.callback_metrics))
             raise ValueError(f"AdapterCheckpoint: monitor={self.monitor!r} is not logged; logged: {known}")
+        self._check(trainer)
         value = float(trainer.callback_metrics[self.monitor])
         self._last = trainer.global_step, value
         better = self.best is None or math.isnan(self.best) or (value > self.best if self.mode == "max" else value < self.best)
         if better:
-            self.best = value
             self._save(trainer, pl_module, "adapter")
+            self.best = value
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._save(trainer, pl_module, "adapter_last")
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
+        self._check(trainer)
         directory = run_directory(trainer)
         best = f"best {self.monitor} {self.best:.4f}: {directory / 'adapter'}; " if self.best is not None else ""
         validated = self._last is not None and self._last[0] == trainer.global_step
         last = f"last {self.monitor} {self._last[1]:.4f}" if self._last and validated else "last, not validated"
         rank_zero_info(f"Adapter written: {best}{last}: {directory / 'adapter_last'}")
+        if self._lost is not None:
+            raise ValueError(
+                f"the best adapter of the first {self._lost} steps is lost: {directory} was deleted or moved during the run; "
+                "only what is named above was written since"
+            )
+
+    def _is_there(self, trainer: L.Trainer) -> bool:
+        return trainer.strategy.broadcast((run_directory(trainer) / "adapter").is_dir())
+
+    def _check(self, trainer: L.Trainer) -> None:
+        if self._written and not self._is_there(trainer):
+            self.best, self._written, self._lost = None, False, trainer.global_step
+            rank_zero_warn(f"{run_directory(trainer)} was deleted or moved during the run: its best adapter is gone")
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.best}
@@ -72,14 +93,15 @@ class AdapterCheckpoint(L.Callback):
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         directory = run_directory(trainer) / name
-        problem = None
+        problem, cause = None, None
         if trainer.is_global_zero:
             logged = trainer.callback_metrics.items()
             metrics = {key: float(value) for key, value in logged if key.startswith(("train/", "val/"))}
             try:
                 pl_module.save_adapter(directory, metrics)
             except (ValueError, OSError) as error:
-                problem = f"the adapter of step {trainer.global_step} was not written: {error}"
+                problem, cause = f"the adapter of step {trainer.global_step} was not written: {error}", error
         problem = trainer.strategy.broadcast(problem)  # all ranks stop, not one while the others wait for it
         if problem:
-            raise ValueError(problem)
+            raise ValueError(problem) from cause
+        self._written |= name == "adapter"

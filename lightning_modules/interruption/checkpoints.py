@@ -6,8 +6,11 @@ import hashlib
 import io
 import os
 import pickle
+import re
 import tempfile
+import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +24,29 @@ from fourier_moe.file_writing import write_file
 _MARK = b"fourier_moe sha256 "
 _END_OF_ZIP = b"PK\x05\x06"  # begins the last 22 bytes of a zip archive that has no comment
 _END_SIZE = 22
+_POSITION = re.compile(rb"step (\d+) written (\d+) (whole|weights) " + re.escape(_MARK) + rb"[0-9a-f]{64}\Z")
+_POSITION_SIZE = 200  # bytes at the end of a file that surely hold it
+
+
+@dataclass(frozen=True, order=True)
+class Position:
+    """How far training was when a checkpoint was written; the newer of two is the greater.
+
+    The file itself records it, so that copying or unpacking a run directory changes nothing.
+
+    Args:
+        step: optimiser steps.
+        written: time of writing in ns; tells two checkpoints of one step apart.
+        whole: whether training can go on from it; a checkpoint of weights alone (`save_weights_only`) has no optimiser state.
+    """
+
+    step: int
+    written: int
+    whole: bool = field(compare=False)
 
 
 class CheckedCheckpointIO(TorchCheckpointIO):
-    """torch's format with a checksum in the zip archive's comment; `torch.load` reads the files as ever.
+    """torch's format with step and checksum in the zip archive's comment; `torch.load` reads the files as usual.
 
     torch itself notices no flipped bit in a tensor. A file is written beside its place under another name and then moved
     there, so that a process killed at any moment leaves the old file or the new one.
@@ -46,9 +68,9 @@ class CheckedCheckpointIO(TorchCheckpointIO):
         try:
             write_file(Path(path), content)
         except OSError as error:
-            step = checkpoint.get("global_step")
+            step, cause = checkpoint.get("global_step"), os.strerror(error.errno) if error.errno else error
             raise RuntimeError(
-                f"checkpoint {path} of step {step} cannot be written: {error.strerror}; earlier checkpoints are as they were. "
+                f"checkpoint {path} of step {step} cannot be written: {cause}; earlier checkpoints are as they were. "
                 "Make room there, then resume with --ckpt_path RUN_DIRECTORY, which takes the newest intact one"
             ) from error
 
@@ -87,11 +109,51 @@ def read_checkpoint(path: str | os.PathLike[str], map_location: Any = "cpu") -> 
         ) from error
 
 
-def newest_intact(directory: Path) -> tuple[Path | None, list[str]]:
-    """The newest undamaged checkpoint in or below a directory, and what is wrong with those that are newer."""
+def is_intact(path: Path) -> bool:
+    """Whether a file is a whole checkpoint as far as can be seen without loading it."""
+    return _problem(path.read_bytes()) is None
+
+
+def position(path: Path) -> Position | None:
+    """How far training was, without reading the weights; None if the file is no checkpoint or is badly damaged."""
+    with path.open("rb") as file:
+        file.seek(-min(_POSITION_SIZE, path.stat().st_size), os.SEEK_END)
+        found = _POSITION.search(file.read())
+    if found:
+        return Position(int(found[1]), int(found[2]), found[3] == b"whole")
+    try:  # an older version or another program wrote it
+        content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        return Position(int(content["global_step"]), path.stat().st_mtime_ns, "optimizer_states" in content)
+    except Exception:  # torch and pickle raise errors of any kind for files that are no checkpoints
+        return None
+
+
+def positions(*directories: Path) -> dict[Path, Position | None]:
+    """Every checkpoint file in or below the directories, the newest first; before them files without a readable position."""
+    paths = sorted({path for directory in directories for path in directory.rglob("*.ckpt")})
+    found = {path: position(path) if path.is_file() else None for path in paths}
+    unknown = {path: None for path, place in found.items() if place is None}
+    known = {path: place for path, place in found.items() if place is not None}
+    newest_first = sorted(known, key=lambda path: (known[path], path.stat().st_mtime_ns), reverse=True)
+    return unknown | {path: known[path] for path in newest_first}
+
+
+def newest_intact(*directories: Path, to_resume: bool = False) -> tuple[Path | None, list[str]]:
+    """The undamaged checkpoint of the greatest step in or below the directories.
+
+    Args:
+        to_resume: leave out checkpoints of weights alone.
+
+    Returns:
+        Its path, None if there is none, and what is wrong with files that may be newer.
+    """
     problems: list[str] = []
-    for path in sorted(directory.rglob("*.ckpt"), key=lambda path: path.stat().st_mtime_ns, reverse=True):
+    for path, place in positions(*directories).items():
+        if to_resume and place is not None and not place.whole:
+            continue
         problem = _problem(path.read_bytes()) if path.is_file() else "not a file"
+        if problem is None and place is None:
+            problem = "no training checkpoint"
         if problem is None:
             return path, problems
         problems.append(f"{path}: {problem}")
@@ -121,8 +183,12 @@ def _with_checksum(checkpoint: dict[str, Any]) -> bytes:
     buffer = io.BytesIO()
     torch.save(checkpoint, buffer)
     # A zip archive ends with the length of its comment (2 bytes) and the comment.
+    comment = _MARK
+    if "global_step" in checkpoint:
+        kind = "whole" if "optimizer_states" in checkpoint else "weights"
+        comment = f"step {checkpoint['global_step']} written {time.time_ns()} {kind} ".encode() + _MARK
     buffer.seek(-2, os.SEEK_END)
-    buffer.write((len(_MARK) + 64).to_bytes(2, "little") + _MARK)
+    buffer.write((len(comment) + 64).to_bytes(2, "little") + comment)
     buffer.write(hashlib.sha256(buffer.getbuffer()).hexdigest().encode())
     return buffer.getvalue()
 

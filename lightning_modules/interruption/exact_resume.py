@@ -28,20 +28,23 @@ class ExactResume(L.Callback):
     own, from (seed of the run, 0, rank): seeded alike, they would drop the same activations. Resumed with another number of
     processes, or on another kind of device, each draws anew from (seed, step, rank), and a warning says so.
 
-    Position: Lightning's own record of the loops has gaps, which are closed in the checkpoint. Written in the midst of
-    accumulation, it would lose the gradients so far: it goes back to the first batch of the optimiser step. Written when a
-    validation is due or has begun, it would skip it or go on with half of the metrics: the validation is done from its start.
-    Written at the end of an epoch, it would go on differently with max_steps, limits or no validation: the next epoch begins.
+    Position: Lightning's own record of the loops has gaps, which are closed in the checkpoint. Written during accumulation or
+    before a batch has been trained on, it would lose gradients or the batch: it goes back to the first batch of the optimiser
+    step. Written when a validation is due or has begun, it would skip it or go on with half of the metrics: the validation is
+    done from its start. Written at the end of an epoch or between two, it would go on differently with max_steps, limits or no
+    validation: the next epoch begins.
     """
 
     def __init__(self) -> None:
         self._next: RandomState | None = None  # of the next training batch
         self._first: RandomState | None = None  # of the first batch of this optimiser step
+        self._in_batch = False
         self._validating = False
+        self._validated = False  # after the current batch
         self._seed = 0
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._validating = False
+        self._in_batch = self._validating = self._validated = False
         self._seed = torch.initial_seed()  # now: putting a state back changes it
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -63,6 +66,7 @@ class ExactResume(L.Callback):
             own = (self._seed, trainer.global_step, trainer.global_rank)
             self._next = random_state(device) if alone else new_state(*own, device)
         set_random_state(self._next, device)
+        self._in_batch, self._validated = True, False
         if batch_idx % trainer.accumulate_grad_batches == 0:
             self._first = self._next
         # Where TensorBoard's x-axis is; Lightning is one off after some resumptions.
@@ -72,19 +76,23 @@ class ExactResume(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._next = random_state(trainer.strategy.root_device)
+        self._in_batch = False
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._validating = trainer.state.fn == "fit" and not trainer.sanity_checking
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._validated = self._validating
         self._validating = False
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        surplus = _batches_since_step(trainer)
-        state = self._first if surplus else self._next
+        surplus, unfinished = _batches_since_step(trainer), _unfinished_batch(trainer)
+        if self._in_batch and not unfinished:  # another callback's on_train_batch_end comes before ours
+            self._next = random_state(trainer.strategy.root_device)
+        state = self._first if surplus > unfinished else self._next
         states = all_random_states(state or random_state(trainer.strategy.root_device))
         checkpoint["random_states"] = {"seed": self._seed, "step": trainer.global_step, "states": states}
-        _close_gaps(checkpoint["loops"]["fit_loop"], trainer, surplus, self._validating)
+        _close_gaps(checkpoint["loops"]["fit_loop"], trainer, surplus, self._validating, self._validated)
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         device = trainer.strategy.root_device
@@ -106,21 +114,34 @@ class ExactResume(L.Callback):
         self._next = new_state(stored["seed"], stored["step"], trainer.global_rank, device)
 
 
+def between_steps(trainer: L.Trainer) -> bool:
+    """Whether the weights are those of a whole number of optimiser steps, so that a checkpoint can be written."""
+    batches: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+    return batches.ready == batches.processed or batches.ready > batches.started
+
+
+def _unfinished_batch(trainer: L.Trainer) -> int:
+    """1 if the current batch has not been trained on yet, else 0."""
+    batches: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+    return batches.ready - batches.processed
+
+
 def _batches_since_step(trainer: L.Trainer) -> int:
-    """How many batches have been accumulated since the last optimiser step."""
+    """How many batches have been handed out since the last optimiser step."""
     loop = trainer.fit_loop.epoch_loop
+    if _unfinished_batch(trainer):
+        return (loop.batch_progress.current.ready - 1) % trainer.accumulate_grad_batches + 1
     return loop.batch_progress.current.ready % trainer.accumulate_grad_batches if loop._should_accumulate() else 0
 
 
-def _close_gaps(loops: dict[str, Any], trainer: L.Trainer, surplus: int, validating: bool) -> None:
+def _close_gaps(loops: dict[str, Any], trainer: L.Trainer, surplus: int, validating: bool, validated: bool) -> None:
     """Change Lightning's record of the loops to one from which it goes on at the right place; see ExactResume."""
     batches, epochs, validation = loops[_LOOP + "batch_progress"], loops["epoch_progress"], loops[_VAL_LOOP + "batch_progress"]
     loaders = [state for state in loops["state_dict"].get("combined_loader", ()) if "batches" in state]  # TrainLoader's
     loop = trainer.fit_loop.epoch_loop
-    in_batch_end = batches["total"]["completed"] < batches["total"]["processed"]
     fetcher = trainer.fit_loop._data_fetcher
-    in_epoch_end = epochs["total"]["completed"] < epochs["total"]["processed"]
-    due = not surplus and (validating or (in_batch_end and fetcher is not None and loop._should_check_val_fx(fetcher)))
+    in_epoch = epochs["current"]["started"] > epochs["current"]["processed"]
+    due = validating or (in_epoch and not validated and fetcher is not None and loop._should_check_val_fx(fetcher))
     if surplus:
         _count(batches, batches["current"]["ready"] - surplus, batches["total"]["ready"] - surplus)
         _count(validation, 0, 0)
@@ -130,12 +151,12 @@ def _close_gaps(loops: dict[str, Any], trainer: L.Trainer, surplus: int, validat
         _count(batches, batches["current"]["ready"], batches["total"]["ready"])
         _count(validation, 0, 0)
         validation["total"] |= {"ready": 1, "started": 1}
-    elif in_epoch_end or (in_batch_end and loop._num_ready_batches_reached()):  # the next epoch's beginning
+    elif not in_epoch or (not validated and loop._num_ready_batches_reached()):  # the next epoch's beginning
         _count(batches, 0, batches["total"]["ready"])
-        _count(epochs, epochs["current"]["ready"], epochs["total"]["ready"])
+        _count(epochs, epochs["current"]["started"], epochs["total"]["started"])
         _count(validation, 0, 0)
         for state in loaders:
-            state |= {"epoch": epochs["current"]["ready"], "batches": 0}
+            state |= {"epoch": epochs["current"]["started"], "batches": 0}
 
 
 def _count(progress: dict[str, Any], current: int, total: int) -> None:

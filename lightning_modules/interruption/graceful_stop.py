@@ -1,11 +1,14 @@
-"""GracefulStop: SIGTERM, Ctrl-C and SLURM's preemption end a run after the batch at hand, with a checkpoint."""
+"""GracefulStop: signals and full disks end a run after the current batch, with a checkpoint."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import signal
+import stat
 import subprocess
+import tempfile
 import threading
 from pathlib import Path
 from types import FrameType
@@ -13,8 +16,12 @@ from typing import Any
 
 import lightning as L
 from lightning.fabric.plugins.environments import SLURMEnvironment
-from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
+
+from lightning_modules.interruption.exact_resume import between_steps
+from lightning_modules.interruption.newest_state import NewestState
+from lightning_modules.interruption.write_errors import quiet_writer_threads, write_error
 
 NAME = "interrupted.ckpt"
 
@@ -22,18 +29,27 @@ NAME = "interrupted.ckpt"
 class GracefulStop(L.Callback):
     """Write `checkpoints/interrupted.ckpt`, say how to resume, and exit with 128 + the signal's number.
 
-    AdaptationModule brings it along. The signals are SIGTERM, SIGINT (pressed again, it ends at once) and, in a SLURM job that
-    may be requeued, the one that announces the time limit (`--signal=USR1@120`), after which the job is requeued. A handler
-    only notes the signal. All processes agree after every training batch, so that one signal to one of them is enough. With a
-    single process a validation is left in its midst, too; several, which may have unequally many batches, end it first.
+    AdaptationModule brings it along. The signals are SIGTERM, SIGHUP (a closed terminal), SIGINT (pressed again, it ends at
+    once) and, in a SLURM job that may be requeued, the one that announces the time limit (`--signal=USR1@120`), after which the
+    job is requeued. A signal that the process ignores (`nohup`) stays ignored. A handler only notes the signal. All processes
+    agree after every training batch, so that one signal to one of them is enough. With a single process a validation is left
+    before its end, too; several, which may have unequally many batches, end it first.
 
-    These handlers stand in for Lightning's, which save from within the handler, in the midst of an optimiser step.
+    These handlers replace Lightning's, which save from within the handler, in the middle of an optimiser step.
+
+    A full disk raises an error wherever it is met first, and the checkpoint is written then: if not beside the others, in the
+    directory for temporary files. Several processes cannot do that, since only one of them sees the error.
     """
 
     def __init__(self) -> None:
         self._received: int | None = None
         self._requeue: int | None = None
         self._before: dict[int, Any] = {}
+        self._trained = False  # a batch since the start
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._trained = False
+        quiet_writer_threads()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._received = signal.SIGTERM if trainer.received_sigterm else None
@@ -42,12 +58,15 @@ class GracefulStop(L.Callback):
         environment = trainer._accelerator_connector.cluster_environment
         if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
             self._requeue = environment.requeue_signal
-        for number in [signal.SIGTERM, signal.SIGINT] + ([] if self._requeue is None else [self._requeue]):
-            self._before[number] = signal.signal(number, self._note)
+        numbers = [signal.SIGTERM, signal.SIGHUP, signal.SIGINT] + ([] if self._requeue is None else [self._requeue])
+        for number in numbers:
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                self._before[number] = signal.signal(number, self._note)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        self._trained = True
         if trainer.strategy.reduce_boolean_decision(self._received is not None, all=False):
             self._stop(trainer)
 
@@ -68,14 +87,21 @@ class GracefulStop(L.Callback):
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         self._restore()
+        error = write_error(exception)
+        if error is not None and trainer.state.fn == "fit" and self._trained:
+            self._save_elsewhere(trainer, error)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self._received is not None:
             raise KeyboardInterrupt
         self._received = number
+        if number == signal.SIGHUP:
+            _leave_closed_terminal()
         again = ", again for an end without one" if number == signal.SIGINT else ""
-        if getattr(rank_zero_only, "rank", 0) == 0:  # past sys.stderr, in whose midst the signal may have come
-            os.write(2, f"\n{signal.Signals(number).name} received: checkpoint and end after this batch{again}\n".encode())
+        if getattr(rank_zero_only, "rank", 0) == 0:  # past sys.stderr, which may be writing right now
+            text = f"\n{signal.Signals(number).name} received: checkpoint and end after this batch{again}\n"
+            with contextlib.suppress(OSError):
+                os.write(2, text.encode())
 
     def _restore(self) -> None:
         for number, handler in self._before.items():
@@ -90,35 +116,65 @@ class GracefulStop(L.Callback):
             rank_zero_warn(f"{reason}; no checkpoint was written, since the run has no checkpoint callback")
         else:
             trainer.save_checkpoint(path, weights_only=False)  # unsaid, Lightning logs its default
-            rank_zero_info(f"\n{reason}. Checkpoint: {path}\nResume: {resume_command(trainer, path)}")
+            rank_zero_info(f"\n{reason}. Checkpoint: {path}\nResume: {resume_command(path, path.parent.parent)}")
         if number == self._requeue and trainer.is_global_zero:
             _requeue_job()
         raise SystemExit(128 + number)
 
+    def _save_elsewhere(self, trainer: L.Trainer, error: OSError) -> None:
+        reason = f"{os.strerror(error.errno or 0)}: the run ended at step {trainer.global_step}"
+        path = _checkpoint_path(trainer)
+        if path is None:
+            return
+        newest = f"go on from the newest checkpoint with --ckpt_path {path.parent}"
+        if trainer.world_size > 1:
+            rank_zero_warn(f"{reason}; several processes write no checkpoint after an error of one, {newest}")
+            return
+        if not between_steps(trainer):
+            rank_zero_warn(f"{reason}, in the middle of a step, of which no checkpoint can be written; {newest}")
+            return
+        elsewhere = Path(tempfile.gettempdir()) / f"fourier_moe_{os.getpid()}" / NAME
+        for place in (path, elsewhere):
+            try:
+                trainer.save_checkpoint(place, weights_only=False)
+            except (RuntimeError, ValueError, OSError) as problem:
+                rank_zero_warn(str(problem))
+                continue
+            command = resume_command(place, path.parent.parent)
+            rank_zero_info(f"\n{reason}. Checkpoint: {place}\nMake room, then resume: {command}")
+            return
+        rank_zero_warn(f"{reason}, and no checkpoint could be written; {newest}")
 
-def resume_command(trainer: L.Trainer, path: Path) -> str:
-    """The line that goes on from a checkpoint, in the directory of the run."""
-    config = path.parent.parent / "config.yaml"
+
+def resume_command(path: Path, run: Path) -> str:
+    """The line that goes on from a checkpoint in the directory of the run."""
+    config = run / "config.yaml"
     if not config.is_file():
         return f"the same command with --ckpt_path {shlex.quote(str(path))}"
     launcher = "torchrun YOUR_OPTIONS" if "TORCHELASTIC_RUN_ID" in os.environ else "python"
-    version = shlex.quote(path.parent.parent.name)
     return (
         f"{launcher} train.py fit --config {shlex.quote(str(config))} "
-        f"--trainer.logger.init_args.version {version} --ckpt_path {shlex.quote(str(path))}"
+        f"--trainer.logger.init_args.version {shlex.quote(run.name)} --ckpt_path {shlex.quote(str(path))}"
     )
 
 
 def _checkpoint_path(trainer: L.Trainer) -> Path | None:
     """Beside the other checkpoints; None if the run writes none."""
-    if trainer.fast_dev_run or not any(isinstance(callback, Checkpoint) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+    kept = [callback for callback in trainer.checkpoint_callbacks if not isinstance(callback, NewestState)]
+    if trainer.fast_dev_run or not kept:  # type: ignore[attr-defined]
         return None
-    directories = [
-        callback.dirpath
-        for callback in trainer.checkpoint_callbacks
-        if isinstance(callback, ModelCheckpoint) and callback.dirpath
-    ]
+    directories = [callback.dirpath for callback in kept if isinstance(callback, ModelCheckpoint) and callback.dirpath]
     return Path(directories[0] if directories else trainer.default_root_dir) / NAME
+
+
+def _leave_closed_terminal() -> None:
+    """Let go on what is printed (the progress bar) once the terminal takes nothing more."""
+    for descriptor in (1, 2):
+        with contextlib.suppress(OSError):  # closed already
+            if stat.S_ISCHR(os.fstat(descriptor).st_mode) and not os.isatty(descriptor):
+                null = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(null, descriptor)
+                os.close(null)
 
 
 def _requeue_job() -> None:

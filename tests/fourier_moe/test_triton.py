@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.limits import HANGS_AFTER
 
 pytest.importorskip("triton")
 
@@ -60,7 +61,7 @@ print("kernels equal")
 
 def test_kernels_equal_the_pytorch_path_in_values_and_gradients():
     environment = os.environ | {"TRITON_INTERPRET": "1", "FOURIER_MOE_TRITON": "1", "PYTHONPATH": str(REPOSITORY)}
-    run = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, timeout=300)
+    run = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, timeout=HANGS_AFTER)
     assert run.returncode == 0, run.stderr[-3000:]
     assert "kernels equal" in run.stdout
 

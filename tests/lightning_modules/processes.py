@@ -8,6 +8,7 @@ import traceback
 from queue import Empty
 
 import torch
+from support.limits import HANGS_AFTER
 
 
 def run_in_two(function, *args):
@@ -23,7 +24,7 @@ def run_in_two(function, *args):
     found = {}
     try:
         while len(found) < 2:
-            rank, error, result = results.get(timeout=100)
+            rank, error, result = results.get(timeout=HANGS_AFTER)
             assert error is None, f"process {rank}:\n{error}"
             found[rank] = torch.load(io.BytesIO(result), weights_only=False)
     except Empty:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from support.limits import HANGS_AFTER
 from token_task import ADAPTER, RATES, TokenData, token_batch, token_module, token_trainer
 from torch.utils.data import DataLoader
 
@@ -256,7 +257,9 @@ def run_twice(directory, script, *words):
     command = [sys.executable, str(directory / "script.py"), *words, "--trainer.enable_progress_bar", "false"]
     command += ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--trainer.logger.init_args.save_dir", str(directory)]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=150, check=False)
+    done = subprocess.run(
+        command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=HANGS_AFTER, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert "GLOBAL_RANK: 1, MEMBER: 2/2" in done.stderr
 

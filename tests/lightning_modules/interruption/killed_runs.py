@@ -113,6 +113,8 @@ def moments(number: int, seed: int) -> list[At]:
 def fit(directory: Path, *callbacks: L.Callback, resume: Path | None = None, **options: Any) -> L.Trainer:
     """Train the digits' tower for 2 epochs of 7 batches with dropout, crops, workers, accumulation and validation."""
     data = {"num_workers": options.pop("num_workers", 1), "batch_size": options.pop("batch_size", 16)}
+    newest = ModelCheckpoint(directory, filename="newest", every_n_train_steps=1)
+    more = [] if options.pop("without_newest", False) else [newest]
     L.seed_everything(options.pop("seed", 0), workers=True, verbose=False)
     module = AdaptationModule(
         ImageClassification(str(TOWER / "digits_vit.json"), str(TOWER / "digits_vit.safetensors")),
@@ -127,7 +129,7 @@ def fit(directory: Path, *callbacks: L.Callback, resume: Path | None = None, **o
         plugins=[CheckedCheckpointIO()],
         callbacks=[
             ModelCheckpoint(directory, monitor="val/accuracy", mode="max", save_last=True),
-            ModelCheckpoint(directory, filename="newest", every_n_train_steps=1),
+            *more,
             *callbacks,
         ],
         **{**defaults, "accumulate_grad_batches": 2, **quiet, **options},  # type: ignore[arg-type]

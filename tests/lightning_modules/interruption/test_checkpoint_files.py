@@ -4,6 +4,7 @@ import errno
 import os
 import pickle
 import random
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -12,7 +13,15 @@ import pytest
 import torch
 
 from lightning_modules.cli import user_mistake
-from lightning_modules.interruption import CheckedCheckpointIO, newest_intact, read_checkpoint, require_writable
+from lightning_modules.interruption import (
+    CheckedCheckpointIO,
+    checkpoints,
+    find_checkpoint,
+    newest_intact,
+    read_checkpoint,
+    require_nothing_ahead,
+    require_writable,
+)
 
 CONTENT = {
     "global_step": 7,
@@ -122,6 +131,73 @@ def test_newest_intact_skips_damaged_ones_and_says_which(tmp_path):
     for path in paths[:2]:
         path.unlink()
     assert newest_intact(tmp_path)[0] is None
+
+
+def test_newest_is_that_of_the_greatest_step_whatever_copying_has_made_of_the_times(tmp_path):
+    steps = [42, 7, 56, 49]
+    for age, step in enumerate(steps):
+        path = save(tmp_path / f"run/checkpoints/{step}.ckpt", {"global_step": step})
+        os.utime(path, (1_000_000 - age * (step == 56),) * 2)  # as unpacked: the newest looks oldest
+    torch.save({"global_step": 60, "optimizer_states": []}, tmp_path / "run/checkpoints/old_version.ckpt")
+    os.utime(tmp_path / "run/checkpoints/old_version.ckpt", (1,) * 2)
+    for number, expected in enumerate(["old_version", "56", "49", "42", "7"]):
+        copy = tmp_path / f"copy_{number}"
+        shutil.copytree(tmp_path / "run", copy, copy_function=shutil.copy if number % 2 else shutil.copy2)
+        assert newest_intact(copy) == (copy / f"checkpoints/{expected}.ckpt", [])
+        (tmp_path / f"run/checkpoints/{expected}.ckpt").unlink()
+    assert newest_intact(tmp_path / "run") == (None, [])
+
+
+def test_of_two_checkpoints_of_one_step_the_one_written_last_is_newer(tmp_path):
+    for name in ("before_validation", "after_validation"):
+        os.utime(save(tmp_path / f"{name}.ckpt"), (1_000_000,) * 2)
+    assert newest_intact(tmp_path)[0] == tmp_path / "after_validation.ckpt"
+
+
+def test_position_is_read_without_the_weights(file, monkeypatch):
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("the file was loaded"))
+    assert checkpoints.position(file).step == 7
+    file.write_bytes(file.read_bytes()[-170:])
+    assert checkpoints.position(file).step == 7
+
+
+def test_weights_alone_are_not_resumed_from_and_files_of_other_programs_are_named(tmp_path):
+    save(tmp_path / "whole.ckpt", {"global_step": 7, "optimizer_states": []})
+    weights = save(tmp_path / "weights.ckpt", {"global_step": 9})
+    torch.save({"global_step": 8, "state_dict": {}}, tmp_path / "old_weights.ckpt")
+    torch.save({"encoder": torch.ones(2)}, tmp_path / "other.ckpt")
+    (tmp_path / "link.ckpt").symlink_to("nowhere.ckpt")
+    named = [f"{tmp_path / 'link.ckpt'}: not a file", f"{tmp_path / 'other.ckpt'}: no training checkpoint"]
+    assert newest_intact(tmp_path, to_resume=True) == (tmp_path / "whole.ckpt", named)
+    assert newest_intact(tmp_path) == (weights, named)
+    assert find_checkpoint(str(weights)) == str(weights)
+    with pytest.raises(ValueError, match=r"weights\.ckpt' holds weights only"):
+        find_checkpoint(str(weights), to_resume=True)
+    (tmp_path / "whole.ckpt").unlink()
+    message = r"without an intact checkpoint; a whole \.ckpt file"
+    with pytest.raises(ValueError, match=message), pytest.warns(UserWarning, match="left out"):
+        find_checkpoint(str(tmp_path), to_resume=True)
+
+
+def test_directory_of_several_runs_is_refused_with_their_steps(tmp_path):
+    for run, step in (("version_0", 312), ("version_1", 40)):
+        save(tmp_path / run / "checkpoints/last.ckpt", {"global_step": step})
+        (tmp_path / run / "config.yaml").touch()
+    assert find_checkpoint(str(tmp_path / "version_1")) == str(tmp_path / "version_1/checkpoints/last.ckpt")
+    message = rf"2 runs; name one of them: {tmp_path}/version_0 \(step 312\), {tmp_path}/version_1 \(step 40\)"
+    with pytest.raises(ValueError, match=message) as error:
+        find_checkpoint(str(tmp_path))
+    assert user_mistake(error.value) is error.value
+
+
+def test_writing_beside_checkpoints_of_later_steps_is_refused(tmp_path):
+    early, late = (str(save(tmp_path / f"{step}.ckpt", {"global_step": step})) for step in (7, 56))
+    with pytest.raises(ValueError, match=r"56\.ckpt is of step 56, and this run, which goes on from step 7 .*7\.ckpt"):
+        require_nothing_ahead([tmp_path], early)
+    with pytest.raises(ValueError, match=r"56\.ckpt is of step 56, and this run, which begins anew"):
+        require_nothing_ahead([tmp_path], None)
+    require_nothing_ahead([tmp_path], late)
+    require_nothing_ahead([tmp_path / "elsewhere"], early)
 
 
 def test_file_without_a_checksum_is_read_with_a_warning(tmp_path):

@@ -1,6 +1,7 @@
 """SIGTERM, SIGINT and SLURM's signal: a checkpoint, the command to resume, an exit status."""
 
 import os
+import pty
 import re
 import shlex
 import signal
@@ -10,7 +11,7 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
-from killed_runs import At, forked, in_process, in_two_processes, same
+from killed_runs import At, fit, forked, in_process, in_two_processes, same
 
 import train
 from lightning_modules import AdaptationModule
@@ -30,6 +31,7 @@ def signalled(number):
         ("on_after_backward", 5, signal.SIGINT, 2),  # one in the midst of accumulation
         ("on_validation_batch_start", 1, signal.SIGTERM, 1),  # validation, in the midst of accumulation
         ("on_validation_batch_start", 3, signal.SIGTERM, 3),  # validation, the second of the epoch
+        ("on_after_backward", 4, signal.SIGHUP, 2),  # a closed terminal
     ],
 )
 def test_signal_ends_the_run_with_a_checkpoint_from_which_it_goes_on_to_the_same_bits(
@@ -55,6 +57,34 @@ def test_second_ctrl_c_ends_at_once(tmp_path):
     status, _ = in_process(tmp_path, At("on_after_backward", 2, twice))
     assert status == 1
     assert not (tmp_path / "interrupted.ckpt").exists()
+
+
+def test_hang_up_that_nohup_ignores_stays_ignored(tmp_path):
+    def child():
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        fit(tmp_path, At("on_after_backward", 2, signalled(signal.SIGHUP)), max_steps=2)
+
+    assert forked(child, tmp_path / "log.txt") == 0, (tmp_path / "log.txt").read_text()
+    assert not (tmp_path / "interrupted.ckpt").exists()
+
+
+def test_run_whose_terminal_has_gone_writes_its_checkpoint_though_it_cannot_print(tmp_path):
+    """A terminal that takes nothing more makes every line of a progress bar an error."""
+
+    def child():
+        master, terminal = pty.openpty()
+        for descriptor in (1, 2):
+            os.dup2(terminal, descriptor)
+        os.close(terminal)
+
+        def hang_up():
+            os.close(master)  # from now on the terminal answers EIO
+            signalled(signal.SIGHUP)()
+
+        fit(tmp_path, At("on_after_backward", 3, hang_up), enable_progress_bar=True)
+
+    assert forked(child, tmp_path / "log.txt") == 128 + signal.SIGHUP
+    assert read_checkpoint(tmp_path / "interrupted.ckpt")["global_step"] == 1
 
 
 def test_handlers_are_put_back():

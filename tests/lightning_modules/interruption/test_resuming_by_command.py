@@ -59,6 +59,27 @@ def test_last_begins_anew_and_then_goes_on_in_the_run_s_own_directory(short, tmp
     assert second.global_step == 3
 
 
+def test_last_also_finds_what_a_model_checkpoint_with_a_directory_of_its_own_has_written(short, tmp_path):
+    save = {"class_path": SAVE["class_path"], "init_args": SAVE["init_args"] | {"dirpath": str(tmp_path / "elsewhere")}}
+    words = ("--trainer.callbacks", str([save]), "--ckpt_path", "last")
+    assert short(2, *words).ckpt_path is None
+    second = short(3, *words)
+    assert Path(second.ckpt_path).parent == tmp_path / "elsewhere"
+    assert second.global_step == 3
+
+
+def test_beginning_anew_or_earlier_beside_later_checkpoints_is_refused(short, tmp_path, monkeypatch):
+    short(2)
+    monkeypatch.setattr(AdaptationModule, "training_step", lambda *_: pytest.fail("training began"))
+    first = str(next((tmp_path / "demo/job_1/checkpoints").glob("epoch=*")))
+    for words in ((), ("--ckpt_path", first)):
+        if words:
+            newer = CheckedCheckpointIO().load_checkpoint(first) | {"global_step": 5}
+            CheckedCheckpointIO().save_checkpoint(newer, tmp_path / "demo/job_1/checkpoints/newer.ckpt")
+        with pytest.raises(ValueError, match=r"is of step \d, and this run, which (begins anew|goes on from step 2)"):
+            short(9, *words)
+
+
 def test_directory_that_cannot_be_written_is_refused_before_model_and_data(main, tmp_path, monkeypatch, no_training):
     monkeypatch.setattr(AdaptationModule, "configure_model", lambda _: pytest.fail("the model was loaded"))
     (tmp_path / "file").touch()

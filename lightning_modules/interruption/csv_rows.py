@@ -1,0 +1,71 @@
+"""Lightning's CSVLogger deletes the rows that its file has when a run opens it again; a run that goes on keeps them."""
+
+from __future__ import annotations
+
+import csv
+import os
+import warnings
+from pathlib import Path
+
+import lightning as L
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities import rank_zero_only
+
+
+def open_csv_files(trainer: L.Trainer) -> None:
+    """Open the CSV files of the trainer's loggers with the rows that they have.
+
+    To be called before Lightning opens them, which it does right after `configure_callbacks`. Touches `_experiment` of
+    CSVLogger and `metrics_keys` of its writer.
+    """
+    for logger in _csv_loggers(trainer):
+        path = _path(logger)
+        aside = path.with_name(f".{path.name}.kept")
+        if path.is_file() and logger._experiment is None:
+            os.replace(path, aside)
+        if aside.is_file():  # also after a kill in between
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="Experiment logs directory .* exists and is not empty")
+                writer = logger.experiment
+            os.replace(aside, path)
+            writer.metrics_keys = _read(path)[0]
+
+
+def rows_in_csv_files(trainer: L.Trainer) -> list[int]:
+    """How many rows each CSV file has."""
+    return [len(_read(_path(logger))[1]) if _path(logger).is_file() else 0 for logger in _csv_loggers(trainer)]
+
+
+def cut_csv_files(trainer: L.Trainer, counts: list[int]) -> None:
+    """Drop rows of steps that are going to be done again.
+
+    Args:
+        counts: rows that each file had when the checkpoint was written.
+    """
+    for logger, count in zip(_csv_loggers(trainer), counts, strict=False):
+        path = _path(logger)
+        if not path.is_file():
+            continue
+        keys, rows = _read(path)
+        if len(rows) > count:
+            aside = path.with_name(f".{path.name}.kept")
+            with aside.open("w", newline="", encoding="utf-8") as file:
+                writer = csv.writer(file)
+                writer.writerows([keys, *rows[:count]])
+            os.replace(aside, path)
+
+
+def _csv_loggers(trainer: L.Trainer) -> list[CSVLogger]:
+    """In the process that writes."""
+    main = getattr(rank_zero_only, "rank", 0) == 0
+    return [logger for logger in trainer.loggers if isinstance(logger, CSVLogger)] if main else []
+
+
+def _path(logger: CSVLogger) -> Path:
+    return Path(logger.log_dir) / "metrics.csv"
+
+
+def _read(path: Path) -> tuple[list[str], list[list[str]]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.reader(file))
+    return (rows[0], rows[1:]) if rows else ([], [])

@@ -1,0 +1,102 @@
+"""Which checkpoint a command means, and whether a run may write beside those that are there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import lightning as L
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+
+from lightning_modules.interruption.checkpoints import is_intact, newest_intact, position, positions
+
+
+def find_checkpoint(name: str, *others: Path, to_resume: bool = False) -> str:
+    """A checkpoint file as it is; in or below a directory, the newest intact one.
+
+    Args:
+        others: further directories of the same run.
+        to_resume: whether training is to go on from it, which weights alone do not allow.
+
+    Raises:
+        ValueError: if there is none, or if the directory holds checkpoints of several runs.
+    """
+    path = Path(name)
+    if "://" in name:
+        return name
+    if path.is_file():
+        place = position(path)
+        if to_resume and place is not None and not place.whole:
+            raise ValueError(
+                f"ckpt_path={name!r} holds weights only (save_weights_only), and training cannot go on without the optimiser's "
+                "state; give a whole checkpoint"
+            )
+        return name
+    if not path.exists():
+        near = ", ".join(sorted(str(file) for file in path.parent.glob("*.ckpt"))) or "none"
+        raise ValueError(f"ckpt_path={name!r} does not exist; checkpoints beside it: {near}")
+    _require_one_run(path)
+    newest, problems = newest_intact(path, *others, to_resume=to_resume)
+    for problem in problems:
+        rank_zero_warn(f"damaged checkpoint left out: {problem}")
+    if newest is None:
+        whole = "whole " if to_resume else ""
+        raise ValueError(
+            f"ckpt_path={name!r} is a directory without an intact checkpoint; a {whole}.ckpt file in or below it is needed"
+        )
+    rank_zero_info(f"newest intact checkpoint of {path}: {newest}")
+    return str(newest)
+
+
+def checkpoint_directories(trainer: L.Trainer) -> list[Path]:
+    """Where the run's ModelCheckpoints write, before Lightning has set them up."""
+    base = Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints"
+    callbacks = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
+    own = [Path(callback.dirpath) if callback.dirpath else base for callback in callbacks]
+    return [directory for directory in dict.fromkeys(own) if "://" not in str(directory)]
+
+
+def last_checkpoint(trainer: L.Trainer, to_resume: bool = False) -> str | None:
+    """What `--ckpt_path last` means: the newest intact checkpoint of the run's own directories; None if there is none."""
+    searched = checkpoint_directories(trainer)
+    if trainer.log_dir:
+        searched.insert(0, Path(trainer.log_dir))
+    found = [directory for directory in searched if any(directory.rglob("*.ckpt"))]
+    return find_checkpoint(str(found[0]), *found[1:], to_resume=to_resume) if found else None
+
+
+def require_nothing_ahead(directories: list[Path], ckpt_path: str | None) -> None:
+    """Refuse to write beside checkpoints of later steps: nobody could tell the newest of this run from those.
+
+    Args:
+        directories: where the run is going to write checkpoints.
+        ckpt_path: what it goes on from; None if it begins anew.
+
+    Raises:
+        ValueError: naming the one that is ahead.
+    """
+    start = position(Path(ckpt_path)) if ckpt_path and Path(ckpt_path).is_file() and is_intact(Path(ckpt_path)) else None
+    if ckpt_path and start is None:
+        return  # loading it says what is wrong
+    step = start.step if start else 0
+    newest, _ = newest_intact(*directories)
+    place = position(newest) if newest else None
+    if newest is not None and place is not None and place.step > step:
+        begins = f"goes on from step {step} ({ckpt_path})" if ckpt_path else "begins anew"
+        raise ValueError(
+            f"{newest} is of step {place.step}, and this run, which {begins}, would write beside it. Go on from the newest "
+            f"with --ckpt_path {newest.parent}, give another --trainer.logger.init_args.version, or move the checkpoints away"
+        )
+
+
+def _require_one_run(directory: Path) -> None:
+    """Every run directory has a `config.yaml`; without one, all files below `directory` count as one run's."""
+    steps: dict[Path, int] = {}
+    for path, place in positions(directory).items():
+        parents = path.relative_to(directory).parents
+        owners = (directory / parent for parent in parents if (directory / parent / "config.yaml").is_file())
+        run = next(owners, directory)
+        steps[run] = max(steps.get(run, 0), place.step if place else 0)
+    if len(steps) > 1:
+        found = ", ".join(f"{run} (step {step})" for run, step in sorted(steps.items()))
+        raise ValueError(f"ckpt_path={str(directory)!r} holds checkpoints of {len(steps)} runs; name one of them: {found}")
