@@ -38,8 +38,10 @@ from lightning_modules.blocks import checkpoint_activations
 from lightning_modules.building_code import building_code
 from lightning_modules.evaluation_sets import EvaluationSets, each_loader, num_own, set_names
 from lightning_modules.interruption import ExactResume, GracefulStop, require_finite_loss, require_finite_weights
+from lightning_modules.lightning_callbacks import check_callbacks
 from lightning_modules.optimization import Optimization
 from lightning_modules.planned_schedule import PlannedSchedule, accumulated_batches
+from lightning_modules.run_directory import attach_run_directory
 from lightning_modules.sharding import check_strategy
 from lightning_modules.step_mean import StepMean
 from lightning_modules.tasks import Task
@@ -153,7 +155,12 @@ class AdaptationModule(L.LightningModule):
         return list(names) if names else None
 
     def configure_callbacks(self) -> list[L.Callback]:
-        """What every run needs to survive an interruption, and not to train beside the model."""
+        """What every run needs: a directory of its own, to survive an interruption, and not to train beside the model."""
+        check_callbacks(self.trainer)
+        directory = attach_run_directory(self.trainer)
+        directory.claim(self.trainer)
+        if self.trainer.state.fn == "fit":
+            directory.lock(self.trainer)
         return [ExactResume(), GracefulStop(), UnusedAdapters()]
 
     def on_validation_start(self) -> None:

@@ -13,10 +13,10 @@ from lightning.pytorch.utilities import rank_zero_info
 from fourier_moe.backbone import backbone_name
 from lightning_modules.adaptation import AdaptationModule
 from lightning_modules.callbacks.evaluation_table import average, format_results, score_rows
-from lightning_modules.callbacks.run_directory import run_directory
 from lightning_modules.callbacks.sealed_rows import Row, user_key
 from lightning_modules.callbacks.unfinished_evaluation import UnfinishedEvaluation, about, file_name
 from lightning_modules.evaluation_sets import each_loader, set_names
+from lightning_modules.run_directory import run_directory
 from lightning_modules.tasks import CausalLanguageModel
 
 UNFINISHED = "unfinished_evaluation"

@@ -17,12 +17,12 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from fourier_moe.file_writing import replacing
 from lightning_modules.adaptation import AdaptationModule
-from lightning_modules.callbacks.run_directory import run_directory
 from lightning_modules.callbacks.sealed_rows import user_key
 from lightning_modules.callbacks.unfinished_evaluation import about
 from lightning_modules.callbacks.unfinished_predictions import UnfinishedPredictions, describe_data, fingerprint
 from lightning_modules.csv_files import csv_line
 from lightning_modules.evaluation_sets import each_loader, num_own
+from lightning_modules.run_directory import run_directory
 from lightning_modules.tasks import CausalLanguageModel
 from lightning_modules.tasks.generation import is_sharded
 

@@ -14,6 +14,7 @@ from typing import Any
 import lightning as L
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 
 NAME = "interrupted.ckpt"
@@ -102,11 +103,10 @@ def resume_command(trainer: L.Trainer, path: Path) -> str:
     if not config.is_file():
         return f"the same command with --ckpt_path {shlex.quote(str(path))}"
     launcher = "torchrun YOUR_OPTIONS" if "TORCHELASTIC_RUN_ID" in os.environ else "python"
-    version = shlex.quote(path.parent.parent.name)
-    return (
-        f"{launcher} train.py fit --config {shlex.quote(str(config))} "
-        f"--trainer.logger.init_args.version {version} --ckpt_path {shlex.quote(str(path))}"
-    )
+    version = ""
+    if len(trainer.loggers) == 1 and isinstance(trainer.loggers[0], (TensorBoardLogger, CSVLogger)):
+        version = f"--trainer.logger.init_args.version {shlex.quote(path.parent.parent.name)} "
+    return f"{launcher} train.py fit --config {shlex.quote(str(config))} {version}--ckpt_path {shlex.quote(str(path))}"
 
 
 def _checkpoint_path(trainer: L.Trainer) -> Path | None:

@@ -114,8 +114,7 @@ def token_trainer(directory, *callbacks, max_epochs=1, **options):
         callbacks=list(callbacks),
         max_epochs=max_epochs,
         accelerator="cpu",
-        logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        **{"enable_checkpointing": False, **options},
+        **{"logger": False, "enable_checkpointing": False, **options},
     )
