@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -45,14 +46,17 @@ from lightning_modules.interruption import (
     require_finite_loss,
     require_finite_weights,
 )
+from lightning_modules.lightning_callbacks import check_callbacks
 from lightning_modules.optimization import Optimization
 from lightning_modules.planned_schedule import PlannedSchedule, accumulated_batches
+from lightning_modules.run_directory import attach_run_directory
 from lightning_modules.sharding import check_strategy
 from lightning_modules.step_mean import StepMean
 from lightning_modules.tasks import Task
 from lightning_modules.tasks.base import without_weights
 from lightning_modules.tasks.generation import is_sharded
 from lightning_modules.unused_adapters import UnusedAdapters
+from lightning_modules.weight_averaging import WeightAverage, attach_weight_average, check_resumed
 
 
 class BatchLosses(NamedTuple):
@@ -118,6 +122,7 @@ class AdaptationModule(L.LightningModule):
         self.batch_losses: BatchLosses | None = None
         self._step_mean = StepMean()
         self._schedule: PlannedSchedule | None = None
+        self.average: WeightAverage | None = None
         self._untrained = False
         self._adapter_directory = local_directory(adapter_path) if adapter_path else None
         self._stored: AdapterDescription | None = describe_adapter(self._adapter_directory) if self._adapter_directory else None
@@ -160,16 +165,26 @@ class AdaptationModule(L.LightningModule):
         return list(names) if names else None
 
     def configure_callbacks(self) -> list[L.Callback]:
-        """What every run needs: to survive an interruption, and not to train beside the model.
+        """What every run needs: a directory of its own, to survive an interruption, and not to train beside the model.
 
         It is also the last moment before Lightning opens the loggers' files.
         """
+        check_callbacks(self.trainer)
+        directory = attach_run_directory(self.trainer)
+        directory.claim(self.trainer)
+        if self.trainer.state.fn == "fit":
+            directory.lock(self.trainer)
+            self.average = attach_weight_average(self.trainer)
         open_csv_files(self.trainer)
         return [ExactResume(), GracefulStop(), NewestState(), UnusedAdapters()]
 
     def on_validation_start(self) -> None:
         self._require_trained()
         self.val_sets = self._start("val", self.val_sets, self.trainer.val_dataloaders)
+
+    def on_validation_end(self) -> None:
+        if self.average is not None and self.trainer.state.fn == "fit":
+            self.average.put_current_back()  # here, after every callback has seen the weights that were validated
 
     def on_test_start(self) -> None:
         self._require_trained()
@@ -328,12 +343,15 @@ class AdaptationModule(L.LightningModule):
         if revision := getattr(data, "data_revision", None):
             task["data_revision"] = revision
         code = building_code(self.task, self.num_classes, self.class_names)
-        save_adapter(self.model, directory, class_names=self.class_names, metrics=metrics, task=task, code=code)
+        with self.average.in_use() if self.average is not None else nullcontext():
+            save_adapter(self.model, directory, class_names=self.class_names, metrics=metrics, task=task, code=code)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what is trained, drop the frozen model, remember what it belongs to."""
         trained = {f"task.model.{key}" for key in adapter_state_dict(self.model)}
         checkpoint["state_dict"] = {key: value for key, value in checkpoint["state_dict"].items() if key in trained}
+        if self.average is not None:
+            checkpoint["state_dict"] |= self.average.averaged()
         require_finite_weights(self.trainer, checkpoint["state_dict"])
         checkpoint["adaptation"] = {
             "backbone": backbone_name(self.model),
@@ -356,6 +374,7 @@ class AdaptationModule(L.LightningModule):
         state = {key.removeprefix("task.model."): tensor for key, tensor in checkpoint["state_dict"].items()}
         check_fit(self.model, "the checkpoint", state, stored.config, stored.backbone, stored.fingerprint)
         self._untrained = False
+        check_resumed(self.trainer, checkpoint, self.average)
         if self.optimization is not None:
             self.optimization.override(checkpoint)
 

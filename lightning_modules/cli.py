@@ -5,13 +5,12 @@ from __future__ import annotations
 import linecache
 import traceback
 import warnings
-from pathlib import Path
 from typing import Any
 
 import lightning as L
 from jsonargparse import set_parsing_settings
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from fourier_moe import AdapterConfig
 from lightning_modules.adaptation import AdaptationModule, untrained
@@ -23,9 +22,10 @@ from lightning_modules.interruption import (
     find_checkpoint,
     last_checkpoint,
     require_nothing_ahead,
-    require_writable,
     write_error,
 )
+from lightning_modules.lightning_callbacks import without_use
+from lightning_modules.run_directory import attach_run_directory, require_no_run, run_directory
 from lightning_modules.tasks.hugging_face_models import tokenizer_name
 
 _OUR_PACKAGES = ("fourier_moe", "lightning_modules", "datamodules")
@@ -33,6 +33,19 @@ _OUR_PACKAGES = ("fourier_moe", "lightning_modules", "datamodules")
 set_parsing_settings(subclasses_enabled=[AdapterConfig])  # a dataclass, which jsonargparse otherwise takes as final
 warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")  # Lightning 2.6 on torch 2.15
 warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended")  # compare calls it from within Python
+
+
+class SaveConfig(SaveConfigCallback):
+    """Write config.yaml to the run's directory; a command other than fit leaves one that is there as it is."""
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self._path = run_directory(trainer) / self.config_filename  # asks all processes
+        super().setup(trainer, pl_module, stage)
+
+    def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if stage == "fit" or not self._path.exists():
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self.parser.save(self.config, self._path, skip_none=False, overwrite=True, multifile=self.multifile)
 
 
 class AdaptationCLI(LightningCLI):
@@ -50,7 +63,8 @@ class AdaptationCLI(LightningCLI):
             subclass_mode_data=True,
             seed_everything_default=0,
             auto_configure_optimizers=False,
-            save_config_kwargs={"overwrite": True},  # resuming in the same directory writes the config again
+            save_config_callback=SaveConfig,
+            save_config_kwargs={"overwrite": True, "save_to_log_dir": False},
             args=args,
             run=run,
         )
@@ -75,23 +89,32 @@ class AdaptationCLI(LightningCLI):
             config.ckpt_path = find_checkpoint(path, to_resume=self.subcommand == "fit")
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
-        """Lightning's, with checkpoint files that are checked, unless a plugin says otherwise."""
-        trainer = super().instantiate_trainer(**kwargs)
+        """Lightning's, with checkpoint files that are checked, unless a plugin says otherwise.
+
+        Callbacks that need a logger or write checkpoints are left out where these are switched off.
+        """
+        config = {**self._get(self.config_init, "trainer", default={}), **kwargs}
+        callbacks = config.get("callbacks") or []
+        callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+        logs, writes = config.get("logger") is not False, config.get("enable_checkpointing") is not False
+        trainer = super().instantiate_trainer(**kwargs | {"callbacks": without_use(callbacks, logs, writes)})
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = CheckedCheckpointIO()
         return trainer
 
     def before_fit(self) -> None:
-        """Refuse a directory that cannot be written to before anything is loaded; find the run's own newest checkpoint.
+        """Settle the run's directory and refuse another run's before anything is loaded; find its own newest checkpoint.
 
         `--ckpt_path last` begins anew where there is none, so that a job that is requeued may run the same line again.
         """
         options = self.config_init[self.subcommand]
-        if self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+        directory = attach_run_directory(self.trainer).claim(self.trainer, numbered=True)
+        if directory is None:
             return
-        require_writable(Path(self.trainer.log_dir or self.trainer.default_root_dir), "--trainer.logger.init_args.save_dir")
         if options.ckpt_path == "last":
             options.ckpt_path = last_checkpoint(self.trainer, to_resume=True)
+        if not options.ckpt_path and self.trainer.is_global_zero:
+            require_no_run(directory)
         require_nothing_ahead(checkpoint_directories(self.trainer), options.ckpt_path)
 
     def before_test(self) -> None:
@@ -104,6 +127,7 @@ class AdaptationCLI(LightningCLI):
             raise untrained(str(self.subcommand))
         if "verbose" in options and any(isinstance(callback, EvaluationReport) for callback in self.trainer.callbacks):  # type: ignore[attr-defined]
             options.verbose = False
+        attach_run_directory(self.trainer).claim(self.trainer, numbered=True)
 
     before_validate = before_test
 

@@ -14,7 +14,7 @@ from fourier_moe.file_writing import write_file
 from lightning_modules.budget import Budget, adapter_parameters, match
 from lightning_modules.compare_report import format_table, method_labels, unfair_runs, write_csv
 from lightning_modules.compare_statistics import differences, format_differences
-from lightning_modules.grid import Result, cell_name, run_grid
+from lightning_modules.grid import Result, cell_name, partial_runs, run_grid
 from lightning_modules.markdown import markdown_table
 from lightning_modules.preflight import Cell, parse_grid, raise_together, unfair_differences
 
@@ -160,6 +160,6 @@ def _report(results: Sequence[Result], metric: str, reference: str, notes: Seque
     parts = [format_table(results, metric)]
     if found:
         parts.append(format_differences(found, labels, reference))
-    parts += [f"Note: {note}" for note in (*notes, *unfair_runs(results), *problems)]
+    parts += [f"Note: {note}" for note in (*notes, *unfair_runs(results), *partial_runs(results), *problems)]
     versions = ", ".join(f"{name} {version}" for name, version in results[0].versions.items())
     return [*parts, f"Commit {results[0].commit or 'unknown'}; {versions}"]

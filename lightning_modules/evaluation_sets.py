@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import lightning as L
 from torch import nn
 from torch.utils.data import DistributedSampler
 from torchmetrics import MeanMetric, MetricCollection, SumMetric
@@ -125,3 +126,15 @@ def num_own(loader: Any, batch_idx: int, batch_size: int) -> int:
         return batch_size
     total, first = len(sampler.dataset), batch_idx * batches.batch_size  # type: ignore[arg-type]
     return sum((first + row) * sampler.num_replicas + sampler.rank < total for row in range(batch_size))
+
+
+def limit_of(trainer: L.Trainer, command: str, loaders: Iterable[Any]) -> str | None:
+    """The limit that leaves examples out of a test, validation or prediction, None if there is none."""
+    split = {"test": "test", "validate": "val", "predict": "predict"}[command]
+    numbers = getattr(trainer, f"num_{split}_batches")
+    limit = getattr(trainer, f"limit_{split}_batches")
+    try:
+        whole = all(number >= len(loader) for number, loader in zip(numbers, loaders, strict=True))
+    except TypeError:  # a loader without length
+        whole = isinstance(limit, float) and limit == 1.0
+    return None if whole else f"limit_{split}_batches={limit}"

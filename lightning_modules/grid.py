@@ -15,14 +15,13 @@ from typing import Any
 
 from lightning.pytorch.callbacks import ModelCheckpoint, Timer
 
-from fourier_moe.file_writing import write_file
+from lightning_modules.cells import read_cell, write_cell
 from lightning_modules.cli import AdaptationCLI, user_mistake
-from lightning_modules.graded_examples import GradedExamples, GradedSet, save_examples
+from lightning_modules.evaluation_sets import each_loader, limit_of
+from lightning_modules.graded_examples import GradedExamples, GradedSet
 from lightning_modules.interruption import read_checkpoint
 from lightning_modules.peak_memory import PeakMemory
 from lightning_modules.provenance import config_hash, repository_commit, versions
-
-_FORMAT = 2  # of a cell's file; a cell of another format is run again
 
 
 @dataclass(frozen=True)
@@ -42,6 +41,7 @@ class Result:
         config_hash: of the resolved config without its logger.
         commit: of this repository, with `+dirty` for uncommitted changes; None outside of it.
         versions: of Python, the libraries and the device.
+        partial: the limit that left out a part of the test examples; None for a test of all.
     """
 
     method: str
@@ -59,6 +59,7 @@ class Result:
     config_hash: str = ""
     commit: str | None = None
     versions: dict[str, str] = field(default_factory=dict)
+    partial: str | None = None
 
 
 def run_grid(grid: Mapping[str, Sequence[str]], seeds: int, output: Path) -> tuple[list[Result], list[str]]:
@@ -87,6 +88,22 @@ def run_grid(grid: Mapping[str, Sequence[str]], seeds: int, output: Path) -> tup
             seconds[name, seed] = time.perf_counter() - begin
         gc.collect()  # trainer and model hold each other, and the next run needs the memory
     return results, failures
+
+
+def require_named_logger(config: Mapping[str, Any]) -> None:
+    """Refuse a config whose runs could not be given directories by name.
+
+    Raises:
+        ValueError: naming the logger.
+    """
+    logger = config["trainer"]["logger"]
+    settings = logger.get("init_args", {}) if isinstance(logger, Mapping) else {}
+    if not {"save_dir", "name"} <= settings.keys():
+        found = logger["class_path"] if isinstance(logger, Mapping) else "several" if isinstance(logger, list) else logger
+        raise ValueError(
+            f"trainer.logger is {found}; compare and sweep tell their runs apart by a logger's save_dir and name, as one "
+            "TensorBoardLogger or CSVLogger has them"
+        )
 
 
 def cell_name(name: str) -> str:
@@ -121,18 +138,12 @@ def _run(overlay: str, seed: int, args: list[str], output: Path) -> Result:
         raise ValueError("the config does not parse, see the message above") from error
     config = resolved_config(cli)
     cell = cell_file(output, overlay, seed)
-    if cell.is_file():
-        stored = json.loads(cell.read_text(encoding="utf-8"))
-        if stored.get("format") == _FORMAT and stored["config"] == config:
-            print(f"kept: {cell}")
-            return Result(**stored["result"] | {"overlay": overlay})
-        print(f"{cell} is of another config: run again")
-        cell.unlink()
+    kept = read_cell(cell, config, cli.trainer.is_global_zero)
+    if kept is not None:
+        return Result(**kept | {"overlay": overlay})
     result, examples = _train_and_test(cli, overlay, seed)
     if cli.trainer.is_global_zero:
-        cell.parent.mkdir(parents=True, exist_ok=True)
-        save_examples(cell.with_suffix(".npz"), examples)
-        write_file(cell, json.dumps({"format": _FORMAT, "config": config, "result": asdict(result)}, indent=2))
+        write_cell(cell, config, asdict(result), examples)
     return result
 
 
@@ -150,6 +161,7 @@ def _train_and_test(cli: AdaptationCLI, overlay: str, seed: int) -> tuple[Result
     last_step = trainer.global_step
     router = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("router/")}
     metrics = _merged(trainer.test(model, cli.datamodule, verbose=False))
+    partial = limit_of(trainer, "test", each_loader(trainer.test_dataloaders))
     graded = examples.gather(trainer)
     main_metric = f"test/{model.task.main_metric}"
     if main_metric not in metrics:
@@ -178,6 +190,7 @@ def _train_and_test(cli: AdaptationCLI, overlay: str, seed: int) -> tuple[Result
         config_hash=config_hash(resolved_config(cli)),
         commit=repository_commit(),
         versions=versions(trainer.strategy.root_device),
+        partial=partial,
     )
     return result, graded
 
@@ -203,6 +216,12 @@ def _describe(error: Exception) -> str:
         traceback.print_exception(error)
     text = " ".join(str(mistake or error).split())
     return f"{type(mistake or error).__name__}: {text}"
+
+
+def partial_runs(results: Sequence[Result]) -> list[str]:
+    """A line for every limit that left out a part of the test examples."""
+    limits = {result.partial: None for result in results if result.partial}
+    return [f"tested on a part of the test examples ({limit})" for limit in limits]
 
 
 def mean_and_spread(percentages: list[float]) -> str:

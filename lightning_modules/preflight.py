@@ -18,7 +18,7 @@ from torch import nn
 
 from fourier_moe import AdapterConfig, InjectionReport, inject
 from lightning_modules.cli import AdaptationCLI
-from lightning_modules.grid import resolved_config
+from lightning_modules.grid import require_named_logger, resolved_config
 from lightning_modules.optimization import Optimization
 from lightning_modules.quiet import quiet
 
@@ -91,6 +91,7 @@ def _parse(words: Sequence[str], metric: str | None, outlines: dict[str, tuple[n
         message = " ".join(errors.getvalue().partition("error: ")[2].split())
         raise ValueError(re.sub(r" Trying to parse.*", "", message) or "the config does not parse") from error
     model, config = cli.model, resolved_config(cli)
+    require_named_logger(config)
     if model.optimization is None:
         raise ValueError("optimization is missing; fit needs the learning rates of what it trains")
     names: list[str] = [*(getattr(cli.datamodule, "class_names", None) or ())]

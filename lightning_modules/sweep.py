@@ -14,7 +14,7 @@ from fourier_moe.adapter import Adapter
 from fourier_moe.file_writing import write_file
 from lightning_modules.callbacks import RouterLoad
 from lightning_modules.cli import AdaptationCLI
-from lightning_modules.grid import Result, run_grid
+from lightning_modules.grid import Result, partial_runs, require_named_logger, resolved_config, run_grid
 from lightning_modules.sweep_report import Row, format_rows, write_csv
 from lightning_modules.sweep_studies import STUDIES, choose_settings
 
@@ -50,6 +50,7 @@ def sweep(args: list[str]) -> list[Result]:
     words = [*(word for path in options.config for word in ("--config", path)), *fit_args]
 
     cli = AdaptationCLI(words, run=False)
+    require_named_logger(resolved_config(cli))
     own = cli.model.adapter
     if not isinstance(own, FourierMoEConfig):
         raise ValueError(f"sweep varies FourierMoE, and the config's adapter is {type(own).__name__}; leave its overlay out")
@@ -76,6 +77,7 @@ def sweep(args: list[str]) -> list[Result]:
         from lightning_modules.sweep_plots import plot_study  # here, because matplotlib takes as long to import as a small run
 
         plot_study(output / "plot.png", study, rows, own_name)
+    text += "".join(f"\nNote: {line}\n" for line in partial_runs(results))
     text += "".join(f"\nleft out: {line}\n" for line in left_out) + "".join(f"\nfailed: {line}\n" for line in failures)
     write_file(output / "table.md", text)
     print(f"\n{text}\nWritten to {output}/: table.md" + (", results.csv, plot.png" if rows else ""))

@@ -9,7 +9,7 @@ import lightning as L
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_modules.adaptation import AdaptationModule
-from lightning_modules.callbacks.run_directory import run_directory
+from lightning_modules.run_directory import run_directory
 
 
 class AdapterCheckpoint(L.Callback):

@@ -11,12 +11,15 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 
 from fourier_moe.backbone import backbone_name
+from fourier_moe.file_writing import replace_files
 from lightning_modules.adaptation import AdaptationModule
+from lightning_modules.callbacks.evaluation_place import EvaluatedExamples, data_of, place, place_unfinished
 from lightning_modules.callbacks.evaluation_table import average, format_results, score_rows
-from lightning_modules.callbacks.run_directory import run_directory
 from lightning_modules.callbacks.sealed_rows import Row, user_key
 from lightning_modules.callbacks.unfinished_evaluation import UnfinishedEvaluation, about, file_name
-from lightning_modules.evaluation_sets import each_loader, set_names
+from lightning_modules.evaluation_sets import each_loader, limit_of, set_names
+from lightning_modules.locks import locked
+from lightning_modules.run_directory import run_directory
 from lightning_modules.tasks import CausalLanguageModel
 
 UNFINISHED = "unfinished_evaluation"
@@ -30,6 +33,9 @@ class EvaluationReport(L.Callback):
     the same. Outputs that are damaged, or that came with somebody else's files, are not read. Every example counts once, also
     where several processes saw it. With fast_dev_run nothing is written.
 
+    Results replace those of the same evaluation alone. Results of other data, settings or precision get a directory of their
+    own (`adapter_test_2`). So do those of a part of the data (limit_test_batches), which say so: `adapter_test_partial`.
+
     Args:
         directory: null for a place beside what is evaluated: `RUN/adapter_test` for `test --model.adapter_path RUN/adapter`,
             `RUN/checkpoints/last_test` for `--ckpt_path RUN/checkpoints/last.ckpt`, else `<run directory>/test`, which is a new
@@ -38,6 +44,7 @@ class EvaluationReport(L.Callback):
 
     def __init__(self, directory: str | None = None) -> None:
         self.directory = directory
+        self._partial: str | None = None  # the limit that leaves out a part of the data
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, AdaptationModule)
@@ -45,7 +52,9 @@ class EvaluationReport(L.Callback):
         self._finished: dict[str, dict[str, Row]] = {}
         self._output: Path | None = None
         self._writer: CausalLanguageModel | None = None
+        self._examples = EvaluatedExamples()
         if _reports(trainer):
+            self._partial = limit_of(trainer, _command(trainer), each_loader(_loaders(trainer)))
             self._output = self._directory(trainer, pl_module)
             task = pl_module.task
             if isinstance(task, CausalLanguageModel) and (_command(trainer) != "validate" or task.generate_in_validation):
@@ -72,9 +81,11 @@ class EvaluationReport(L.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
+        name = list(self._sets)[dataloader_idx]
+        if self._output is not None:
+            self._examples.add(name, outputs, batch)
         if self._writer is None:
             return
-        name = list(self._sets)[dataloader_idx]
         rows = outputs if _command(trainer) == "predict" else outputs["rows"]
         self._sets[name] += rows
         self._unfinished.append(name, [row for row in rows if row["id"] not in self._writer.finished])
@@ -90,9 +101,9 @@ class EvaluationReport(L.Callback):
         assert isinstance(pl_module, AdaptationModule)
         if self._output is None:
             return
-        rows = _gather(trainer, self._sets)
+        rows, examples = _gather(trainer, self._sets), self._examples.digests(trainer)
         if trainer.is_global_zero:
-            self._write(trainer, pl_module, rows)
+            self._write(trainer, pl_module, rows, examples)
 
     on_validation_start, on_predict_start = on_test_start, on_test_start
     on_validation_batch_start, on_predict_batch_start = on_test_batch_start, on_test_batch_start
@@ -129,13 +140,19 @@ class EvaluationReport(L.Callback):
         command = _command(trainer)
         beside = trainer.ckpt_path or module.adapter_path
         if self.directory:
-            return Path(self.directory)
-        if beside and "://" not in str(beside):
+            path = Path(self.directory)
+        elif beside and "://" not in str(beside):
             path = Path(beside)
-            return path.with_name(f"{path.name.removesuffix('.ckpt')}_{command}")
-        return run_directory(trainer) / command
+            path = path.with_name(f"{path.name.removesuffix('.ckpt')}_{command}")
+        else:
+            path = run_directory(trainer) / command
+        if self._partial:
+            path = path.with_name(f"{path.name}_partial")
+        return Path(trainer.strategy.broadcast(str(place_unfinished(path, f"{UNFINISHED}/about.json", data_of(trainer)))))
 
-    def _write(self, trainer: L.Trainer, module: AdaptationModule, rows: dict[str, list[Row]]) -> None:
+    def _write(
+        self, trainer: L.Trainer, module: AdaptationModule, rows: dict[str, list[Row]], examples: dict[str, str]
+    ) -> None:
         """Print and write the table; what is unfinished goes last, so that nothing is lost if this fails.
 
         Raises:
@@ -152,13 +169,19 @@ class EvaluationReport(L.Callback):
             of += f"; scoring {settings['scoring']}"
         if settings.get("scoring") == "generate":
             of += ", num_beams {num_beams}, at most {max_new_tokens} tokens".format(**settings["evaluation"])
+        if self._partial:
+            of += f"; on a part of the data ({self._partial})"
         text = f"{of}\n\n{format_results(results)}\n"
         rank_zero_info(f"\n{text}")
         record = {
             "command": _command(trainer),
             "backbone": backbone_name(module.model),
             "weights": str(weights) if weights else None,
+            "precision": str(trainer.precision),
             "settings": settings,
+            "data": data_of(trainer),
+            "examples": examples,
+            "partial": self._partial,
             "sets": results,
             "average": average(results),
         }
@@ -166,15 +189,17 @@ class EvaluationReport(L.Callback):
         for name, of_set in rows.items():
             lines = "".join(json.dumps({"id": row["id"], "set": name} | row, ensure_ascii=False) + "\n" for row in of_set)
             files |= {f"predictions/{file_name(name)}.jsonl": lines} if of_set else {}
+        output = self._output
         try:
-            for name, content in files.items():
-                (self._output / name).parent.mkdir(parents=True, exist_ok=True)
-                (self._output / name).write_text(content, encoding="utf-8")
+            with locked(output):
+                output = place(output, record, named=bool(self.directory))
+                replace_files(output, {name: [content.encode()] for name, content in files.items()})
         except OSError as error:
-            raise ValueError(_not_writable(self._output, error)) from error
+            raise ValueError(_not_writable(output, error)) from error
         if self._writer is not None:
             self._unfinished.remove()
-        rank_zero_info(f"Written to {self._output}")
+        other = f"; {self._output} holds the results of another evaluation" if output != self._output else ""
+        rank_zero_info(f"Written to {output}{other}")
 
     def _results(self, trainer: L.Trainer, module: AdaptationModule, rows: dict[str, list[Row]]) -> dict[str, dict[str, Any]]:
         """Count, metrics and note of every set; none for a classifier's predictions, which PredictionsWriter writes."""

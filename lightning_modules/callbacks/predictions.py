@@ -17,12 +17,12 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from fourier_moe.file_writing import replacing
 from lightning_modules.adaptation import AdaptationModule
-from lightning_modules.callbacks.run_directory import run_directory
 from lightning_modules.callbacks.sealed_rows import user_key
 from lightning_modules.callbacks.unfinished_evaluation import about
 from lightning_modules.callbacks.unfinished_predictions import UnfinishedPredictions, describe_data, fingerprint
 from lightning_modules.csv_files import csv_line
-from lightning_modules.evaluation_sets import each_loader, num_own
+from lightning_modules.evaluation_sets import each_loader, limit_of, num_own
+from lightning_modules.run_directory import run_directory
 from lightning_modules.tasks import CausalLanguageModel
 from lightning_modules.tasks.generation import is_sharded
 
@@ -36,7 +36,8 @@ class PredictionsWriter(L.Callback):
     batch. A prediction that was interrupted goes on where it stopped when the same user gives the same command again: batches
     are not computed again if weights, backbone, precision, batch size, number of processes and inputs are the same. The
     directory lies beside the file that `path` names, else beside the adapter or checkpoint; where there is neither, it lies in
-    the run directory, which is a new one for every run, so that nothing can be resumed.
+    the run directory, which is a new one for every run, so that nothing can be resumed. With limit_predict_batches the file is
+    called `..._partial.csv`; with fast_dev_run nothing is written.
 
     Cells are made safe to open: control characters are escaped, and text that a spreadsheet would take for a formula gets an
     apostrophe in front.
@@ -58,6 +59,8 @@ class PredictionsWriter(L.Callback):
             raise ValueError(
                 "PredictionsWriter writes probabilities of classes, and a language model has none; use EvaluationReport"
             )
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
         self._rows = self._open(trainer, pl_module)
         self._seen = 0
         self._known = min(_gather(trainer, len(self._rows)))
@@ -70,6 +73,8 @@ class PredictionsWriter(L.Callback):
     ) -> None:
         """Skip a batch whose rows are on disk; where the model is sharded, all processes skip it or none does."""
         assert isinstance(pl_module, AdaptationModule)
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
         self._inputs = fingerprint(batch)
         skips = self._seen < self._known and self._rows.inputs(self._seen) == self._inputs
         if self._seen < self._known and is_sharded(pl_module.model):
@@ -89,6 +94,8 @@ class PredictionsWriter(L.Callback):
         dataloader_idx: int = 0,
     ) -> None:
         assert isinstance(pl_module, AdaptationModule)
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
         if not pl_module.skips_prediction:
             loader = each_loader(trainer.predict_dataloaders)[dataloader_idx]
             own = outputs[: num_own(loader, batch_idx, len(outputs))]
@@ -104,7 +111,11 @@ class PredictionsWriter(L.Callback):
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Make one file of all batches, in the order of the data."""
         assert isinstance(pl_module, AdaptationModule)
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
         path = Path(self.path) if self.path else run_directory(trainer) / "predictions.csv"  # asks all processes
+        if limit_of(trainer, "predict", each_loader(trainer.predict_dataloaders)):
+            path = path.with_name(f"{path.stem}_partial{path.suffix}")  # not in the place of all predictions
         self._rows.keep(self._seen)
         lines = self._all_lines(trainer)
         first = next(lines, None)

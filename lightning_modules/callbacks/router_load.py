@@ -16,7 +16,7 @@ from lightning_modules.adaptation import AdaptationModule
 from lightning_modules.callbacks.load_report import load_map, task_table, write_layers, write_tasks
 from lightning_modules.callbacks.load_sums import LoadSums
 from lightning_modules.callbacks.logged import log_now, show_figures, tensorboards
-from lightning_modules.callbacks.run_directory import run_directory
+from lightning_modules.run_directory import run_directory
 
 MAPS = {"router/load_map": "router_load", "router/task_load_map": "task_load"}  # TensorBoard's tag and the file's name
 

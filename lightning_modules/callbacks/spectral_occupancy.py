@@ -15,8 +15,8 @@ from fourier_moe.inject import adapter_config
 from lightning_modules.adaptation import AdaptationModule
 from lightning_modules.callbacks.logged import log_now, logged_step, show_figures, tensorboards
 from lightning_modules.callbacks.model_spectra import ModelSpectra
-from lightning_modules.callbacks.run_directory import run_directory
 from lightning_modules.callbacks.spectral_figures import overlap, radial_occupancy, rings
+from lightning_modules.run_directory import run_directory
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from fourier_moe import Adapter, FourierMoEConfig, adapters, is_quantized
 from fourier_moe.sensitivity import Sensitivity, dense_gradients, measure
 from lightning_modules.adaptation import AdaptationModule
-from lightning_modules.callbacks.run_directory import run_directory
 from lightning_modules.callbacks.sensitivity_report import FROZEN, GRADIENT, UPDATE, SensitivityReport, gradient_of
+from lightning_modules.run_directory import run_directory
 
 Batch = Mapping[str, Any]
 

@@ -18,6 +18,7 @@ from fourier_moe import adapter_state_dict
 from fourier_moe.backbone import backbone_fingerprint, backbone_name
 from fourier_moe.inject import adapter_config
 from lightning_modules.adaptation import AdaptationModule
+from lightning_modules.callbacks.evaluation_place import data_of
 from lightning_modules.callbacks.sealed_rows import Row, SealedRows
 
 _FIELDS = ("id", "prompt", "answer", "output", "loss")  # of a row; grades are never read from a file
@@ -112,6 +113,7 @@ def about(trainer: L.Trainer, module: AdaptationModule, settings: Mapping[str, A
         "adapter": adapter_config(module.model).to_dict(),
         "weights": _checksum(module.model),
         "precision": str(trainer.precision),
+        "data": data_of(trainer),
         **settings,
     }
 

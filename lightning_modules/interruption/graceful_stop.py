@@ -17,6 +17,7 @@ from typing import Any
 import lightning as L
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 
 from lightning_modules.interruption.exact_resume import between_steps
@@ -116,7 +117,7 @@ class GracefulStop(L.Callback):
             rank_zero_warn(f"{reason}; no checkpoint was written, since the run has no checkpoint callback")
         else:
             trainer.save_checkpoint(path, weights_only=False)  # unsaid, Lightning logs its default
-            rank_zero_info(f"\n{reason}. Checkpoint: {path}\nResume: {resume_command(path, path.parent.parent)}")
+            rank_zero_info(f"\n{reason}. Checkpoint: {path}\nResume: {resume_command(trainer, path, path.parent.parent)}")
         if number == self._requeue and trainer.is_global_zero:
             _requeue_job()
         raise SystemExit(128 + number)
@@ -140,22 +141,22 @@ class GracefulStop(L.Callback):
             except (RuntimeError, ValueError, OSError) as problem:
                 rank_zero_warn(str(problem))
                 continue
-            command = resume_command(place, path.parent.parent)
+            command = resume_command(trainer, place, path.parent.parent)
             rank_zero_info(f"\n{reason}. Checkpoint: {place}\nMake room, then resume: {command}")
             return
         rank_zero_warn(f"{reason}, and no checkpoint could be written; {newest}")
 
 
-def resume_command(path: Path, run: Path) -> str:
+def resume_command(trainer: L.Trainer, path: Path, run: Path) -> str:
     """The line that goes on from a checkpoint in the directory of the run."""
     config = run / "config.yaml"
     if not config.is_file():
         return f"the same command with --ckpt_path {shlex.quote(str(path))}"
     launcher = "torchrun YOUR_OPTIONS" if "TORCHELASTIC_RUN_ID" in os.environ else "python"
-    return (
-        f"{launcher} train.py fit --config {shlex.quote(str(config))} "
-        f"--trainer.logger.init_args.version {shlex.quote(run.name)} --ckpt_path {shlex.quote(str(path))}"
-    )
+    version = ""
+    if len(trainer.loggers) == 1 and isinstance(trainer.loggers[0], (TensorBoardLogger, CSVLogger)):
+        version = f"--trainer.logger.init_args.version {shlex.quote(run.name)} "
+    return f"{launcher} train.py fit --config {shlex.quote(str(config))} {version}--ckpt_path {shlex.quote(str(path))}"
 
 
 def _checkpoint_path(trainer: L.Trainer) -> Path | None:

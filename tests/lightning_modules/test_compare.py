@@ -134,7 +134,8 @@ def test_every_method_sees_the_same_examples_in_the_same_order_and_every_row_say
     assert (output / "plot.png").read_bytes().startswith(b"\x89PNG")
 
     text = (output / "results.md").read_text()
-    assert "Note" not in text  # nothing unfair
+    notes = [line for line in text.splitlines() if line.startswith("Note")]
+    assert notes == ["Note: tested on a part of the test examples (limit_test_batches=6)"]  # nothing unfair
     tests = [line for line in text.splitlines() if line.endswith("| seeds and examples |")]
     assert len(tests) == 2
     graded = [load_examples(output / f"cells/{name}/seed_1.npz")[""] for name in ("lora", "head_only")]
@@ -198,6 +199,30 @@ def test_run_of_another_resolved_config_is_made_again_and_another_seed_added(com
     compare("--adapters", str(overlay), "--seeds", "1")
     compare("--adapters", str(overlay), "--seeds", "2")
     assert trained == [(str(overlay), seed) for seed in (0, 0, 1)]
+
+
+def test_damaged_cell_is_named_and_run_again(compare, output, trained, capsys):
+    words = ("--adapters", "lora,head_only", "--seeds", "1")
+    compare(*words)
+    (output / "cells/lora/seed_0.json").write_text('{"format": 3, ')
+    examples = output / "cells/head_only/seed_0.npz"
+    examples.write_bytes(examples.read_bytes()[:-1])
+    results = compare(*words)
+    assert trained == [("lora", 0), ("head_only", 0)] * 2
+    assert [result.metrics["test/accuracy"] for result in results] == [0.53, 0.54]
+    said = capsys.readouterr().out
+    assert f"{output}/cells/lora/seed_0.json is damaged (JSONDecodeError" in said
+    assert f"{output}/cells/head_only/seed_0.json is damaged (the checksum of seed_0.npz differs): run again" in said
+    compare(*words)
+    assert len(trained) == 4
+
+
+@pytest.mark.parametrize("logger", ["false", "lightning.pytorch.loggers.MLFlowLogger"])
+def test_logger_without_names_for_the_runs_is_refused_before_any_run(compare, trained, monkeypatch, logger):
+    monkeypatch.setattr("lightning.pytorch.loggers.MLFlowLogger.__init__", lambda self, save_dir="x": None)
+    with pytest.raises(ValueError, match=r"trainer.logger is .*; compare and sweep tell their runs apart by"):
+        compare("--adapters", "lora", "--seeds", "1", "--trainer.logger", logger)
+    assert trained == []
 
 
 def test_progress_says_how_long_the_rest_will_take(compare, trained, monkeypatch, capsys):

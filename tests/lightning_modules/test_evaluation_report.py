@@ -152,7 +152,7 @@ def test_count_of_a_classifiers_table_is_what_was_scored_and_a_set_s_name_is_kep
     token_trainer(tmp_path).fit(module, Named())
     trainer = token_trainer(tmp_path, EvaluationReport(str(tmp_path / "report")), limit_test_batches=2)
     (logged,) = trainer.test(module, Named(), verbose=False)
-    of_set = json.loads((tmp_path / "report/results.json").read_text())["sets"]["only"]
+    of_set = json.loads((tmp_path / "report_partial/results.json").read_text())["sets"]["only"]
     assert (of_set["count"], of_set["accuracy"]) == (16, logged["test/only/accuracy"])
 
 
@@ -195,7 +195,7 @@ def test_default_directory_is_beside_the_adapter_or_checkpoint_or_in_the_run(eva
 def test_checkpoint_at_an_address_leaves_its_report_in_the_run(tmp_path):
     class Trainer:
         ckpt_path, strategy, log_dir = "s3://bucket/last.ckpt", language_trainer(tmp_path).strategy, str(tmp_path)
-        state = language_trainer(tmp_path).state
+        state, callbacks = language_trainer(tmp_path).state, ()
 
     Trainer.state.fn = TrainerFn.TESTING
     assert EvaluationReport()._directory(Trainer(), language_module()) == tmp_path / "test"

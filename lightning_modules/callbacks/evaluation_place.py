@@ -1,0 +1,93 @@
+"""Which evaluation it was, and where its results go: they never replace those of another one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.cli import SaveConfigCallback
+
+_NOT_OF_DATA = ("cache_directory", "tokenizer")  # settings of a DataModule that do not say what is evaluated
+_SAME = ("command", "backbone", "precision", "settings", "data", "examples", "partial")
+
+
+class EvaluatedExamples:
+    """Which examples were evaluated, whatever they were called in a config: ids with labels, or prompts with answers."""
+
+    def __init__(self) -> None:
+        self._seen: dict[str, set[bytes]] = {}
+
+    def add(self, set_name: str, outputs: Any, batch: Mapping[str, Any]) -> None:
+        """Count the examples of a batch; the outputs are those of the test, validation or prediction step."""
+        rows = outputs if isinstance(outputs, list) else outputs["rows"]
+        right = None if isinstance(outputs, list) else outputs["right"]
+        if rows and "prompt" in rows[0]:
+            keys: Iterable[Any] = [(row["id"], row["prompt"], row["answer"]) for row in rows]
+        else:
+            keys = zip(batch["id"], batch["id"] if right is None else right.tolist(), strict=False)
+        seen = self._seen.setdefault(set_name, set())
+        seen.update(hashlib.sha256(repr(key).encode("utf-8", "surrogatepass")).digest() for key in keys)
+
+    def digests(self, trainer: L.Trainer) -> dict[str, str]:
+        """A digest by set, over all processes, which have to call it together."""
+        shares: list[Any] = [self._seen]
+        if trainer.world_size > 1:
+            shares = [None] * trainer.world_size
+            torch.distributed.all_gather_object(shares, self._seen)
+        names = dict.fromkeys(name for share in shares for name in share)
+        of_set = {name: sorted(set().union(*(share.get(name, ()) for share in shares))) for name in names}
+        return {name: hashlib.sha256(b"".join(digests)).hexdigest()[:16] for name, digests in of_set.items()}
+
+
+def data_of(trainer: L.Trainer) -> dict[str, Any]:
+    """The DataModule's class and, in a run of the command line, the settings that say where its data are."""
+    data = getattr(trainer, "datamodule", None)
+    found: dict[str, Any] = {"class": type(data).__name__}
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, SaveConfigCallback):
+            settings = callback.config.as_dict()["data"].get("init_args", {})
+            found |= {k: v for k, v in settings.items() if isinstance(v, (str, bool)) and k not in _NOT_OF_DATA}
+    return found
+
+
+def place(base: Path, record: Mapping[str, Any], named: bool) -> Path:
+    """Where a finished evaluation's results go: `base`, unless results of another evaluation are there; then `base_2`, ...
+
+    Args:
+        record: what results.json is going to hold.
+        named: whether the user has named `base`; else it is beside the weights, and of these alone.
+    """
+    keys = (*_SAME, "weights") if named else _SAME
+    return _first(base, lambda path: _is_free(path / "results.json", record, keys))
+
+
+def place_unfinished(base: Path, description: str, data: Mapping[str, Any]) -> Path:
+    """Where an evaluation begins: as `place`, but apart from unfinished ones of other data, which that file describes."""
+    return _first(base, lambda path: (_read(path / description) or {}).get("data", data) == data)
+
+
+def _first(base: Path, fits: Callable[[Path], bool]) -> Path:
+    paths = (base if number == 1 else base.with_name(f"{base.name}_{number}") for number in count(1))
+    return next(path for path in paths if fits(path))
+
+
+def _is_free(file: Path, record: Mapping[str, Any], keys: Iterable[str]) -> bool:
+    """Whether the file is missing, or its record the same; a damaged one is not ours to replace."""
+    if not file.exists():
+        return True
+    stored, own = _read(file), json.loads(json.dumps(record))
+    return stored is not None and all(key in stored and stored[key] == own[key] for key in keys)
+
+
+def _read(file: Path) -> dict[str, Any] | None:
+    try:
+        stored = json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+    return stored if isinstance(stored, dict) else None

@@ -1,0 +1,56 @@
+"""Lightning's callbacks that cannot do here what they are for."""
+
+from __future__ import annotations
+
+import lightning as L
+from lightning.pytorch.callbacks import (
+    BaseFinetuning,
+    BatchSizeFinder,
+    Callback,
+    Checkpoint,
+    DeviceStatsMonitor,
+    LearningRateFinder,
+    LearningRateMonitor,
+    ModelPruning,
+    StochasticWeightAveraging,
+)
+from lightning.pytorch.utilities import rank_zero_info
+
+_REFUSED: dict[type[Callback], str] = {
+    StochasticWeightAveraging: "copies the module before its model is built, and would average nothing; use "
+    "lightning.pytorch.callbacks.EMAWeightAveraging or WeightAveraging",
+    LearningRateFinder: "finds one learning rate, and experts, router and head have one each; try values of "
+    "model.optimization in runs of their own",
+    BatchSizeFinder: "changes the batch size after the schedule's steps have been counted; set data.init_args.batch_size",
+    ModelPruning: "looks for weights before the model is built, and would find none",
+    BaseFinetuning: "freezes weights before the model is built; model.adapter says what is trained",
+}
+_NEED_LOGGER = (LearningRateMonitor, DeviceStatsMonitor)
+
+
+def check_callbacks(trainer: L.Trainer) -> None:
+    """Refuse callbacks that would fail or do nothing.
+
+    Raises:
+        ValueError: with the reason, and what to use.
+    """
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        for refused, reason in _REFUSED.items():
+            if isinstance(callback, refused):
+                raise ValueError(f"trainer.callbacks has {type(callback).__name__}, which {reason}")
+
+
+def without_use(callbacks: list[Callback], logger: bool, checkpointing: bool) -> list[Callback]:
+    """The callbacks but for those that need a logger or checkpoints where a run is to have none; a line says which."""
+    needless = [
+        callback
+        for callback in callbacks
+        if (not logger and isinstance(callback, _NEED_LOGGER)) or (not checkpointing and isinstance(callback, Checkpoint))
+    ]
+    if needless:
+        rank_zero_info(f"left out, since the run has no logger or no checkpoints: {', '.join(map(_name, needless))}")
+    return [callback for callback in callbacks if callback not in needless]
+
+
+def _name(callback: Callback) -> str:
+    return type(callback).__name__

@@ -1,0 +1,169 @@
+"""Where a run's files go: a directory that no other run writes to."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+
+import lightning as L
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+
+from lightning_modules.interruption.checkpoints import require_writable
+from lightning_modules.locks import Lock, release_lock, take_lock
+
+_WITHOUT_LOGGER = "lightning_logs"  # Lightning's name for runs that have none
+_SAVE_DIR, _ROOT_DIR = "--trainer.logger.init_args.save_dir", "--trainer.default_root_dir"
+
+
+class RunDirectory(L.Callback):
+    """The directory of a run; AdaptationModule brings it along.
+
+    The first logger names it: TensorBoardLogger and CSVLogger by `log_dir`, other loggers by `<save_dir>/<name>/<version>`. A
+    number that the logger leaves open is claimed by making the directory, so that two runs that start at the same moment get
+    one each. While a run trains it holds a lock, which ends with the process: a second run of the same name is refused.
+
+    Attributes:
+        path: the directory, from `claim` on; on other processes than the first a guess, see `run_directory`.
+    """
+
+    def __init__(self) -> None:
+        self.path: Path | None = None
+        self._lock: Lock | None = None
+
+    def claim(self, trainer: L.Trainer, numbered: bool = False) -> Path | None:
+        """Choose the directory, and make it on the first process; none for fast_dev_run. Calling it again changes nothing.
+
+        Args:
+            numbered: give a run without a logger `<default_root_dir>/lightning_logs/version_<k>`, not `default_root_dir`.
+
+        Raises:
+            ValueError: if it cannot be written.
+        """
+        if self.path is None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self.path = _claim(trainer, numbered)
+            for callback in trainer.checkpoint_callbacks:
+                if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
+                    callback.dirpath = str(self.path / "checkpoints")
+        return self.path
+
+    def lock(self, trainer: L.Trainer) -> None:
+        """Keep other runs out until training ends.
+
+        Raises:
+            ValueError: if another run is in the directory.
+        """
+        if self._lock is None and self.path is not None and _is_first(trainer):
+            try:
+                self._lock = take_lock(self.path)
+            except BlockingIOError:
+                raise ValueError(
+                    f"{self.path} is in use by another run that has not ended; wait for it, or choose another version or "
+                    "name for the logger"
+                ) from None
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._unlock()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self._unlock()
+        if self.path is not None and _is_first(trainer):
+            with contextlib.suppress(OSError):
+                self.path.rmdir()  # a run that was refused has left nothing in it
+
+    def _unlock(self) -> None:
+        release_lock(self._lock)
+        self._lock = None
+
+
+def attach_run_directory(trainer: L.Trainer) -> RunDirectory:
+    """The trainer's RunDirectory, added to its callbacks if it has none."""
+    callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    found = next((callback for callback in callbacks if isinstance(callback, RunDirectory)), None)
+    if found is None:
+        found = RunDirectory()
+        callbacks.insert(0, found)
+    return found
+
+
+def run_directory(trainer: L.Trainer) -> Path:
+    """The directory of the run, the same on every process. All have to call it together."""
+    callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    path = next((callback.path for callback in callbacks if isinstance(callback, RunDirectory)), None)
+    return Path(trainer.strategy.broadcast(str(path or trainer.log_dir or trainer.default_root_dir)))
+
+
+def require_no_run(directory: Path) -> None:
+    """Refuse to begin a run where another one has left its work.
+
+    Raises:
+        ValueError: naming what is there.
+    """
+    found = [directory / name for name in ("adapter", "adapter_last")] + sorted(directory.rglob("*.ckpt"))
+    there = [path for path in found if path.exists()]
+    if there:
+        raise ValueError(
+            f"{directory} holds another run ({there[0].relative_to(directory)}); go on with it by --ckpt_path {directory}, "
+            "or choose another version or name for the logger"
+        )
+
+
+def _claim(trainer: L.Trainer, numbered: bool) -> Path:
+    loggers = trainer.loggers
+    first = _is_first(trainer)
+    if not loggers:
+        root = Path(trainer.default_root_dir)
+        return _next_version(root / _WITHOUT_LOGGER, _ROOT_DIR, first) if numbered else _made(root, _ROOT_DIR, first)
+    of_root: dict[str, int] = {}  # loggers of one directory share its number
+    for logger in loggers:
+        if isinstance(logger, (TensorBoardLogger, CSVLogger)) and logger._version is None and "://" not in logger.root_dir:
+            if logger.root_dir not in of_root:
+                expanded = os.path.expanduser(os.path.expandvars(logger.root_dir))
+                path = _next_version(Path(expanded), _SAVE_DIR, first)
+                of_root[logger.root_dir] = int(path.name.removeprefix("version_"))
+            logger._version = of_root[logger.root_dir]
+    logger = loggers[0]
+    if isinstance(logger, (TensorBoardLogger, CSVLogger)):
+        return _made(Path(logger.log_dir), _SAVE_DIR, first)
+    getattr(logger, "experiment", None)  # W&B and MLflow name their run when it begins, which this does
+    root = Path(_save_dir(logger) or trainer.default_root_dir) / str(logger.name or "")
+    if logger.version is None:
+        return _next_version(root, _SAVE_DIR, first)
+    return _made(root / _version_name(logger.version), _SAVE_DIR, first)
+
+
+def _is_first(trainer: L.Trainer) -> bool:
+    """Whether this is the first process, known also before the strategy has set its ranks, as after a fork."""
+    return trainer.is_global_zero and trainer.local_rank == 0
+
+
+def _save_dir(logger: Logger) -> str | None:
+    """Where a logger keeps its files on this machine; None if nowhere."""
+    path = logger.save_dir
+    return None if path is None or "://" in path else path
+
+
+def _version_name(version: int | str | None) -> str:
+    return version if isinstance(version, str) else f"version_{version}"
+
+
+def _next_version(root: Path, option: str, make: bool) -> Path:
+    """The first `version_<k>` behind all there are; made here and by nobody else, if `make` says so."""
+    numbers = [path.name.removeprefix("version_") for path in root.glob("version_*")]
+    number = max((int(text) for text in numbers if text.isdecimal()), default=-1) + 1
+    if not make:
+        return root / f"version_{number}"
+    require_writable(root, option)
+    while True:
+        with contextlib.suppress(FileExistsError):
+            (root / f"version_{number}").mkdir(parents=True)
+            return root / f"version_{number}"
+        number += 1
+
+
+def _made(path: Path, option: str, make: bool) -> Path:
+    if make and "://" not in str(path):
+        require_writable(path, option)
+        path.mkdir(parents=True, exist_ok=True)
+    return path
