@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from fourier_moe.adapter import Adapter, projection_shape
 from fourier_moe.bank_selection import Selection
 from fourier_moe.pretrained_weight import PretrainedWeight
+
+_Name = TypeVar("_Name", bound=str | None)
+_Part = TypeVar("_Part", bound=nn.Module)
 
 
 class BankLayer(nn.Module):
@@ -26,6 +29,17 @@ class BankLayer(nn.Module):
     def __init__(self, name: str, base: nn.Module, selection: Selection) -> None:
         super().__init__()
         self.name, self.base, self.selection = name, base, selection
+
+    def _groups(self, x: Tensor, own: Callable[[], dict[_Name, _Part]]) -> tuple[Any, dict[_Name, _Part]]:
+        """`Selection.groups`, and what this layer has for the adapters in it.
+
+        Other threads may load an adapter and activate it, or activate another one and unload it, while the groups are asked
+        for: an adapter of the groups is there before or after.
+        """
+        before = own()
+        groups = self.selection.groups(x, self.name)
+        after = own()
+        return groups, before if before is after else {**before, **after}
 
     def _replicate_for_data_parallel(self) -> nn.Module:
         raise ValueError("an AdapterBank serves in one process; torch.nn.DataParallel would part the examples from their names")
@@ -60,9 +74,8 @@ class BankProjection(BankLayer):
         return self.base.bias  # type: ignore[return-value]
 
     def forward(self, x: Tensor) -> Tensor:
-        adapters = self.adapters
         y = self.base(x)
-        groups = self.selection.groups(x, self.name)
+        groups, adapters = self._groups(x, lambda: self.adapters)
         own = {name: rows for name, rows in groups.items() if name is not None and name in adapters}
         if not own:
             return y
@@ -123,8 +136,7 @@ class BankHead(BankLayer):
         self.heads: dict[str | None, nn.Module] = dict(heads.items())
 
     def forward(self, features: Tensor, *args: Any, **kwargs: Any) -> Any:
-        heads = self.heads
-        groups = self.selection.groups(features, self.name)
+        groups, heads = self._groups(features, lambda: self.heads)
         if len(groups) == 1:
             return heads.get(next(iter(groups)), self.base)(features, *args, **kwargs)
         outputs = [

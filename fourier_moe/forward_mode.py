@@ -1,10 +1,15 @@
-"""Forward-mode derivatives (torch.func.jvp, torch.autograd.forward_ad) of functions that torch has no rule for."""
+"""Which transforms and forward-mode derivatives (torch.func, torch.autograd.forward_ad) a function is called under."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+
+
+def in_transform() -> bool:
+    """Whether a transform of torch.func (grad, vmap, ...) calls. Never while torch.compile traces."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
 def has_tangent(*tensors: Tensor) -> bool:

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fourier_moe.forward_mode import has_tangent
+from fourier_moe.forward_mode import has_tangent, in_transform
 from fourier_moe.kernels import use_triton
 
 # Token-position pairs in flight: bounds what the product holds beside its arguments and results. On a CPU fewer of them for few
@@ -68,10 +68,9 @@ def routed_spectral_product(
         NotImplementedError: in the backward pass, if a second derivative is asked for.
     """
     rest = (frequencies_EPC, out_features, scale)
-    if torch.compiler.is_compiling():
-        return _product(x_TN, gates_TK, experts_TK, coefficients_EPC, *rest)
     if not has_tangent(x_TN, gates_TK, coefficients_EPC):
-        return _Product.apply(x_TN, gates_TK, experts_TK, coefficients_EPC, *rest)
+        product = _Product.apply if in_transform() else _product
+        return product(x_TN, gates_TK, experts_TK, coefficients_EPC, *rest)
     # Linear in each of the three, so that its tangent is the sum of three products with one of them replaced by its tangent.
     (x, dx), (gates, dgates), (c, dc) = map(forward_ad.unpack_dual, (x_TN, gates_TK, coefficients_EPC))
     changes = [(dx, gates, c), (x, dgates, c), (x, gates, dc)]
@@ -167,7 +166,7 @@ _product.register_autograd(_backward, setup_context=_setup_context)
 
 
 class _Product(torch.autograd.Function):
-    """The operator outside of torch.compile: torch.func refuses the derivative that is registered with an operator."""
+    """The operator under torch.func, which refuses the derivative that is registered with an operator."""
 
     generate_vmap_rule = True
 

@@ -82,6 +82,8 @@ class GlueMixtureDataModule(L.LightningDataModule):
             raise ValueError("tasks is empty; give one or more, such as {cola: {}, rte: {}}")
         for name, task in tasks.items():
             require(f"the weight of task '{name}'", task.weight, task.weight > 0, "positive")
+        reads_hub = any(task.directory is None for task in tasks.values())
+        require("revision", revision, revision is None or reads_hub, "null where every task has a directory of its own")
         self._tasks = {
             name: GlueDataModule(
                 task.dataset or name,

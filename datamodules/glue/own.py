@@ -13,6 +13,7 @@ from datamodules.glue.own_files import SUFFIXES, read_rows
 from datamodules.glue.source import Examples, GlueSource
 from datamodules.glue.tasks import TEST, TRAIN, VALIDATION, GlueTask
 from datamodules.json_items import shorten
+from fourier_moe.printable import printable
 
 OWN = "own"
 _NAMES = {TRAIN: (TRAIN,), VALIDATION: ("dev", VALIDATION, "valid", "val"), TEST: (TEST,)}
@@ -119,6 +120,8 @@ def _read(path: Path, columns: Sequence[str], *, needs_label: bool) -> _Rows:
         needed = (*columns, _LABEL) if has_label else tuple(columns)
         if absent := [name for name in needed if row.get(name) is None]:
             raise ValueError(f"{place} has no {', '.join(absent)}; its columns are {', '.join(map(str, row)) or 'none'}")
+        if not has_label and row.get(_LABEL) is not None:
+            raise ValueError(f"{place} has a {_LABEL}, and {where[0]} has none; give all examples of the file one, or none")
         where.append(place)
         for column, name in zip(sentences, columns, strict=True):
             column.append(_sentence(row[name], name, place))
@@ -144,7 +147,7 @@ def _label(row: Mapping[str, Any], place: str) -> str:
         value = str(value).lower()
     elif isinstance(value, int | float):
         value = str(int(value) if math.isfinite(value) and value == int(value) else value)
-    if not isinstance(value, str) or not value.strip() or not value.strip().isprintable():
+    if not isinstance(value, str) or not value.strip() or printable(value.strip()) != value.strip():
         raise ValueError(f"{place}: label is {shorten(row[_LABEL])}; expected the name of a class")
     return value.strip()
 

@@ -89,6 +89,7 @@ class ImageDataModule(L.LightningDataModule):
         require("validation_fraction", validation_fraction, 0 < validation_fraction < 1, "between 0 and 1, exclusive")
         require("seed", seed, seed >= 0, "0 or more")
         require_one_origin(directory, synthetic, revision)
+        require("revision", revision, revision is None or self._source.on_hub, f"null for '{dataset}', which is not on the hub")
         if self._source.needs_directory and directory is None and predict_directory is None and not synthetic:
             self._source.open(dataset)  # says what is needed
 

@@ -23,7 +23,8 @@ class FoundFiles:
     Attributes:
         images: The files with an image's name, sorted by their path relative to the directory.
         others: The other files, sorted.
-        links: Links to folders that are not followed, because their images are found elsewhere or without end.
+        links: Links to folders (or folders behind links) that are not followed, because their images are found elsewhere or
+            without end.
     """
 
     images: list[Path]
@@ -44,7 +45,7 @@ def is_image_name(path: Path) -> bool:
 def find_files(directory: Path) -> FoundFiles:
     """Everything under ``directory``, at any depth, also behind links to folders.
 
-    A link is not followed to a folder inside of ``directory``, or that holds ``directory``, or that was read already.
+    A link is not followed to a folder inside of ``directory`` or that holds ``directory``, and no folder is read twice.
 
     Raises:
         ValueError: A folder cannot be listed.
@@ -59,12 +60,12 @@ def find_files(directory: Path) -> FoundFiles:
         for path in sorted(Path(folder, name) for name in subfolders):
             if is_hidden(path):
                 continue
-            if path.is_symlink():
-                target = path.resolve()
-                if target in seen or target.is_relative_to(root) or root.is_relative_to(target):
-                    links.append(path)
-                    continue
-                seen.add(target)
+            target = path.resolve()
+            leads_back = path.is_symlink() and (target.is_relative_to(root) or root.is_relative_to(target))
+            if leads_back or target in seen:
+                links.append(path)
+                continue
+            seen.add(target)
             followed.append(path.name)
         subfolders[:] = followed
         for path in (Path(folder, name) for name in names):
@@ -110,7 +111,10 @@ def read_file(path: Path) -> bytes:
     problem = _reading_problem(path)
     if problem:
         raise ValueError(problem)
-    return path.read_bytes()
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ValueError(_unreadable(path, error.strerror)) from error
 
 
 def check_usable(paths: Iterable[Path]) -> None:
@@ -168,6 +172,8 @@ def _problem(path: Path) -> str | None:
         return str(error)
     except ValueError:
         return _BROKEN
+    except OSError as error:  # of the disk: what the decoders raise is a ValueError here
+        return _unreadable(path, error.strerror)
     return None
 
 
@@ -175,8 +181,12 @@ def _reading_problem(path: Path) -> str | None:
     if not path.is_file():
         return f"'{printable(str(path))}' is not a file: a pipe, a device, or a link to nothing; replace it or delete it"
     if not os.access(path, os.R_OK):
-        return f"'{printable(str(path))}' cannot be read: permission denied"
+        return _unreadable(path, "Permission denied")
     return None
+
+
+def _unreadable(path: Path, reason: str | None) -> str:
+    return f"'{printable(str(path))}' cannot be read: {reason}"
 
 
 def _refuse(error: OSError) -> None:

@@ -30,6 +30,7 @@ class ImageSource(ABC):
         image_size: Typical width and height in pixels; generated images have it.
         file_format: "JPEG" or "PNG"; generated images have it.
         needs_directory: Whether there is nowhere else to get it from.
+        on_hub: Whether it comes from the hub, where it has revisions.
         write_synthetic: Writes generated files in the set's own layout: directory, image size, file format, splits.
     """
 
@@ -39,6 +40,7 @@ class ImageSource(ABC):
     image_size: tuple[int, int]
     file_format: str
     needs_directory: bool = False
+    on_hub: bool = False
     write_synthetic: Callable[[Path, tuple[int, int], str, Iterable[str]], None] = write_parquet_files
 
     def download(self, name: str, revision: str | None) -> None:
@@ -66,6 +68,7 @@ class HubSource(ImageSource):
 
     hub_id: str
     folder: str = "data"
+    on_hub: bool = True
 
     def download(self, name: str, revision: str | None) -> None:
         dataset = self._dataset(name, revision)

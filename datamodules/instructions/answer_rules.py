@@ -18,7 +18,7 @@ from datamodules.instructions.plain_text import ANSWER_MARK, plain_text
 
 TOLERANCE = 0.001  # between numbers that count as equal
 
-_NEXT_TURN = re.compile(r"\n\s*(?:### |Question:)")  # a model that was not taught to stop asks itself the next question
+_NEXT_TURN = re.compile(r"\n[^\S\n]*(?:### |Question:)")  # a model that was not taught to stop asks itself the next question
 _ANSWER = rf"(?:answer\s*(?:is\s*:?|:)|{ANSWER_MARK})\s*"
 _NEGATION = r"\b(?:not|never|cannot|\w+n't)\s+(?:(?:be|a|the|necessarily|always|really|quite)\s+)?"
 _OR = r"\W{0,2}\s*(?:\bor\b|\band\b|/|,)\s*\W{0,2}"  # what joins two answers that are offered side by side

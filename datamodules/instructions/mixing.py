@@ -39,7 +39,7 @@ class Source:
     @property
     def is_mixture(self) -> bool:
         """Whether it is one of LLM-Adapters' mixed training files: pinned, too large to reject over one odd record."""
-        return self.file.startswith("ft-training_set/")
+        return not self.own and self.file.startswith("ft-training_set/")
 
 
 def train_sources(train: Mapping[str, float] | Sequence[str] | str, train_sets: Sequence[TrainSet]) -> list[Source]:

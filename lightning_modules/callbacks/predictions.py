@@ -125,11 +125,12 @@ class PredictionsWriter(L.Callback):
                 try:
                     count = _write(path, _header(first, pl_module.class_names), first, lines)
                 except OSError as error:
-                    problem = error
+                    problem = f"predictions cannot be written to '{path}' ({error.strerror})"
             for _ in lines:  # other processes only hand theirs over
                 pass
+            problem = trainer.strategy.broadcast(problem)  # else the others would wait for the one that failed
             if problem is not None:
-                raise ValueError(f"predictions cannot be written to '{path}' ({problem.strerror})") from problem
+                raise ValueError(problem)
             rank_zero_info(f"Predictions written: {path} ({count} rows)")
         trainer.strategy.barrier()
         self._rows.remove()

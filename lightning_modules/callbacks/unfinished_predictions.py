@@ -87,11 +87,10 @@ class UnfinishedPredictions:
         """
         record = {"set": set_index, "inputs": inputs, "lines": list(lines)}
         content = self._records.line(_RECORD, record).encode() + b"\n"
-        start = self._end
-        self._file.seek(start)
-        self._file.write(content)
-        self._file.flush()
-        self._places.append(_Place(set_index, inputs, start, start + len(content)))
+        start = end = self._end
+        while end < start + len(content):  # a buffered file would try what did not fit on the disk again when it is closed
+            end += os.pwrite(self._file.fileno(), content[end - start :], end)
+        self._places.append(_Place(set_index, inputs, start, end))
 
     def count(self, set_index: int) -> int:
         """How many batches of a set are known."""
@@ -101,8 +100,7 @@ class UnfinishedPredictions:
         """The rows of each batch of a set."""
         for place in self._places:
             if place.set_index == set_index:
-                self._file.seek(place.start)
-                record = self._records.read(_RECORD, self._file.read(place.end - place.start - 1))
+                record = self._records.read(_RECORD, os.pread(self._file.fileno(), place.end - place.start - 1, place.start))
                 if record is None:
                     raise OSError(5, "changed while it was in use", str(self._path))
                 yield record["lines"]

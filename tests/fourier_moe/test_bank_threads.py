@@ -75,6 +75,37 @@ def test_mixed_batches_of_eight_threads_are_answered_as_by_one(bank):
     assert wrong == 0
 
 
+@pytest.mark.parametrize("change", ["load", "unload"])
+@pytest.mark.parametrize("part", ["layers.0.attention.q_proj", "classifier"])
+def test_what_is_activated_while_a_layer_asks_is_what_it_gives(directories, monkeypatch, change, part):
+    """In passes through parts of the model, which are not tied to the adapter that they begin with."""
+    bank, x = AdapterBank(Transformer()), tokens(2, 16)
+    bank.load("a", directories["a"])
+    bank.activate("a")
+    if change == "unload":
+        bank.load("b", directories["b"])
+    layer = bank.model.get_submodule(part)
+    with torch.no_grad():
+        old = layer(x)
+        ask = bank._selection.groups
+
+        def meanwhile(*arguments):
+            monkeypatch.setattr(bank._selection, "groups", ask)
+            if change == "unload":
+                groups = ask(*arguments)
+                bank.activate("b")
+                bank.unload("a")
+                return groups
+            bank.load("b", directories["b"])
+            bank.activate("b")
+            return ask(*arguments)
+
+        monkeypatch.setattr(bank._selection, "groups", meanwhile)
+        given, new = layer(x), layer(x)
+    assert torch.equal(given, old if change == "unload" else new)
+    assert not torch.equal(old, new)
+
+
 def test_nobody_notices_that_adapters_are_loaded_and_unloaded(bank, directories):
     x = tokens(4, 3, 16)
     choices = [["a", "b", None, "a"], ["b"] * 4, [None] * 4, ["a"] * 4]

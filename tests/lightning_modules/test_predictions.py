@@ -2,6 +2,8 @@
 
 import csv
 import json
+import os
+import resource
 
 import lightning as L
 import pytest
@@ -183,19 +185,36 @@ def test_path_that_cannot_be_written_is_refused_before_the_first_batch(tmp_path,
 
 def test_full_disk_keeps_what_was_written(tmp_path, monkeypatch, expected):
     path = tmp_path / "p.csv"
-    append, calls = UnfinishedPredictions.append, []
+    write, calls = os.pwrite, []
 
-    def full(self, *arguments):
-        calls.append(arguments)
+    def full(descriptor, content, offset):
+        calls.append(offset)
+        if len(calls) < 4:
+            return write(descriptor, content, offset)
         if len(calls) == 4:
-            raise OSError(28, "No space left on device")
-        append(self, *arguments)
+            return write(descriptor, content[:10], offset)  # what just fits
+        raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(UnfinishedPredictions, "append", full)
-    with pytest.raises(ValueError, match=r"cannot be written \(No space left on device\); make room and give the same command"):
-        predict(path)
+    with monkeypatch.context() as patch:
+        patch.setattr("lightning_modules.callbacks.unfinished_predictions.os.pwrite", full)
+        with pytest.raises(ValueError, match=r"be written \(No space left on device\); make room and give the same command"):
+            predict(path)
     assert predict(path) == ids(6)
     assert path.read_bytes() == expected
+
+
+def test_file_that_is_full_is_closed_without_another_error(tmp_path):
+    rows = UnfinishedPredictions(tmp_path / "rows", b"key", "about")
+    rows.append(0, "inputs", ["a"])
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            rows.append(0, "inputs", ["b" * 4000])
+        assert list(rows.batches_of(0)) == [["a"]]
+        rows.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_names_of_strangers_are_written_as_text(tmp_path):

@@ -113,3 +113,10 @@ def test_own_sentences_beside_glue_s(tmp_path, pairs):
 def test_mistakes_are_named(tasks, message):
     with pytest.raises(ValueError, match=message):
         GlueMixtureDataModule(tasks, "bytes")
+
+
+def test_revision_that_no_task_would_read_is_refused(tmp_path):
+    tasks = {"tastes": MixtureTask("own", str(own_files(tmp_path / "tastes", False)))}
+    with pytest.raises(ValueError, match="revision must be null where every task has a directory of its own, got v1"):
+        GlueMixtureDataModule(tasks, "bytes", revision="v1")
+    GlueMixtureDataModule({**tasks, "cola": MixtureTask()}, "bytes", revision="v1")

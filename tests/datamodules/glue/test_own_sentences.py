@@ -102,6 +102,12 @@ def test_numbers_and_booleans_are_labels_in_json(tmp_path):
     assert OwnSentences(tmp_path).task.class_names == ("0.5", "1", "true")
 
 
+def test_label_may_hold_invisible_joiners_as_persian_and_emojis_do(tmp_path):
+    labels = ("\u0645\u06cc\u200c\u0631\u0648\u0645", "\U0001f468\u200d\U0001f469")
+    source = OwnSentences(texts(tmp_path / "mine", f"sentence\tlabel\na\t{labels[0]}\nb\t{labels[1]}\n"))
+    assert source.task.class_names == labels
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -243,6 +249,14 @@ def test_test_file_with_labels_may_stand_beside_train_alone(tmp_path, monkeypatc
     assert sizes(data) == {"train": [18], "selection": [2], "tested": [5]}
     with pytest.raises(ValueError, match=r"selection=validation needs a dev file; expected dev.tsv or validation.tsv"):
         GlueDataModule("own", "bytes", directory=str(tmp_path), selection="validation")
+
+
+def test_test_file_with_some_labels_is_refused(tmp_path):
+    write_table(tmp_path / "train.csv", TRAIN)
+    write_table(tmp_path / "dev.csv", TRAIN[:6])
+    (tmp_path / "test.jsonl").write_text('{"sentence": "a"}\n{"sentence": "b", "label": "pos"}')
+    with pytest.raises(ValueError, match=r"line 2 has a label, and '.*test.jsonl' line 1 has none; give all examples"):
+        OwnSentences(tmp_path)
 
 
 def test_test_file_without_labels_is_for_predict(tmp_path, monkeypatch):

@@ -108,6 +108,31 @@ def test_linked_folders_are_read_once_and_loops_end(tmp_path):
     assert "5 link(s) left out" in note
 
 
+def test_folder_behind_two_links_is_read_once(tmp_path):
+    inside = tmp_path / "inside"
+    touch(tmp_path, "outside/a/b/x.jpg")
+    inside.mkdir()
+    for name, target in {"l1": "outside/a/b", "l2": "outside/a", "l3": "outside"}.items():
+        (inside / name).symlink_to(tmp_path / target)
+    found = find_files(inside)
+    assert names(found.images, inside) == ["l1/x.jpg"]
+    assert names(found.links, inside) == ["l2/b", "l3/a"]
+
+
+def test_file_that_a_disk_cannot_read_is_named(tmp_path, encode, monkeypatch):
+    (tmp_path / "x.png").write_bytes(encode(None, "PNG"))
+
+    def fail(*_):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(type(tmp_path), "open", fail)
+    monkeypatch.setattr(type(tmp_path), "read_bytes", fail)
+    with pytest.raises(ValueError, match=r"x.png' cannot be read: Input/output error"):
+        check_usable([tmp_path / "x.png"])
+    with pytest.raises(ValueError, match=r"x.png' cannot be read: Input/output error"):
+        read_file(tmp_path / "x.png")
+
+
 def test_folder_that_cannot_be_listed_is_named(tmp_path, monkeypatch):
     touch(tmp_path, "a/x.jpg")
     scandir = os.scandir

@@ -314,6 +314,7 @@ def test_published_rules_stop_where_the_model_writes_the_next_response():
 def test_first_turn_keeps_an_output_that_only_begins_like_a_question():
     assert first_turn("Question: what?") == "Question: what?"
     assert first_turn("5\nQuestion: what?") == "5"
+    assert first_turn("\n\n5\n\n \n\t### Instruction: what?") == "5"
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,8 @@ def write(path, content):
 
 
 def test_json_and_jsonl_give_the_same_records(tmp_path):
-    other = {**GOOD, "instruction": "one\nline", "answer": 4.5}
-    expected = [Record("2 + 2?", "", "The answer is 4.", "4"), Record("one\nline", "", "The answer is 4.", "4.5")]
+    other = {**GOOD, "instruction": "one\nline \U0001f600", "answer": 4.5}  # json writes the emoji as a pair of surrogates
+    expected = [Record("2 + 2?", "", "The answer is 4.", "4"), Record("one\nline \U0001f600", "", "The answer is 4.", "4.5")]
     assert read_records(write(tmp_path / "a.json", [GOOD, other]), needs_answer=True) == expected
     lines = "\ufeff" + json.dumps(GOOD) + "\r\n\r\n" + json.dumps(other) + "\n"
     assert read_records(write(tmp_path / "a.jsonl", lines), needs_answer=True) == expected
@@ -53,6 +53,9 @@ def test_input_may_be_absent_and_answer_too_in_own_files(tmp_path):
         ("a.json", json.dumps(GOOD) + "\n{", "a.json' line 2 is not valid JSON"),
         ("a.json", [{**GOOD, "answer": float("nan")}], "record 1 has no 'answer'"),
         ("a.json", "[1, \0]", r"a.json' line 1 has a NUL character"),
+        ("a.json", [{**GOOD, "instruction": "cut \ud83d"}], r"a.json' has half of a character, '\\ud83d', as of an emoji"),
+        ("a.jsonl", json.dumps(GOOD) + '\n{"\\uDE00": 1}', r"a.jsonl' line 2 has half of a character, '\\ude00'"),
+        ("a.jsonl", '{"answer": ' + "1" * 5000 + "}", r"a.jsonl' line 1 cannot be read: Exceeds the limit"),
         ("a.json", [GOOD, "text"], r"record 2 is 'text'; expected an object"),
         ("a.json", [GOOD, {**GOOD, "output": None}], "record 2 has no 'output'"),
         ("a.json", [{}], "record 1 has no 'instruction'; its fields are none"),
