@@ -138,10 +138,14 @@ class AdaptationCLI(LightningCLI):
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         """Lightning's; between `before_<subcommand>` and the subcommand the model is fetched, before gigabytes of data are."""
-        if subcommand == "fit" and self.trainer.strategy.root_device.type == "cpu":
-            bound_cpu_time(self.trainer, self.model.task, self.datamodule)
-            self.trainer.callbacks.append(StepTime())  # type: ignore[attr-defined]
-        self.model.task.fetch()
+        try:
+            if subcommand == "fit" and self.trainer.strategy.root_device.type == "cpu":
+                bound_cpu_time(self.trainer, self.model.task, self.datamodule)
+                self.trainer.callbacks.append(StepTime())  # type: ignore[attr-defined]
+            self.model.task.fetch()
+        except BaseException:
+            attach_run_directory(self.trainer).discard(self.trainer)
+            raise
         return super()._prepare_subcommand_kwargs(subcommand)
 
     def after_validate(self) -> None:

@@ -68,9 +68,13 @@ class RunDirectory(L.Callback):
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         self._unlock()
+        self.discard(trainer)
+
+    def discard(self, trainer: L.Trainer) -> None:
+        """Remove the directory of a run that has left nothing in it."""
         if self.path is not None and _is_first(trainer):
             with contextlib.suppress(OSError):
-                self.path.rmdir()  # a run that was refused has left nothing in it
+                self.path.rmdir()
 
     def _unlock(self) -> None:
         release_lock(self._lock)

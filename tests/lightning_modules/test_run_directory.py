@@ -155,6 +155,9 @@ def test_refused_run_leaves_no_directory(run, tmp_path, no_training):
     with pytest.raises(ValueError, match="StochasticWeightAveraging"):
         run("fit", *DEMO, f"--trainer.callbacks+={LIGHTNING}.StochasticWeightAveraging", "--trainer.callbacks.swa_lrs", "0.1")
     assert os.listdir(tmp_path / "demo") == []
+    with pytest.raises(ValueError, match=r"missing\.json"):
+        run("fit", *DEMO, "--model.task.init_args.model", "missing.json")
+    assert os.listdir(tmp_path / "demo") == []
 
 
 REFUSED = {

@@ -177,6 +177,8 @@ def start(function: Callable[[], Any], log: Path) -> int:
             os.dup2(descriptor, 1), os.dup2(descriptor, 2)
             sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
             warnings.simplefilter("ignore")
+            for number in (signal.SIGINT, signal.SIGHUP):  # which a test run in the background ignores
+                signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
             for name in (None, "lightning.pytorch", "lightning.fabric", "lightning"):
                 for handler in logging.getLogger(name).handlers:
                     if isinstance(handler, logging.StreamHandler):
