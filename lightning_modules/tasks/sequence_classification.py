@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from datamodules.tokenizers import load_tokenizer
 from lightning_modules.class_scores import F1, Matthews
@@ -29,6 +29,11 @@ from lightning_modules.tasks.hugging_face_models import (
 )
 from lightning_modules.tasks.padding import padded_right, real_tokens
 from lightning_modules.tasks.quantization import modules_outside_body
+
+# Classifiers whose head sees all tokens, of which transformers picks the last one, by comparing ids with a padding token.
+# Most call their head `score`.
+_OTHER_LAST_TOKEN_READERS = ("ctrl", "modernbert-decoder")
+_FIRST_TOKEN_READERS = ("cohere_compass_text",)  # call it `score`, too
 
 
 class SequenceClassification(Task):
@@ -78,7 +83,7 @@ class SequenceClassification(Task):
         self._knows_tokenizer = tokenizer is not None
         self.metric_names = dict.fromkeys(["accuracy", *metrics])
         self.num_classes = 0
-        self._reads_last_token = False  # whether transformers picks one of the logits that the head gives all tokens
+        self._reads_last_token = False  # whether the head sees all tokens and the last one counts
 
     def arguments(self) -> dict[str, Any]:
         return {"model": self.model_name, "dtype": self.dtype, "quantization": self.quantization, "tiny": self.tiny}
@@ -101,7 +106,7 @@ class SequenceClassification(Task):
         if tokenizer is not None:
             check_vocabulary(tokenizer, self.tokenizer_name, model, self.model_name)
         self.head_names = modules_outside_body(model)
-        self._reads_last_token = "score" in self.head_names and not model.config.is_encoder_decoder  # a decoder's is called so
+        self._reads_last_token = _reads_last_token(model.config, self.head_names)
         for name in self.head_names:
             model.get_submodule(name).float().register_forward_pre_hook(_in_float32)
         config, embeddings = model.config.get_text_config(), cast(nn.Embedding, model.get_input_embeddings())
@@ -119,7 +124,7 @@ class SequenceClassification(Task):
             inputs["input_ids"] = inputs["input_ids"].masked_fill(~mask, padding)
         heads = [self.model.get_submodule(name) for name in self.head_names]
         last_token = mask.sum(-1) - 1 if self._reads_last_token else None
-        with _reading(heads, last_token):
+        with _reading(heads, last_token, mask.shape[-1]):
             logits = self.model(**inputs).logits.float()
         if "classes" not in batch:
             return logits
@@ -181,28 +186,38 @@ class SequenceClassification(Task):
         return load_tokenizer(self.tokenizer_name)
 
 
+def _reads_last_token(config: PretrainedConfig, head_names: Sequence[str]) -> bool:
+    if "sequence_summary" in head_names:  # XLNet's takes the last column, which is padding where that is on the right
+        return config.summary_type == "last"
+    if config.model_type in _FIRST_TOKEN_READERS or config.is_encoder_decoder:
+        return False
+    return "score" in head_names or config.model_type in _OTHER_LAST_TOKEN_READERS
+
+
 @contextmanager
-def _reading(heads: Sequence[nn.Module], last_token: Tensor | None) -> Iterator[None]:
-    """Let the heads compute without autocast, and give every token of an example the logits of its last real one.
+def _reading(heads: Sequence[nn.Module], last_token: Tensor | None, length: int) -> Iterator[None]:
+    """Let the heads compute without autocast, and of each example see the last real token alone, as if all were that one.
 
     transformers then reads those, whichever token it takes for the last. It compares ids with `config.pad_token_id`, and so it
     takes padding for text where the batch is padded with another token, and text for padding where the text has that token.
 
     Args:
         heads: modules outside of the model's body.
-        last_token: index of each example's last real token (B,); None for a head that pools by itself.
+        last_token: index of each example's last real token (B,); None for a model that pools by itself.
+        length: of the batch in tokens.
     """
     with ExitStack() as hooks, ExitStack() as autocast:
 
-        def begin(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+        def begin(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
             autocast.enter_context(without_autocast(inputs[0]))
+            if last_token is None or inputs[0].dim() < 3:  # pooled by a head before this one
+                return inputs
+            examples = torch.arange(len(inputs[0]), device=inputs[0].device)
+            return inputs[0][examples, last_token.to(inputs[0].device)].unsqueeze(1), *inputs[1:]
 
         def end(_: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
             autocast.close()
-            if last_token is None:
-                return output
-            examples = torch.arange(len(output), device=output.device)
-            return output[examples, last_token.to(output.device)].unsqueeze(1).expand_as(output)
+            return output if last_token is None or output.dim() < 3 else output.expand(-1, length, -1)
 
         for head in heads:
             hooks.callback(head.register_forward_pre_hook(begin).remove)

@@ -14,13 +14,16 @@ from transformers import (
     BertConfig,
     BertForSequenceClassification,
     BertModel,
+    CTRLConfig,
     GPT2Config,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
+    ModernBertDecoderConfig,
     PreTrainedTokenizerFast,
     RobertaConfig,
     RobertaModel,
+    XLNetConfig,
 )
 
 from datamodules.tokenizers import load_tokenizer
@@ -137,8 +140,12 @@ def test_decoder_without_padding_token_reads_its_last_real_token(tmp_path):
 DECODERS = {
     "llama": lambda pad: LlamaConfig(**DECODER, intermediate_size=48, pad_token_id=pad, eos_token_id=2),
     "gpt2": lambda pad: GPT2Config(**DECODER, pad_token_id=pad, eos_token_id=2),  # learned absolute positions
+    "ctrl": lambda pad: CTRLConfig(**DECODER, dff=48, pad_token_id=pad),  # whose head is called otherwise
+    "modernbert": lambda pad: ModernBertDecoderConfig(**DECODER, intermediate_size=48, pad_token_id=pad or 0, **IDS),  # two
+    "xlnet": lambda pad: XLNetConfig(vocab_size=384, d_model=32, n_layer=2, n_head=2, d_inner=48, pad_token_id=pad),
 }
 DECODER = {"vocab_size": 384, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+IDS = dict.fromkeys(["bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"], 2)
 TEXTS = [[5, 6, 7, 8, 2], [9, 0], [3], [4, 1, 7, 7]]  # that end in a padding token of some model, or hold one
 
 
@@ -153,9 +160,14 @@ def texts(padding, side):
     return {"input_ids": ids, "attention_mask": mask}, alone
 
 
-@pytest.mark.parametrize("kind", DECODERS)
-@pytest.mark.parametrize("pad_of_model", [None, -1, 0, 2, 7])
-def test_decoder_reads_the_last_real_token_whatever_the_model_and_the_tokenizer_pad_with(tmp_path, kind, pad_of_model):
+@pytest.mark.parametrize(
+    ("kind", "pad_of_model"),
+    [
+        *((kind, pad) for kind in ("llama", "gpt2") for pad in (None, -1, 0, 2, 7)),
+        *(("ctrl", None), ("modernbert", 7), ("xlnet", 7)),
+    ],
+)
+def test_classifier_reads_the_last_real_token_whatever_the_model_and_the_tokenizer_pad_with(tmp_path, kind, pad_of_model):
     torch.manual_seed(0)
     config = DECODERS[kind](None)
     model = AutoModelForSequenceClassification.from_config(config)
@@ -167,8 +179,10 @@ def test_decoder_reads_the_last_real_token_whatever_the_model_and_the_tokenizer_
     task.model.eval()
     expected = []
     for text in TEXTS:  # by the definition
-        hidden = task.model.base_model(input_ids=torch.tensor([text])).last_hidden_state
-        expected.append(task.model.score(hidden[:, -1]))
+        value = task.model.base_model(input_ids=torch.tensor([text])).last_hidden_state[:, -1:]
+        for name in task.head_names:
+            value = task.model.get_submodule(name)(value)
+        expected.append(value.view(1, 2))
     for padding in (0, 2, 7):
         for side in ("left", "right"):
             together, alone = texts(padding, side)
