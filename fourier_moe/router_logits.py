@@ -8,14 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fourier_moe.forward_mode import has_tangent
+from fourier_moe.forward_mode import has_tangent, in_transform
 
 
 def logits(x: Tensor, weight_EN: Tensor) -> Tensor:
     """R x (..., E) in float32 (float64 for a float64 R), autocast or not."""
     weight_EN = weight_EN.to(torch.promote_types(weight_EN.dtype, torch.float32))
-    product = _product if has_tangent(x, weight_EN) else _Logits.apply  # torch.compile takes no Function with a jvp of its own
-    return product(x, weight_EN)
+    if has_tangent(x, weight_EN):  # torch.compile takes no Function with a jvp of its own
+        return _product(x, weight_EN)
+    # A Function that torch.func takes costs several times as much to call, at every projection.
+    return (_TransformedLogits if in_transform() else _Logits).apply(x, weight_EN)
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
@@ -35,15 +37,10 @@ class _Logits(torch.autograd.Function):
     the matrix product reads, another one for every projection.
     """
 
-    generate_vmap_rule = True
-
     @staticmethod
-    def forward(x: Tensor, weight_EN: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight_EN: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight_EN)
         return _product(x, weight_EN)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -54,3 +51,19 @@ class _Logits(torch.autograd.Function):
             grad_x = (grad @ weight_EN).to(x.dtype) if needs_x else None
             grad_weight_EN = grad_TE.T @ x_TN.to(grad.dtype) if needs_weight else None
         return grad_x, grad_weight_EN
+
+
+class _TransformedLogits(torch.autograd.Function):
+    """The same for torch.func, which wants the context set up apart from the forward pass."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, weight_EN: Tensor) -> Tensor:
+        return _product(x, weight_EN)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    backward = staticmethod(_Logits.backward)
