@@ -134,9 +134,9 @@ class GracefulStop(L.Callback):
         if not between_steps(trainer):
             rank_zero_warn(f"{reason}, in the middle of a step, of which no checkpoint can be written; {newest}")
             return
-        elsewhere = Path(tempfile.gettempdir()) / f"fourier_moe_{os.getpid()}" / NAME
-        for place in (path, elsewhere):
+        for beside_the_others in (True, False):
             try:
+                place = path if beside_the_others else Path(tempfile.mkdtemp(prefix="fourier_moe_")) / NAME
                 trainer.save_checkpoint(place, weights_only=False)
             except (RuntimeError, ValueError, OSError) as problem:
                 rank_zero_warn(str(problem))
