@@ -117,7 +117,7 @@ def test_smoke_overlay_fits_and_the_adapter_file_alone_tests_and_predicts(run, p
     use = (*words, "--model.adapter_path", str(directory / "adapter"))
     accuracy = run("test", *use).trainer.callback_metrics["test/accuracy"]
     predicted = run("predict", *use)
-    with open(Path(predicted.trainer.log_dir) / "predictions.csv", newline="", encoding="utf-8") as file:
+    with open(Path(predicted.trainer.log_dir) / "predictions_partial.csv", newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     names = json.loads((directory / "adapter/adapter.json").read_text(encoding="utf-8"))["class_names"]
     assert list(rows[0]) == ["id", "label", "prediction", "probability", *(f"p({name})" for name in names)]

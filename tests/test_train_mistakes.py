@@ -91,7 +91,7 @@ def test_zero_shot_head_needs_no_adapter(run, command, tmp_path):
     if command == "test":
         assert set(cli.trainer.callback_metrics) >= {"test/accuracy", "test/loss"}
     else:
-        assert len(list(tmp_path.rglob("predictions.csv"))) == 1
+        assert len(list(tmp_path.rglob("predictions_partial.csv"))) == 1
 
 
 def caught(function, *args):
