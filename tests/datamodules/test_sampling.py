@@ -186,10 +186,15 @@ def test_invalid_argument_is_named(options, message):
 # Evaluation
 
 
-def test_evaluation_in_one_process_needs_no_sampler_and_shards_keep_lightnings():
+def test_evaluation_in_one_process_needs_no_sampler():
     assert evaluation_sampler(range(5), None) is None
     assert evaluation_sampler(range(5), SimpleNamespace(world_size=1)) is None
-    assert evaluation_sampler(range(5), SimpleNamespace(world_size=2, strategy=ModelParallelStrategy())) is None
+
+
+def test_processes_that_share_a_model_get_equally_many_examples_repetition_included():
+    strategy = ModelParallelStrategy()
+    trainers = [SimpleNamespace(world_size=2, global_rank=rank, strategy=strategy) for rank in range(2)]
+    assert [list(evaluation_sampler(range(5), trainer)) for trainer in trainers] == [[0, 2, 4], [1, 3, 0]]
 
 
 def test_evaluation_on_three_processes_has_every_example_once():

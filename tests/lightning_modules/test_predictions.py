@@ -66,12 +66,12 @@ class Counted(TokenTask):
         return super().predict(batch)
 
 
-def predict(path, *callbacks, data=None, bias=0.0, class_names=None, **options):
-    """The ids that were computed; rows go to `path`."""
+def predict(path, *callbacks, run=None, data=None, bias=0.0, class_names=None, **options):
+    """The ids that were computed; rows go to `path`, the run's other files to `run`, else beside them."""
     module = token_module()
     module.task, module.class_names = Counted(bias), class_names
     module._require_trained = lambda: None
-    trainer = token_trainer(path.parent, *callbacks, PredictionsWriter(str(path)), **options)
+    trainer = token_trainer(run or path.parent, *callbacks, PredictionsWriter(str(path)), **options)
     trainer.predict(module, data or Examples(), return_predictions=False)
     return module.task.predicted
 
@@ -180,7 +180,7 @@ def test_path_that_cannot_be_written_is_refused_before_the_first_batch(tmp_path,
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(TokenTask, "predict", lambda *_: pytest.fail("predicted"))
     with pytest.raises(ValueError, match=r"file' cannot be written \(.*\); give PredictionsWriter another path"):
-        predict(tmp_path / "file/p.csv")
+        predict(tmp_path / "file/p.csv", run=tmp_path / "run")
 
 
 def test_full_disk_keeps_what_was_written(tmp_path, monkeypatch, expected):
