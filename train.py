@@ -5,12 +5,12 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from fourier_moe.printable import printable
-from lightning_modules.analyze import analyze
+from fourier_moe.errors import printable
 from lightning_modules.cli import AdaptationCLI, user_mistake
-from lightning_modules.compare import compare
-from lightning_modules.export import export
-from lightning_modules.sweep import sweep
+from lightning_modules.commands.analyze import analyze
+from lightning_modules.commands.compare import compare
+from lightning_modules.commands.export import export
+from lightning_modules.commands.sweep import sweep
 
 
 def main(args: list[str] | None = None) -> Any:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fourier_moe.attention import is_fused_attention, split_attention
+from fourier_moe.models.attention import is_fused_attention, split_attention
 
 
 @dataclass(frozen=True, kw_only=True)

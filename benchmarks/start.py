@@ -24,8 +24,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.memory import ALLOCATOR, environment
 from fourier_moe import FourierMoEConfig, inject
-from lightning_modules.markdown import markdown_table
-from lightning_modules.sharding import shard_frozen
+from lightning_modules.strategies.sharding import shard_frozen
+from lightning_modules.tables import markdown_table
 from lightning_modules.tasks import CausalLanguageModel
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj", "gate_proj"]

@@ -7,9 +7,7 @@ load_adapter(fresh_model, "adapter")
 """
 
 from fourier_moe.adapter import Adapter
-from fourier_moe.adapter_format import AdapterDescription
-from fourier_moe.analysis import ExpertSpectra
-from fourier_moe.bank import AdapterBank
+from fourier_moe.analysis.spectra import ExpertSpectra
 from fourier_moe.baselines import (
     AdaMoLEConfig,
     DoRAConfig,
@@ -31,15 +29,17 @@ from fourier_moe.baselines import (
     TopLoRAConfig,
 )
 from fourier_moe.config import AdapterConfig, FourierMoEConfig, ProjectionAdapterConfig
-from fourier_moe.experts import SpectralExperts
-from fourier_moe.files import adapter_state_dict, describe_adapter, load_adapter, save_adapter
-from fourier_moe.hub import push_adapter
+from fourier_moe.files.adapter_files import adapter_state_dict, describe_adapter, load_adapter, save_adapter
+from fourier_moe.files.format import AdapterDescription
+from fourier_moe.files.hub import push_adapter
 from fourier_moe.inject import InjectionReport, adapters, after_step, balance_loss, inject, regularization
-from fourier_moe.linear import FourierMoELinear
-from fourier_moe.quantization import is_quantized
-from fourier_moe.router import Router, Routing, TopKRouter, recording, routers
-from fourier_moe.router_statistics import RouterStatistics
-from fourier_moe.statistics_reader import StatisticsReader
+from fourier_moe.models.quantization import is_quantized
+from fourier_moe.routing.reader import StatisticsReader
+from fourier_moe.routing.router import Router, Routing, TopKRouter, recording, routers
+from fourier_moe.routing.statistics import RouterStatistics
+from fourier_moe.serving.bank import AdapterBank
+from fourier_moe.spectral.experts import SpectralExperts
+from fourier_moe.spectral.layer import FourierMoELinear
 from fourier_moe.version import __version__
 
 __all__ = [

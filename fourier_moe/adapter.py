@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from fourier_moe.pretrained_weight import PretrainedWeight
+from fourier_moe.models.pretrained_weight import PretrainedWeight
 
 if TYPE_CHECKING:
-    from fourier_moe.reminders import Reminder
+    from fourier_moe.routing.reminders import Reminder
 
 
 class Adapter(nn.Module, ABC):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 from torch import Tensor, nn
 
 from fourier_moe.checks import at_least_one, dropout, not_negative, refuse, top_k
-from fourier_moe.stored_values import settings_of
+from fourier_moe.files.stored_values import settings_of
 
 if TYPE_CHECKING:
     from fourier_moe.adapter import Adapter
@@ -255,18 +255,18 @@ class FourierMoEConfig(ProjectionAdapterConfig):
         return self.num_coefficients // (2 * self.num_experts)
 
     def check_stored(self, projections: Mapping[str, StoredProjection]) -> list[str]:
-        from fourier_moe.stored_experts import check_stored
+        from fourier_moe.spectral.stored_experts import check_stored
 
         return check_stored(self, projections)
 
     def build_layer(self, base: nn.Module, name: str) -> Adapter:
-        from fourier_moe.linear import FourierMoELinear
+        from fourier_moe.spectral.layer import FourierMoELinear
 
         return FourierMoELinear(base, self, name)
 
     def inject(self, model: nn.Module) -> InjectionReport:
         from fourier_moe.inject import count_parameters
-        from fourier_moe.sharing import share_routers
+        from fourier_moe.routing.sharing import share_routers
 
         report = super().inject(model)
         if self.router_scope == "projection":

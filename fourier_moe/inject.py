@@ -9,17 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from fourier_moe.adapter import Adapter, projection_shape
-from fourier_moe.attention import FUSED_PROJECTIONS, fused_projection, is_fused_attention, split_attention
-from fourier_moe.backbone import Fingerprint, keep_fingerprint, measure_backbone
 from fourier_moe.config import AdapterConfig, ProjectionAdapterConfig
-from fourier_moe.fresh_heads import fresh_heads, warn_of_frozen
-from fourier_moe.module_names import ModuleNames, keep_module_names, kept_module_names, names_by_config
-from fourier_moe.pretrained_weight import check_is_called
-from fourier_moe.quantization import is_quantized, num_scalars
-from fourier_moe.recorded import NoTokensError
-from fourier_moe.reminders import attach_reminders, heed
-from fourier_moe.saving_guard import guard_saving
-from fourier_moe.undo import unchanged_on_error
+from fourier_moe.models.attention import FUSED_PROJECTIONS, fused_projection, is_fused_attention, split_attention
+from fourier_moe.models.backbone import Fingerprint, keep_fingerprint, measure_backbone
+from fourier_moe.models.fresh_heads import fresh_heads, warn_of_frozen
+from fourier_moe.models.module_names import ModuleNames, keep_module_names, kept_module_names, names_by_config
+from fourier_moe.models.pretrained_weight import check_is_called
+from fourier_moe.models.quantization import is_quantized, num_scalars
+from fourier_moe.models.saving_guard import guard_saving
+from fourier_moe.models.snapshot import unchanged_on_error
+from fourier_moe.routing.recording import NoTokensError
+from fourier_moe.routing.reminders import attach_reminders, heed
 
 _CONFIG_ATTRIBUTE = "fourier_moe_adapter_config"
 

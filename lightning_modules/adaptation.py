@@ -29,14 +29,12 @@ from fourier_moe import (
     recording,
     save_adapter,
 )
-from fourier_moe.adapter_format import description_of
-from fourier_moe.backbone import backbone_fingerprint, backbone_name
-from fourier_moe.files import check_fit
-from fourier_moe.hub import local_directory
+from fourier_moe.errors import printable
+from fourier_moe.files.adapter_files import check_fit
+from fourier_moe.files.format import description_of
+from fourier_moe.files.hub import local_directory
 from fourier_moe.inject import adapter_config, regularization
-from fourier_moe.printable import printable
-from lightning_modules.blocks import checkpoint_activations
-from lightning_modules.building_code import building_code
+from fourier_moe.models.backbone import backbone_fingerprint, backbone_name
 from lightning_modules.evaluation_sets import EvaluationSets, each_loader, num_own, set_names
 from lightning_modules.interruption import (
     ExactResume,
@@ -46,17 +44,19 @@ from lightning_modules.interruption import (
     require_finite_loss,
     require_finite_weights,
 )
-from lightning_modules.lightning_callbacks import check_callbacks
 from lightning_modules.optimization import Optimization
-from lightning_modules.planned_schedule import PlannedSchedule, accumulated_batches
 from lightning_modules.run_directory import attach_run_directory
-from lightning_modules.sharding import check_strategy
-from lightning_modules.step_mean import StepMean
+from lightning_modules.strategies.blocks import checkpoint_activations
+from lightning_modules.strategies.sharding import check_strategy
 from lightning_modules.tasks import Task
 from lightning_modules.tasks.base import without_weights
+from lightning_modules.tasks.building_code import building_code
 from lightning_modules.tasks.generation import is_sharded
-from lightning_modules.unused_adapters import UnusedAdapters
-from lightning_modules.weight_averaging import WeightAverage, attach_weight_average, check_resumed
+from lightning_modules.training.planned_schedule import PlannedSchedule, accumulated_batches
+from lightning_modules.training.step_mean import StepMean
+from lightning_modules.training.supported_callbacks import check_callbacks
+from lightning_modules.training.unused_adapters import UnusedAdapters
+from lightning_modules.training.weight_averaging import WeightAverage, attach_weight_average, check_resumed
 
 
 class BatchLosses(NamedTuple):

@@ -15,7 +15,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from fourier_moe import AdapterConfig
 from lightning_modules.adaptation import AdaptationModule, untrained
 from lightning_modules.callbacks import EvaluationReport
-from lightning_modules.cpu_time import StepTime, bound_cpu_time
+from lightning_modules.callbacks.monitoring.cpu_time import StepTime, bound_cpu_time
 from lightning_modules.interruption import (
     CheckedCheckpointIO,
     checkpoint_directories,
@@ -24,9 +24,9 @@ from lightning_modules.interruption import (
     require_nothing_ahead,
     write_error,
 )
-from lightning_modules.lightning_callbacks import without_use
 from lightning_modules.run_directory import attach_run_directory, require_no_run, run_directory
-from lightning_modules.tasks.hugging_face_models import tokenizer_name
+from lightning_modules.tasks.backbones.hugging_face import tokenizer_name
+from lightning_modules.training.supported_callbacks import without_use
 
 _OUR_PACKAGES = ("fourier_moe", "lightning_modules", "datamodules")
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from fourier_moe.printable import printable
+from fourier_moe.errors import printable
 
 _FORMULA_STARTS = tuple("=+-@\uff1d\uff0b\uff0d\uff20")  # and their full-width forms
 

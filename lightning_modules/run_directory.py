@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
 from lightning_modules.interruption.checkpoints import require_writable
-from lightning_modules.locks import Lock, release_lock, take_lock
+from lightning_modules.interruption.locks import Lock, release_lock, take_lock
 
 _WITHOUT_LOGGER = "lightning_logs"  # Lightning's name for runs that have none
 _SAVE_DIR, _ROOT_DIR = "--trainer.logger.init_args.save_dir", "--trainer.default_root_dir"

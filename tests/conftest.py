@@ -94,7 +94,7 @@ def no_training(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
     """A stand-in of the Hugging Face hub, asked by huggingface_hub's real client with an empty cache in `tmp_path / "hub"`."""
-    import hub_server
+    from support import hub_server
 
     server = hub_server.serve()
     hub_server.connect(monkeypatch, tmp_path / "hub", server.url)

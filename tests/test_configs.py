@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+from support import REPOSITORY
 
 from fourier_moe import FourierMoEConfig
 
-REPOSITORY = Path(__file__).parent.parent
 ALL = sorted(path.relative_to(REPOSITORY) for path in (REPOSITORY / "configs").rglob("*.yaml"))
 ADAPTERS = [path for path in ALL if path.parent.name == "adapters"]
 MIXTURES = ("molora", "adamole", "hydralora", "goat", "fft_moe")

@@ -2,13 +2,13 @@
 
 import configparser
 import sys
-from pathlib import Path
 
 import pytest
+from support import REPOSITORY
 
 from fourier_moe import adapters
 
-PLUGIN = Path(__file__).parent.parent / "examples/callback_plugin"
+PLUGIN = REPOSITORY / "examples/callback_plugin"
 GROUP = "lightning.pytorch.callbacks_factory"
 QUICK = ("--trainer.max_epochs", "1", "--trainer.limit_train_batches", "2", "--trainer.limit_val_batches", "1")
 

@@ -7,17 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from support import REPOSITORY
 from torch import nn
 
-import lightning_modules.compare
-import lightning_modules.grid
+import lightning_modules.commands.compare
+import lightning_modules.experiments.grid
 import lightning_modules.tasks
 import train
 from fourier_moe import FourierMoEConfig, adapters, inject, save_adapter
 from lightning_modules.cli import AdaptationCLI
-from lightning_modules.grid import Result
+from lightning_modules.experiments.grid import Result
 
-REPOSITORY = Path(__file__).parent.parent
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 COMMANDS = sorted(set(re.findall(r"python train\.py ([^`\n]+)", README)))
@@ -27,7 +27,7 @@ DATA = {
     "glue": "datamodules.GlueDataModule",
     "commonsense": "datamodules.CommonsenseDataModule",
     "math": "datamodules.MathReasoningDataModule",
-    "demo": "datamodules.arithmetic.ArithmeticDataModule",
+    "demo": "datamodules.instructions.arithmetic.ArithmeticDataModule",
 }
 
 
@@ -133,11 +133,11 @@ def parse(main, monkeypatch):
         return Result("Method", overlay, seed, "test/accuracy", metrics, {"head": 1}, 1.0)
 
     monkeypatch.setattr(AdaptationCLI, "instantiate_classes", instantiate_classes)
-    monkeypatch.setattr(lightning_modules.grid, "_run", one_run)
+    monkeypatch.setattr(lightning_modules.experiments.grid, "_run", one_run)
     # What compare does before the first run needs the models themselves.
-    monkeypatch.setattr(lightning_modules.compare, "parse_grid", lambda grid, metric: grid)
-    monkeypatch.setattr(lightning_modules.compare, "unfair_differences", lambda cells: [])
-    monkeypatch.setattr(lightning_modules.compare, "_sizes", lambda cells, budget: ({name: [] for name in cells}, ""))
+    monkeypatch.setattr(lightning_modules.commands.compare, "parse_grid", lambda grid, metric: grid)
+    monkeypatch.setattr(lightning_modules.commands.compare, "unfair_differences", lambda cells: [])
+    monkeypatch.setattr(lightning_modules.commands.compare, "_sizes", lambda cells, budget: ({name: [] for name in cells}, ""))
 
     def parse(*words):
         try:

@@ -14,20 +14,20 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from datamodules.arguments import require, require_one_origin
-from datamodules.generated import generated_directory
+from datamodules.glue.benchmarks import TEST, TRAIN, VALIDATION, find_task
+from datamodules.glue.custom import OWN, OwnSentences
 from datamodules.glue.dataset import PadBatch, TextDataset
 from datamodules.glue.directory import open_directory
 from datamodules.glue.hub import HubFiles
-from datamodules.glue.own import OWN, OwnSentences
 from datamodules.glue.source import Examples, GlueSource
 from datamodules.glue.summary import SetSummary, summarise
 from datamodules.glue.synthetic import write_tsv_files
-from datamodules.glue.tasks import TEST, TRAIN, VALIDATION, find_task
 from datamodules.glue.tokenization import TokenizedExamples, tokenize
-from datamodules.loading import TrainLoader, leave_signals_to_main_process
-from datamodules.sampling import ShuffledSampler, TrainShare, evaluation_sampler, hold_out, num_shares, run_seed
-from datamodules.tokenizers import check_max_length, load_tokenizer
+from datamodules.shared.arguments import require, require_one_origin
+from datamodules.shared.generated import generated_directory
+from datamodules.shared.loading import TrainLoader, leave_signals_to_main_process
+from datamodules.shared.sampling import ShuffledSampler, TrainShare, evaluation_sampler, hold_out, num_shares, run_seed
+from datamodules.shared.tokenizers import check_max_length, load_tokenizer
 
 MAX_SELECTION = 5000
 SELECTION, TESTED, PREDICT = "selection", "tested", "predict"  # parts of the data beside the splits

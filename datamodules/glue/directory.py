@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from datamodules.glue.benchmarks import GlueTask
 from datamodules.glue.files import TsvFiles, find_tsv_files
 from datamodules.glue.paraphrases import find_paraphrase_files
 from datamodules.glue.source import GlueSource
 from datamodules.glue.tables import ParquetFiles, find_parquet_files
-from datamodules.glue.tasks import GlueTask
 
 
 def open_directory(directory: Path, name: str, task: GlueTask) -> GlueSource:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from datamodules.glue.benchmarks import TEST, GlueTask
 from datamodules.glue.source import Examples, GlueSource
-from datamodules.glue.tasks import TEST, GlueTask
-from datamodules.text_files import not_utf8
+from datamodules.shared.text_files import not_utf8
 
 _LABEL_CHARACTERS_SHOWN = 40
 

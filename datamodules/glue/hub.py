@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from datamodules.glue.benchmarks import GlueTask
 from datamodules.glue.source import Examples, GlueSource
 from datamodules.glue.tables import ParquetFiles
-from datamodules.glue.tasks import GlueTask
-from datamodules.hub import HubDataset
+from datamodules.shared.hub import HubDataset
 
 HUB_ID = "nyu-mll/glue"
 

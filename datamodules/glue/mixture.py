@@ -10,12 +10,12 @@ import lightning as L
 import torch
 from torch.utils.data import ConcatDataset, DataLoader
 
-from datamodules.arguments import require
+from datamodules.glue.benchmarks import TRAIN
 from datamodules.glue.data_module import PREDICT, SELECTION, TESTED, GlueDataModule
 from datamodules.glue.dataset import PadBatch, TaskDataset
-from datamodules.glue.tasks import TRAIN
-from datamodules.loading import TrainLoader, leave_signals_to_main_process
-from datamodules.sampling import ShuffledSampler, TrainShare, evaluation_sampler, num_shares, run_seed
+from datamodules.shared.arguments import require
+from datamodules.shared.loading import TrainLoader, leave_signals_to_main_process
+from datamodules.shared.sampling import ShuffledSampler, TrainShare, evaluation_sampler, num_shares, run_seed
 
 
 @dataclass(frozen=True)

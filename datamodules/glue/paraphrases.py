@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from datamodules.glue.benchmarks import TEST, TRAIN, VALIDATION, GlueTask
 from datamodules.glue.files import TsvFiles, read_tsv
 from datamodules.glue.source import Examples
-from datamodules.glue.tasks import TEST, TRAIN, VALIDATION, GlueTask
-from datamodules.text_files import read_text
+from datamodules.shared.text_files import read_text
 
 _TRAIN_FILE, _TEST_FILE, _LIST = "msr_paraphrase_train.txt", "msr_paraphrase_test.txt", "dev_ids.tsv"
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from datamodules.glue.benchmarks import TRAIN
 from datamodules.glue.source import Examples
-from datamodules.glue.tasks import TRAIN
 from datamodules.glue.tokenization import TokenizedExamples
 
 MAX_CLASSES = 20  # that are named

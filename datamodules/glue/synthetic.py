@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
+from datamodules.glue.benchmarks import TEST, TRAIN, VALIDATION, GlueTask
 from datamodules.glue.files import tsv_name
-from datamodules.glue.tasks import TEST, TRAIN, VALIDATION, GlueTask
 
 NUM_EXAMPLES = {TRAIN: 80, VALIDATION: 16, TEST: 8}
 

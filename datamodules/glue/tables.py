@@ -9,8 +9,8 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from datamodules.glue.benchmarks import TEST, GlueTask
 from datamodules.glue.source import Examples, GlueSource
-from datamodules.glue.tasks import TEST, GlueTask
 
 
 class ParquetFiles(GlueSource):

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from datamodules.glue.source import Examples
-from datamodules.token_cache import cache_key, load_or_make
+from datamodules.shared.cache import cache_key, load_or_make
 
 _ROWS_AT_ONCE = 10_000
 

@@ -10,17 +10,17 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader
 
-from datamodules.arguments import require, require_one_origin
-from datamodules.generated import generated_directory
-from datamodules.images.collections import TEST, TRAIN, VALIDATION, ImageCollection
+from datamodules.images.collection import TEST, TRAIN, VALIDATION, ImageCollection
 from datamodules.images.dataset import FileSplit, ImageDataset, ImageSplit
 from datamodules.images.decoding import IMAGE_EXTENSIONS
 from datamodules.images.directory import open_directory
 from datamodules.images.files import describe_left_out, find_files
-from datamodules.images.sources import find_source
+from datamodules.images.source import find_source
 from datamodules.images.transforms import CLIP_MEAN, CLIP_STD, eval_transform, normalisation, train_transform
-from datamodules.loading import TrainLoader, leave_signals_to_main_process, require_shared_memory
-from datamodules.sampling import ShuffledSampler, TrainShare, evaluation_sampler, hold_out, run_seed
+from datamodules.shared.arguments import require, require_one_origin
+from datamodules.shared.generated import generated_directory
+from datamodules.shared.loading import TrainLoader, leave_signals_to_main_process, require_shared_memory
+from datamodules.shared.sampling import ShuffledSampler, TrainShare, evaluation_sampler, hold_out, run_seed
 
 _PREDICT = "predict"
 _SPLITS_OF_STAGE = {

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from datamodules.images.decoding import decode_rgb
 from datamodules.images.files import check_usable, read_file
-from fourier_moe.printable import printable
+from fourier_moe.errors import printable
 
 
 class ImageSplit(ABC):

@@ -8,7 +8,7 @@ from typing import IO
 import numpy as np
 from PIL import Image, features
 
-from fourier_moe.printable import printable
+from fourier_moe.errors import printable
 
 _SUFFIXES = {
     "BMP": (".bmp", ".dib"),

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from datamodules.images.collections import TEST, TRAIN, ImageCollection
-from datamodules.images.folder import ClassFolders, find_split_folders
-from datamodules.images.tables import ParquetFiles, find_parquet_files
+from datamodules.images.class_folders import ClassFolders, find_split_folders
+from datamodules.images.collection import TEST, TRAIN, ImageCollection
+from datamodules.images.parquet import ParquetFiles, find_parquet_files
 
 LAYOUTS = (
     "class folders {train,test[,val]}/<class name>/*.jpg, or parquet files train*.parquet, test*.parquet"

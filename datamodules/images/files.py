@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from datamodules.images.decoding import FORMATS, IMAGE_EXTENSIONS, UnusableImageError, decode_rgb, open_image
-from fourier_moe.printable import printable
+from fourier_moe.errors import printable
 
 _JPEG_START, _JPEG_END = b"\xff\xd8\xff", b"\xff\xd9"
 _PNG_START, _PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND"

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from datamodules.instructions.answer_rules import (
+from datamodules.instructions.answers.rules import (
     ANSWER,
     BOOLEAN,
     ENDING,

@@ -12,20 +12,20 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from datamodules.arguments import require, require_one_origin
-from datamodules.generated import generated_directory
 from datamodules.instructions.benchmarks import Benchmark, TrainSet
 from datamodules.instructions.dataset import Collator, EvaluationDataset, Example, TrainDataset
-from datamodules.instructions.inventory import Inventory
-from datamodules.instructions.mixing import HELD_OUT, Source, choices, evaluation_sources, hold_out, train_sources
+from datamodules.instructions.mixture.inventory import Inventory
+from datamodules.instructions.mixture.mixing import HELD_OUT, Source, choices, evaluation_sources, hold_out, train_sources
 from datamodules.instructions.prompts import STYLES
 from datamodules.instructions.source import Files, LocalFiles, PinnedFiles
 from datamodules.instructions.synthetic import write_synthetic
 from datamodules.instructions.tokenization import InstructionTokenizer
-from datamodules.loading import TrainLoader, leave_signals_to_main_process
-from datamodules.sampling import ShuffledSampler, TrainShare, evaluation_sampler, num_shares, run_seed
-from datamodules.tokenizers import check_max_length, load_tokenizer
-from datamodules.user_cache import default_cache_directory
+from datamodules.shared.arguments import require, require_one_origin
+from datamodules.shared.generated import generated_directory
+from datamodules.shared.loading import TrainLoader, leave_signals_to_main_process
+from datamodules.shared.sampling import ShuffledSampler, TrainShare, evaluation_sampler, num_shares, run_seed
+from datamodules.shared.tokenizers import check_max_length, load_tokenizer
+from datamodules.shared.user_cache import default_cache_directory
 
 _WORTH_CACHING = 20_000  # training examples; fewer are tokenised in seconds
 

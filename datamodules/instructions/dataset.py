@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from datamodules.instructions.benchmarks import Benchmark
 from datamodules.instructions.records import Record
 from datamodules.instructions.tokenization import InstructionTokenizer
-from datamodules.token_cache import load_or_make
+from datamodules.shared.cache import load_or_make
 
 IGNORED = -100  # the label of a token without loss
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from lightning.pytorch.utilities import rank_zero_info
 from tqdm import tqdm
 
-from fourier_moe.retrying import IncompleteFileError, retry
+from fourier_moe.files.retrying import IncompleteFileError, retry
 
 LOG_SECONDS = 20.0  # between two lines of progress in a log
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from datamodules.json_items import read_items, shorten
+from datamodules.shared.json_items import read_items, shorten
 
 
 @dataclass(frozen=True)

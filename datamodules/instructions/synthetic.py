@@ -7,7 +7,7 @@ import random
 from collections.abc import Iterable
 from pathlib import Path
 
-from datamodules.instructions.answer_rules import LETTER, NUMBER, ChoiceRule
+from datamodules.instructions.answers.rules import LETTER, NUMBER, ChoiceRule
 from datamodules.instructions.benchmarks import Benchmark, TrainSet
 from datamodules.instructions.records import Record
 

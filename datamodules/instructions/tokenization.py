@@ -11,7 +11,7 @@ from transformers import ByT5Tokenizer, PreTrainedTokenizerBase
 
 from datamodules.instructions.prompts import Prompt, PromptStyle
 from datamodules.instructions.records import Record
-from datamodules.token_cache import cache_key
+from datamodules.shared.cache import cache_key
 
 _TEXTS_AT_ONCE = 2000  # tokenizers that are not in Python use all cores for a list of texts
 

@@ -15,11 +15,11 @@ from fourier_moe.adapter import Adapter, device_of, projection_shape
 from fourier_moe.baselines.routed_config import RoutedConfig
 from fourier_moe.baselines.singular_layers import pretrained_matrix
 from fourier_moe.checks import not_negative, top_k
-from fourier_moe.frequencies import named_generator
 from fourier_moe.inject import InjectionReport, count_parameters
-from fourier_moe.pretrained_weight import PretrainedWeight
-from fourier_moe.quantization import is_quantized
-from fourier_moe.router import Routing, TopKRouter
+from fourier_moe.models.pretrained_weight import PretrainedWeight
+from fourier_moe.models.quantization import is_quantized
+from fourier_moe.routing.router import Routing, TopKRouter
+from fourier_moe.spectral.frequencies import named_generator
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ from torch import nn
 
 from fourier_moe.config import AdapterConfig
 from fourier_moe.inject import InjectionReport, count_parameters
-from fourier_moe.quantization import is_quantized
+from fourier_moe.models.quantization import is_quantized
 
 
 @dataclass(frozen=True, kw_only=True)

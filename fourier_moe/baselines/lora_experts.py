@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from fourier_moe.adapter import Adapter
-from fourier_moe.merge import with_update
-from fourier_moe.router import Router
+from fourier_moe.routing.router import Router
+from fourier_moe.serving.merge import with_update
 
 
 class LoRAExperts(nn.Module):

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from fourier_moe.adapter import Adapter, device_of
 from fourier_moe.baselines.singular_layers import pretrained_matrix
-from fourier_moe.frequencies import named_generator
+from fourier_moe.spectral.frequencies import named_generator
 
 if TYPE_CHECKING:
     from fourier_moe.baselines.low_rank_methods import LoRADashConfig, LowRankConfig, MELoRAConfig, TopLoRAConfig

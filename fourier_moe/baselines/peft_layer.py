@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from fourier_moe.adapter import Adapter, device_of
-from fourier_moe.merge import check_takes_update
+from fourier_moe.serving.merge import check_takes_update
 
 if TYPE_CHECKING:
     from fourier_moe.baselines.peft_methods import PeftConfig

@@ -14,12 +14,12 @@ from torch import nn
 from fourier_moe.adapter import device_of, projection_shape
 from fourier_moe.checks import at_least_one, dropout, not_negative, positive, rank_problem, refuse
 from fourier_moe.config import ProjectionAdapterConfig
-from fourier_moe.frequencies import named_generator
+from fourier_moe.spectral.frequencies import named_generator
 
 if TYPE_CHECKING:
     from fourier_moe.adapter import Adapter
     from fourier_moe.baselines.lora_experts import LoRAExperts
-    from fourier_moe.router import Router
+    from fourier_moe.routing.router import Router
 
 
 @dataclass(frozen=True, kw_only=True)

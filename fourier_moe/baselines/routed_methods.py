@@ -19,7 +19,7 @@ from fourier_moe.checks import at_least_one, positive, top_k
 
 if TYPE_CHECKING:
     from fourier_moe.baselines.lora_experts import LoRAExperts
-    from fourier_moe.router import Router
+    from fourier_moe.routing.router import Router
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +45,7 @@ class MoLoRAConfig(BalancedLoRAConfig):
         return [*super().problems(), *top_k(self)]
 
     def build_router(self, in_features: int, generator: torch.Generator, device: torch.device) -> Router:
-        from fourier_moe.router import TopKRouter
+        from fourier_moe.routing.router import TopKRouter
 
         return TopKRouter(
             in_features,
@@ -168,7 +168,7 @@ class HydraLoRAConfig(RoutedLoRAConfig):
         return min(in_features, out_features)
 
     def build_router(self, in_features: int, generator: torch.Generator, device: torch.device) -> Router:
-        from fourier_moe.router import TopKRouter
+        from fourier_moe.routing.router import TopKRouter
 
         E = self.num_experts
         return TopKRouter(in_features, E, E, normalize_gates=False, generator=generator, device=device)

@@ -10,8 +10,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from fourier_moe.router import Router, Routing
-from fourier_moe.router_logits import logits
+from fourier_moe.routing.logits import logits
+from fourier_moe.routing.router import Router, Routing
 
 
 class ThresholdRouter(Router):

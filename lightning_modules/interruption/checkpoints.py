@@ -19,7 +19,7 @@ import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_warn
 
-from fourier_moe.file_writing import write_file
+from fourier_moe.files.writing import write_file
 
 _MARK = b"fourier_moe sha256 "
 _END_OF_ZIP = b"PK\x05\x06"  # begins the last 22 bytes of a zip archive that has no comment

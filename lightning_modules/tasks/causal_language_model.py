@@ -12,9 +12,7 @@ from torch import Tensor
 from torchmetrics import MeanMetric, MetricCollection
 from transformers import PreTrainedModel
 
-from lightning_modules.tasks.base import Batch, Evaluation, Task, select
-from lightning_modules.tasks.generation import GenerationSettings, generate, is_sharded
-from lightning_modules.tasks.hugging_face_models import (
+from lightning_modules.tasks.backbones.hugging_face import (
     check_model,
     check_vocabulary,
     fetch_model,
@@ -23,7 +21,9 @@ from lightning_modules.tasks.hugging_face_models import (
     save_hugging_face,
     tokenizer_name,
 )
-from lightning_modules.tasks.label_losses import IGNORED, LabelLosses, label_logits, label_losses, log_likelihoods
+from lightning_modules.tasks.base import Batch, Evaluation, Task, select
+from lightning_modules.tasks.generation import GenerationSettings, generate, is_sharded
+from lightning_modules.tasks.losses import IGNORED, LabelLosses, label_logits, label_losses, log_likelihoods
 from lightning_modules.tasks.padding import padded_right, real_tokens
 
 GREEDY = GenerationSettings()

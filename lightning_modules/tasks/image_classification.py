@@ -16,10 +16,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
-from fourier_moe.attention import fuse_attention, is_split_attention
-from lightning_modules.class_scores import BalancedAccuracy
+from fourier_moe.models.attention import fuse_attention, is_split_attention
+from lightning_modules.tasks.backbones.open_clip import check_model, fetch_weights, load_open_clip, save_open_clip
 from lightning_modules.tasks.base import Batch, Evaluation, Task, without_autocast
-from lightning_modules.tasks.open_clip_models import check_model, fetch_weights, load_open_clip, save_open_clip
+from lightning_modules.tasks.scores import BalancedAccuracy
 
 
 class ImageClassifier(nn.Module):

@@ -15,10 +15,8 @@ from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from datamodules.tokenizers import load_tokenizer
-from lightning_modules.class_scores import F1, Matthews
-from lightning_modules.tasks.base import Batch, Evaluation, Task, without_autocast
-from lightning_modules.tasks.hugging_face_models import (
+from datamodules.shared.tokenizers import load_tokenizer
+from lightning_modules.tasks.backbones.hugging_face import (
     check_model,
     check_vocabulary,
     fetch_model,
@@ -27,8 +25,10 @@ from lightning_modules.tasks.hugging_face_models import (
     save_hugging_face,
     tokenizer_name,
 )
+from lightning_modules.tasks.backbones.quantization import modules_outside_body
+from lightning_modules.tasks.base import Batch, Evaluation, Task, without_autocast
 from lightning_modules.tasks.padding import padded_right, real_tokens
-from lightning_modules.tasks.quantization import modules_outside_body
+from lightning_modules.tasks.scores import F1, Matthews
 
 # Classifiers whose head sees all tokens, of which transformers picks the last one, by comparing ids with a padding token.
 # Most call their head `score`.

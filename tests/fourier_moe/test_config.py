@@ -5,7 +5,7 @@ import json
 import re
 
 import pytest
-from fourier_moe_models import config
+from support.models import config
 
 from fourier_moe import AdapterConfig, FourierMoEConfig, FullFineTuning, HeadOnly
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from fourier_moe_models import Transformer, config
+from support.models import Transformer, config
 from torch import nn
 
 from fourier_moe import (

@@ -12,9 +12,9 @@ from fourier_moe import (
     HydraLoRAConfig,
     MoLoRAConfig,
     adapter_state_dict,
-    experts,
     inject,
 )
+from fourier_moe.spectral import experts
 
 
 def roberta_large():

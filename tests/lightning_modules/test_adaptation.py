@@ -10,8 +10,9 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from support import REPOSITORY
 from support.limits import HANGS_AFTER
-from token_task import ADAPTER, RATES, TokenData, token_batch, token_module, token_trainer
+from support.token_task import ADAPTER, RATES, TokenData, token_batch, token_module, token_trainer
 from torch.utils.data import DataLoader
 
 from datamodules import ImageDataModule
@@ -19,7 +20,6 @@ from fourier_moe import FullFineTuning, HeadOnly, LoRAConfig, adapter_state_dict
 from lightning_modules import AdaptationModule
 from lightning_modules.optimization import Optimization, ParameterGroup
 
-REPOSITORY = Path(__file__).parent.parent.parent
 HEAD_RATE = Optimization(head=ParameterGroup(0.01))
 
 

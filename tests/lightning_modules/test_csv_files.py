@@ -4,10 +4,10 @@ import csv
 
 import pytest
 
-from fourier_moe.printable import printable
+from fourier_moe.errors import printable
 from lightning_modules.adaptation import _agree
 from lightning_modules.csv_files import csv_line, write_table
-from lightning_modules.markdown import markdown_table
+from lightning_modules.tables import markdown_table
 
 
 @pytest.mark.parametrize(

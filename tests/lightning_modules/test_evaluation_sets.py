@@ -3,7 +3,7 @@
 import lightning as L
 import pytest
 import torch
-from token_task import TokenData, token_batch, token_module, token_trainer
+from support.token_task import TokenData, token_batch, token_module, token_trainer
 from torch.utils.data import DataLoader, DistributedSampler
 from torchmetrics import MetricCollection
 from torchmetrics.classification import BinaryAccuracy

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from token_task import ADAPTER, TokenModel
+from support.token_task import ADAPTER, TokenModel
 
 from fourier_moe import FullFineTuning, HeadOnly, adapters, inject
 from lightning_modules.optimization import Optimization, ParameterGroup

@@ -11,10 +11,10 @@ import pytest
 import yaml
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.loggers.logger import Logger
-from token_task import TokenData, token_module, token_trainer
+from support.token_task import TokenData, token_module, token_trainer
 
 from lightning_modules.callbacks import AdapterCheckpoint
-from lightning_modules.locks import take_lock
+from lightning_modules.interruption.locks import take_lock
 from lightning_modules.run_directory import attach_run_directory, run_directory
 
 DEMO = ("--config", "configs/demo.yaml", "--trainer.max_epochs", "1", "--trainer.limit_train_batches", "2")

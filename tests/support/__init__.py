@@ -1,1 +1,5 @@
-"""What tests of several rooms share."""
+"""What tests share: models, runs in processes of their own, reference implementations."""
+
+from pathlib import Path
+
+REPOSITORY = Path(__file__).parents[2]

@@ -7,14 +7,15 @@ import lightning as L
 import pytest
 import torch
 from jsonargparse import ArgumentParser
+from support import REPOSITORY
 
 from datamodules import GlueDataModule
 from datamodules.glue import data_module as glue
 from datamodules.glue import tokenization
+from datamodules.glue.benchmarks import TASKS
 from datamodules.glue.synthetic import write_tsv_files
-from datamodules.glue.tasks import TASKS
 
-SHARED = Path(__file__).resolve().parents[3].parent / "shared"
+SHARED = REPOSITORY.parent / "shared"
 
 
 def module(dataset="rte", tokenizer: str | None = "bytes", **arguments) -> GlueDataModule:

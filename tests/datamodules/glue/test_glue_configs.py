@@ -1,11 +1,10 @@
-from pathlib import Path
-
 import pytest
 import yaml
+from support import REPOSITORY
 
-from datamodules.glue.tasks import TASKS
+from datamodules.glue.benchmarks import TASKS
 
-CONFIGS = Path(__file__).parents[3] / "configs"
+CONFIGS = REPOSITORY / "configs"
 
 # The paper's Table 15.
 TABLE_15 = {

@@ -1,9 +1,9 @@
 import pytest
 
+from datamodules.glue.benchmarks import TASKS, find_task
 from datamodules.glue.directory import open_directory
 from datamodules.glue.files import read_tsv
 from datamodules.glue.synthetic import NUM_EXAMPLES, write_tsv_files
-from datamodules.glue.tasks import TASKS, find_task
 
 RTE_HEADER = ["index", "sentence1", "sentence2", "label"]
 

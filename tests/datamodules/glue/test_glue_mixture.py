@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from datamodules.glue import GlueDataModule, GlueMixtureDataModule, MixtureTask
+from datamodules.glue.benchmarks import TASKS
 from datamodules.glue.synthetic import write_tsv_files
-from datamodules.glue.tasks import TASKS
 
 
 def own_files(folder: Path, pairs: bool = False) -> Path:

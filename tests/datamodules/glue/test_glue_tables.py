@@ -1,13 +1,13 @@
 import datasets
-import hub_repositories
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from support import hub_repositories
 
+from datamodules.glue.benchmarks import TASKS
 from datamodules.glue.directory import open_directory
 from datamodules.glue.hub import HubFiles
 from datamodules.glue.tables import read_table
-from datamodules.glue.tasks import TASKS
 
 RTE = TASKS["rte"]
 

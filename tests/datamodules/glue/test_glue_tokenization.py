@@ -10,8 +10,8 @@ from datamodules.glue import tokenization
 from datamodules.glue.dataset import PadBatch, TextDataset
 from datamodules.glue.source import Examples
 from datamodules.glue.tokenization import tokenize
-from datamodules.token_cache import load_or_make
-from datamodules.tokenizers import load_tokenizer
+from datamodules.shared.cache import load_or_make
+from datamodules.shared.tokenizers import load_tokenizer
 
 
 def examples(*columns, labels=None):

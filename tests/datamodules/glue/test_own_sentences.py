@@ -6,7 +6,7 @@ import pytest
 
 from datamodules import GlueDataModule
 from datamodules.glue import data_module as glue
-from datamodules.glue.own import OwnSentences
+from datamodules.glue.custom import OwnSentences
 
 ROWS = [("Good, really good.", "pos"), ('He said "no"\tand left.', "neg"), ('"Quoted"', "pos"), ("two\nlines", "neg")]
 TRAIN = [*ROWS, *((f"sentence {number}", ("pos", "neg")[number % 2]) for number in range(16))]

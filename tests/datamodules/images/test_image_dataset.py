@@ -8,7 +8,7 @@ from torchvision.transforms import InterpolationMode, v2
 
 from datamodules.images.dataset import FileSplit, ImageDataset
 from datamodules.images.transforms import CLIP_MEAN, CLIP_STD, CentralSquare, eval_transform, normalisation, train_transform
-from datamodules.sampling import hold_out
+from datamodules.shared.sampling import hold_out
 
 
 def test_held_out_examples_are_reproducible_and_depend_on_the_seed():

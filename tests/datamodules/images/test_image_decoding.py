@@ -6,12 +6,12 @@ import zlib
 
 import numpy as np
 import pytest
-from hub_repositories import parquet
-from hub_server import Repository
 from PIL import Image, ImageOps
+from support.hub_repositories import parquet
+from support.hub_server import Repository
 
 from datamodules.images.decoding import FORMATS, UnusableImageError, decode_rgb
-from datamodules.images.sources import HubSource
+from datamodules.images.source import HubSource
 
 GRAY = np.array([[8000, 40000]], np.uint16)  # of 65535: 31 and 156 of 255
 

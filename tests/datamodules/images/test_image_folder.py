@@ -2,8 +2,8 @@ import os
 
 import pytest
 
+from datamodules.images.class_folders import ClassFolders
 from datamodules.images.directory import open_directory
-from datamodules.images.folder import ClassFolders
 
 
 def test_classes_are_the_sorted_train_folders_and_ids_are_relative_paths(make_folders):

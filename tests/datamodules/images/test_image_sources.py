@@ -1,11 +1,11 @@
-import hub_repositories
 import lightning as L
 import pytest
-from hub_server import Repository
+from support import hub_repositories
+from support.hub_server import Repository
 
 from datamodules import ImageDataModule
 from datamodules.images import data_module
-from datamodules.images.sources import SOURCES, HubSource, find_source
+from datamodules.images.source import SOURCES, HubSource, find_source
 
 HUB_NAMES = [name for name, source in SOURCES.items() if isinstance(source, HubSource)]
 
@@ -13,7 +13,7 @@ HUB_NAMES = [name for name, source in SOURCES.items() if isinstance(source, HubS
 @pytest.fixture
 def messages(monkeypatch):
     told = []
-    for module in (data_module, "datamodules.hub"):
+    for module in (data_module, "datamodules.shared.hub"):
         monkeypatch.setattr(f"{module if isinstance(module, str) else module.__name__}.rank_zero_info", told.append)
     return told
 

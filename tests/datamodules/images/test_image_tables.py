@@ -3,7 +3,7 @@ import pytest
 
 from datamodules.images.directory import open_directory
 from datamodules.images.files import decode_rgb
-from datamodules.images.tables import LoadedTables
+from datamodules.images.parquet import LoadedTables
 
 
 @pytest.mark.parametrize("folder", [".", "data"])

@@ -10,13 +10,14 @@ import torch
 from jsonargparse import ArgumentParser
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from PIL import Image
+from support import REPOSITORY
 
 from datamodules import ImageDataModule
 from datamodules.images import data_module as images
-from datamodules.images.sources import SOURCES
-from datamodules.sampling import evaluation_sampler
+from datamodules.images.source import SOURCES
+from datamodules.shared.sampling import evaluation_sampler
 
-REAL_CARS = Path(__file__).resolve().parents[3].parent / "shared/data/images/cars"
+REAL_CARS = REPOSITORY.parent / "shared/data/images/cars"
 
 
 def module(dataset="folder", **arguments) -> ImageDataModule:
@@ -167,9 +168,9 @@ def test_trainer_normalises_what_the_workers_hand_over_as_bytes(directory):
     ("free", "fits"), [(2 * 2 * 512 * 3 * 224 * 224, True), (2 * 2 * 512 * 3 * 224 * 224 - 1, False), (64 << 20, False)]
 )
 def test_too_little_shared_memory_is_refused_before_anything_is_downloaded(monkeypatch, free, fits):
-    monkeypatch.setattr("datamodules.loading.SHARED_MEMORY", Path.cwd())
+    monkeypatch.setattr("datamodules.shared.loading.SHARED_MEMORY", Path.cwd())
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=free))
-    monkeypatch.setattr("datamodules.images.sources.HubSource.download", lambda *_: None)
+    monkeypatch.setattr("datamodules.images.source.HubSource.download", lambda *_: None)
     data = ImageDataModule("cars", batch_size=512, num_workers=2)
     if fits:
         data.prepare_data()
@@ -180,7 +181,7 @@ def test_too_little_shared_memory_is_refused_before_anything_is_downloaded(monke
 
 
 def test_shared_memory_is_counted_for_the_images_there_are(directory, monkeypatch):
-    monkeypatch.setattr("datamodules.loading.SHARED_MEMORY", Path.cwd())
+    monkeypatch.setattr("datamodules.shared.loading.SHARED_MEMORY", Path.cwd())
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=64 << 20))
     module(directory=str(directory), batch_size=10_000, image_size=224, num_workers=8).setup("fit")
 

@@ -3,7 +3,7 @@ import re
 
 import pytest
 
-from datamodules.instructions.answer_rules import (
+from datamodules.instructions.answers.rules import (
     ANSWER,
     BOOLEAN,
     ENDING,

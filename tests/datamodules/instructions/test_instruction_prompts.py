@@ -7,7 +7,7 @@ from datamodules.instructions.dataset import IGNORED, Collator, EvaluationDatase
 from datamodules.instructions.prompts import STYLES
 from datamodules.instructions.records import Record
 from datamodules.instructions.tokenization import InstructionTokenizer
-from datamodules.tokenizers import load_tokenizer
+from datamodules.shared.tokenizers import load_tokenizer
 
 RECORD = Record("Is water wet?\n\nAnswer format: true/false", "", "the correct answer is true", "true")
 LONG = Record(" ".join(f"word{i}" for i in range(40)), "", "the correct answer is true", "true")

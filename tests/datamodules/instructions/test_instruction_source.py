@@ -8,7 +8,7 @@ import pytest
 from datamodules.instructions import source
 from datamodules.instructions.benchmarks import COMMONSENSE, COMMONSENSE_TRAIN, MATH, MATH_TRAIN
 from datamodules.instructions.source import BLOB_IDS, LocalFiles, PinnedFiles, blob_id
-from datamodules.user_cache import default_cache_directory
+from datamodules.shared.user_cache import default_cache_directory
 
 FILE = "dataset/boolq/test.json"
 CONTENT = b'[{"instruction": "?"}]'
@@ -46,7 +46,7 @@ def server(monkeypatch):
     server.answers, server.asked, server.missing = {f"/{FILE}": CONTENT}, [], 0
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
     server.faults, server.ranges, server.sent = [], True, []
-    monkeypatch.setattr("fourier_moe.retrying.FIRST_WAIT_SECONDS", 0.0)
+    monkeypatch.setattr("fourier_moe.files.retrying.FIRST_WAIT_SECONDS", 0.0)
     monkeypatch.setattr(source, "BASE_URL", f"http://127.0.0.1:{server.server_port}")
     monkeypatch.setitem(BLOB_IDS, FILE, git_blob(CONTENT))
     yield server

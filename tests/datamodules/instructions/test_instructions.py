@@ -1,28 +1,27 @@
 import json
 import os
 from collections import Counter
-from pathlib import Path
 from types import SimpleNamespace
 
 import lightning as L
 import pytest
 import torch
 from jsonargparse import ArgumentParser
+from support import REPOSITORY
 from torch.utils.data import DistributedSampler
 
 from datamodules import CommonsenseDataModule, InstructionDataModule, MathReasoningDataModule
 from datamodules.instructions import data_module as instructions
 from datamodules.instructions import dataset
-from datamodules.instructions.answer_rules import NUMBER
+from datamodules.instructions.answers.rules import NUMBER
 from datamodules.instructions.benchmarks import COMMONSENSE, COMMONSENSE_TRAIN, MATH
-from datamodules.instructions.loading import load_examples
-from datamodules.instructions.mixing import evaluation_sources, train_sources
-from datamodules.instructions.overlap import count_overlaps, question_key
+from datamodules.instructions.mixture.loading import load_examples
+from datamodules.instructions.mixture.mixing import evaluation_sources, train_sources
+from datamodules.instructions.mixture.overlap import count_overlaps, question_key
 from datamodules.instructions.records import Record
 from datamodules.instructions.source import LocalFiles, PinnedFiles
 
-REAL = Path(__file__).resolve().parents[3].parent / "shared/data/llm_adapters"
-REPOSITORY = Path(__file__).resolve().parents[3]
+REAL = REPOSITORY.parent / "shared/data/llm_adapters"
 
 
 def record(question, answer="true", output=None):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from killed_runs import in_process
+from support.killed_runs import in_process
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,7 @@
 import lightning as L
 import pytest
 import torch
-from killed_runs import fit, in_two_processes
+from support.killed_runs import fit, in_two_processes
 
 from lightning_modules import AdaptationModule
 from lightning_modules.cli import user_mistake

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from killed_runs import At, in_process, same
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from support.killed_runs import At, in_process, same
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 import train

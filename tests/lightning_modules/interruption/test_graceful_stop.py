@@ -6,19 +6,17 @@ import re
 import shlex
 import signal
 import sys
-from pathlib import Path
 
 import lightning as L
 import pytest
 import torch
-from killed_runs import At, fit, forked, in_process, in_two_processes, same
+from support import REPOSITORY
+from support.killed_runs import At, fit, forked, in_process, in_two_processes, same
 
 import train
 from lightning_modules import AdaptationModule
 from lightning_modules.interruption import GracefulStop, read_checkpoint
-from lightning_modules.sharding import ShardedBaseStrategy
-
-REPOSITORY = Path(__file__).parents[3]
+from lightning_modules.strategies.sharding import ShardedBaseStrategy
 
 
 def signalled(number):

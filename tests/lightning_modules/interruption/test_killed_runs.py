@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from killed_runs import At, in_process, killed_again_and_again, moments, same
+from support.killed_runs import At, in_process, killed_again_and_again, moments, same
 
 
 def test_uninterrupted_runs_are_equal_to_the_bit_whoever_loads_the_data(tmp_path, straight):

@@ -1,0 +1,1 @@
+"""How answers are read from what a model writes, and graded."""

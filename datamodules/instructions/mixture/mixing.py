@@ -1,0 +1,132 @@
+"""Training sources: which sets, how often each of their examples comes, and what is held out."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from datamodules.instructions.benchmarks import Benchmark, TrainSet
+from datamodules.instructions.dataset import Example
+from datamodules.shared.json_items import SUFFIXES
+from fourier_moe.errors import printable
+
+HELD_OUT = "held_out"  # name of the evaluation set that is taken out of the training examples
+
+
+@dataclass(frozen=True)
+class Source:
+    """One set of records.
+
+    Attributes:
+        name: what batches, logs and reports call it.
+        file: in LLM-Adapters' layout, or of the user's own.
+        own: whether it is the user's own.
+        count: official number of records, None if not known.
+        benchmark: how its answers are graded; None decides by the form of each answer.
+        weight: how often each of its examples comes in an epoch, on average.
+    """
+
+    name: str
+    file: str
+    own: bool = False
+    count: int | None = None
+    benchmark: Benchmark | None = None
+    weight: float = 1.0
+
+    @property
+    def is_mixture(self) -> bool:
+        """Whether it is one of LLM-Adapters' mixed training files: pinned, too large to reject over one odd record."""
+        return not self.own and self.file.startswith("ft-training_set/")
+
+
+def train_sources(train: Mapping[str, float] | Sequence[str] | str, train_sets: Sequence[TrainSet]) -> list[Source]:
+    """The sources that `train` names.
+
+    Args:
+        train: names of `train_sets` or paths of files: one, a list, or each with its weight.
+        train_sets: the rows of the table.
+
+    Raises:
+        ValueError: a name is unknown or comes twice, a file does not exist, or a weight is not positive.
+    """
+    names = [train] if isinstance(train, str) else list(train)
+    weights = dict(train) if isinstance(train, Mapping) else dict.fromkeys(names, 1.0)
+    known = {row.name: row for row in train_sets}
+    if not names:
+        raise ValueError(f"train is empty; {choices(known)}")
+    sources = []
+    for name in names:
+        weight = weights[name]
+        if not (isinstance(weight, int | float) and weight > 0 and math.isfinite(weight)):
+            raise ValueError(f"train: the weight of '{name}' must be a positive number, got {weight!r}")
+        if name in known:
+            sources.append(Source(name, known[name].file, count=known[name].count, weight=weight))
+        elif _is_path(name):
+            sources.append(_own("train", name, weight))
+        else:
+            raise ValueError(f"train: '{name}' is unknown; {choices(known)}")
+    _check_names("train", sources)
+    return sources
+
+
+def evaluation_sources(argument: str, names: Sequence[str], benchmarks: Mapping[str, Benchmark]) -> list[Source]:
+    """The sources that `test` or `validation_sets` names: benchmarks, or paths of files.
+
+    Raises:
+        ValueError: a name is unknown, comes twice or is taken, or a file does not exist.
+    """
+    sources = []
+    for name in names:
+        if name in benchmarks:
+            row = benchmarks[name]
+            sources.append(Source(name, row.test_file, count=row.count, benchmark=row))
+        elif _is_path(name):
+            sources.append(_own(argument, name))
+        else:
+            raise ValueError(f"{argument}: '{name}' is unknown; {choices(benchmarks)}")
+    _check_names(argument, sources)
+    if argument == "validation_sets" and HELD_OUT in {source.name for source in sources}:
+        raise ValueError(f"validation_sets: '{HELD_OUT}' is what the examples held out of train are called; rename the file")
+    return sources
+
+
+def hold_out(examples: Sequence[Example], size: int, seed: int) -> tuple[list[Example], list[Example]]:
+    """Divide training examples at random into those to train on and `size` held out for validation, both in file order.
+
+    Raises:
+        ValueError: nothing would be left to train on.
+    """
+    if size >= len(examples):
+        raise ValueError(f"validation_size={size} would hold out all {len(examples)} training examples; give a smaller number")
+    held_out = set(random.Random(seed).sample(range(len(examples)), size))
+    kept = [example for index, example in enumerate(examples) if index not in held_out]
+    return kept, [examples[index] for index in sorted(held_out)]
+
+
+def _is_path(name: str) -> bool:
+    return name.lower().endswith(SUFFIXES) or "/" in name or Path(name).expanduser().exists()
+
+
+def choices(known: Iterable[str]) -> str:
+    """What may be given instead, as the end of an error."""
+    names = ", ".join(known)
+    return f"choose from {names}, or give the path of a JSON file" if names else "give the path of a JSON file"
+
+
+def _own(argument: str, name: str, weight: float = 1.0) -> Source:
+    path = Path(name).expanduser()
+    if path.is_dir():
+        raise ValueError(f"{argument}: '{name}' is a directory; give the path of a JSON file in it")
+    if not path.is_file():
+        raise ValueError(f"{argument}: there is no file '{name}'")
+    return Source(printable(path.stem), str(path), own=True, weight=weight)
+
+
+def _check_names(argument: str, sources: Sequence[Source]) -> None:
+    names = [source.name for source in sources]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"{argument}: '{twice[0]}' is there more than once; every set needs a name of its own")

@@ -1,0 +1,1 @@
+"""What all task families share: loaders, sampling, tokenizers, caches, checks."""

@@ -1,0 +1,1 @@
+"""What trained experts and a pretrained model look like in the spectrum."""

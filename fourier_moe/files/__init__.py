@@ -1,0 +1,1 @@
+"""Adapter files: format, checks, writing, model card, hub."""

@@ -1,0 +1,268 @@
+"""The layout of an adapter directory: what is in its files, and how a damaged one is noticed.
+
+adapter.safetensors is the truth: the tensors, and in its metadata the description as JSON, which begins with a SHA-256 over the
+file. adapter.json is a copy of that description for people and tools. docs/adapter_files.md says what this guarantees.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load as parse_safetensors
+from safetensors.torch import save as serialize_safetensors
+from torch import Tensor
+
+from fourier_moe.config import AdapterConfig
+from fourier_moe.files.stored_values import mapping_of, of_type, parse_json, sequence_of, settings_of
+from fourier_moe.files.writing import FileParts
+from fourier_moe.models.module_names import ModuleNames
+from fourier_moe.version import __version__
+
+FORMAT_VERSION = 2
+LARGEST_HEADER = 2**23  # bytes; a hundred times that of a large model with a thousand classes
+TENSORS, DESCRIPTION, CARD = "adapter.safetensors", "adapter.json", "README.md"
+
+_METADATA = "fourier_moe"  # the only entry, since several would be written in any order
+_BLANK = "0" * 64  # in the place of the checksum while it is computed
+_NONE = type(None)
+
+
+@dataclass(frozen=True)
+class AdapterDescription:
+    """What an adapter file says of itself.
+
+    Attributes:
+        config: how the model was adapted.
+        backbone: name of the pretrained model, None where it had none.
+        fingerprint: see `backbone_fingerprint`.
+        class_names: label names in the order of the head's outputs, or None.
+        metrics: results at the time of saving.
+        backbone_revision: commit of the pretrained model on the Hugging Face hub, None where it came from elsewhere.
+        task: what trained it, by the trainer: `class`, `pipeline_tag`, `main_metric`, `data`, and `data_revision`, its
+            commit on the Hugging Face hub; empty for a plain model.
+        trained_parameters: counts by kind, as in InjectionReport.
+        modules: what is adapted and what is trained in full, None where an older version left it to the config's patterns.
+        written_by: version of fourier_moe, None before 0.1.0's format 2.
+    """
+
+    config: AdapterConfig
+    backbone: str | None = None
+    fingerprint: dict[str, float] = field(default_factory=dict)
+    class_names: list[str] | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+    backbone_revision: str | None = None
+    task: dict[str, str | None] = field(default_factory=dict)
+    trained_parameters: dict[str, int] = field(default_factory=dict)
+    written_by: str | None = __version__
+    modules: ModuleNames | None = None
+
+
+def encode(description: AdapterDescription, state: Mapping[str, Tensor]) -> tuple[FileParts, bytes]:
+    """Contents of adapter.safetensors, in parts, and of adapter.json: the same for the same adapter.
+
+    Args:
+        state: contiguous tensors on the CPU, no two of one memory.
+
+    Raises:
+        ValueError: if the description could not be read again, because of its size or of a value of a wrong type.
+    """
+    fields = {
+        "sha256": _BLANK,
+        "format": "fourier_moe adapter",
+        "format_version": FORMAT_VERSION,
+        "fourier_moe_version": description.written_by,
+        "backbone": description.backbone,
+        "backbone_revision": description.backbone_revision,
+        "backbone_fingerprint": description.fingerprint,
+        "config": description.config.to_dict(),
+        "task": description.task,
+        "class_names": description.class_names,
+        "metrics": description.metrics,
+        "trained_parameters": description.trained_parameters,
+    }
+    if description.modules is not None:
+        fields["modules"] = asdict(description.modules)
+    text = json.dumps(fields, indent=2, ensure_ascii=False) + "\n"
+    description_of(parse_json(text), "what save_adapter was given")
+    data = serialize_safetensors(dict(state), metadata={_METADATA: text})
+    if int.from_bytes(data[:8], "little") > LARGEST_HEADER:
+        raise ValueError(f"names and description take more than the {LARGEST_HEADER:,} bytes that an adapter file has for them")
+    checksum = hashlib.sha256(data).hexdigest()
+    start = data.index(_BLANK.encode())
+    parts: FileParts = [memoryview(data)[:start], checksum.encode(), memoryview(data)[start + len(_BLANK) :]]
+    return parts, text.replace(_BLANK, checksum, 1).encode()
+
+
+def read(directory: Path) -> tuple[AdapterDescription, bytes]:
+    """Read and check an adapter directory of this version or an older one.
+
+    Returns:
+        What it says, and the contents of adapter.safetensors, for `tensors`.
+
+    Raises:
+        ValueError: naming the file, if there is none, it is damaged, or of a newer version.
+    """
+    path = directory / TENSORS
+    if not path.is_file():
+        incomplete = f"; {DESCRIPTION} is there, so it is incomplete" if (directory / DESCRIPTION).is_file() else ""
+        raise ValueError(
+            f"no adapter in {directory}: {TENSORS} not found{incomplete}; give the directory that save_adapter wrote"
+        )
+    data, text = _read_tensors(path)
+    if text is None:
+        return _read_version_1(directory, data), data
+    raw = _parse(text, path)
+    checksum = raw["sha256"]
+    start = data.find(checksum.encode())
+    digest = hashlib.sha256(data[:start] + _BLANK.encode())
+    digest.update(memoryview(data)[start + len(_BLANK) :])
+    if start < 0 or digest.hexdigest() != checksum:
+        raise ValueError(f"{path} is damaged: its checksum differs from the one written in it")
+    _check_copy(directory / DESCRIPTION, text.encode())
+    return description_of(raw, path), data
+
+
+def tensors(data: bytes, directory: Path) -> dict[str, Tensor]:
+    """The tensors in what `read` gave.
+
+    Raises:
+        ValueError: if they cannot be read.
+    """
+    try:
+        return parse_safetensors(data)
+    except (SafetensorError, AttributeError, KeyError, RuntimeError, TypeError) as error:  # of types that torch has not, too
+        raise ValueError(f"{directory / TENSORS} is no valid safetensors file: {error}") from error
+
+
+def has_version_1(directory: Path) -> bool:
+    """Whether adapter.json there is that of a version 1 adapter, which cannot do without it."""
+    try:
+        return _is_version_1(parse_json(_read_bytes(directory / DESCRIPTION, LARGEST_HEADER)))
+    except ValueError:
+        return False
+
+
+def _is_version_1(raw: Any) -> bool:
+    if not isinstance(raw, dict) or "fourier_moe_version" in raw:
+        return False
+    return type(raw.get("format_version")) is int and raw["format_version"] == 1
+
+
+def _read_tensors(path: Path) -> tuple[bytes, str | None]:
+    """The contents of adapter.safetensors, and the description in its metadata, None if it has none (version 1).
+
+    A safetensors file is 8 bytes of the header's length, the header as JSON, and the tensors. The rest is read if the header
+    makes sense.
+    """
+    try:
+        with path.open("rb") as file:
+            length = file.read(8)
+            size = int.from_bytes(length, "little")
+            if len(length) < 8 or size > min(LARGEST_HEADER, os.fstat(file.fileno()).st_size - 8):
+                raise ValueError(f"its header would have {size:,} bytes")
+            header = file.read(size)
+            metadata = of_type(parse_json(header), dict).get("__metadata__", {})
+            text: str | None = of_type(of_type(metadata, dict).get(_METADATA), str, _NONE)
+            return length + header + file.read(), text
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: it is no safetensors file ({error})") from error
+
+
+def _parse(content: str | bytes, path: Path) -> dict[str, Any]:
+    """JSON with a checksum and a version that this package can read."""
+    try:
+        raw = of_type(parse_json(content), dict)
+        version, checksum = of_type(raw["format_version"], int), of_type(raw["sha256"], str)
+        if version < 1:
+            raise ValueError(f"format_version is {version}")
+        if not checksum.isascii() or len(checksum) != len(_BLANK):
+            raise ValueError(f"sha256 is {checksum!r}")
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"{path} is damaged: it cannot be read as an adapter description: {error!r}") from error
+    if version > FORMAT_VERSION:
+        raise ValueError(
+            f"{path} has format_version {version}, newer than this package reads ({FORMAT_VERSION}); upgrade fourier_moe"
+        )
+    return raw
+
+
+def _read_version_1(directory: Path, data: bytes) -> AdapterDescription:
+    """Version 1: adapter.json alone has the description, with the SHA-256 of adapter.safetensors."""
+    path, description = directory / TENSORS, directory / DESCRIPTION
+    if not description.is_file():
+        raise ValueError(f"{path} is damaged or no adapter: there is no description in it, and no {DESCRIPTION} beside it")
+    raw = _parse(_read_bytes(description, LARGEST_HEADER), description)
+    if not _is_version_1(raw):
+        raise ValueError(f"{path} is damaged: the description that format_version {raw['format_version']} has in it is missing")
+    if hashlib.sha256(data).hexdigest() != raw["sha256"]:
+        raise ValueError(f"{path} is damaged: its checksum differs from the one in {DESCRIPTION}")
+    return description_of(raw, description)
+
+
+def _check_copy(path: Path, expected: bytes) -> None:
+    """adapter.json may be missing, or left of a version 1 adapter when the save that replaced it was interrupted."""
+    if path.is_file() and _read_bytes(path, LARGEST_HEADER) != expected and not has_version_1(path.parent):
+        raise ValueError(
+            f"{path} is damaged or edited: it is no copy of the description in {TENSORS}; delete it, and the adapter loads"
+        )
+
+
+def description_of(raw: Mapping[str, Any], source: str | Path) -> AdapterDescription:
+    """What the fields of a stored description say.
+
+    Args:
+        source: where they are from, for the message.
+
+    Raises:
+        ValueError: if a field is missing, of another type, or impossible.
+    """
+    try:
+        fingerprint = mapping_of(raw["backbone_fingerprint"], float, int)
+        if not all(map(math.isfinite, fingerprint.values())):
+            raise ValueError("backbone_fingerprint has values that are not finite")
+        return AdapterDescription(
+            config=AdapterConfig.from_dict(of_type(raw["config"], dict)),
+            backbone=of_type(raw["backbone"], str, _NONE),
+            fingerprint=fingerprint,
+            class_names=None if raw["class_names"] is None else sequence_of(raw["class_names"], str),
+            metrics=mapping_of(raw["metrics"], float, int),
+            backbone_revision=of_type(raw.get("backbone_revision"), str, _NONE),
+            task=mapping_of(raw.get("task", {}), str, _NONE),
+            trained_parameters=mapping_of(raw.get("trained_parameters", {}), int),
+            written_by=of_type(raw.get("fourier_moe_version"), str, _NONE),
+            modules=_modules(raw.get("modules")),
+        )
+    except (KeyError, ValueError) as error:
+        writer = str(raw.get("fourier_moe_version", __version__))[:20]
+        by = f" written by fourier_moe {writer}, this is {__version__}" if writer != __version__ else ""
+        reason = f"{error} is missing" if isinstance(error, KeyError) else error
+        raise ValueError(f"{source} cannot be read as an adapter description{by}: {reason}") from error
+
+
+def _modules(raw: Any) -> ModuleNames | None:
+    if raw is None:
+        return None
+    names = {key: tuple(sequence_of(value, str)) for key, value in mapping_of(raw, list).items()}
+    return settings_of(ModuleNames, names)
+
+
+def _read_bytes(path: Path, largest: int) -> bytes:
+    """A file that has no more than `largest` bytes if it is what it should be."""
+    try:
+        with path.open("rb") as file:
+            content = file.read(largest + 1)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+    if len(content) > largest:
+        raise ValueError(f"{path} is damaged: it has more than {largest:,} bytes")
+    return content

@@ -1,0 +1,1 @@
+"""What has to be known of other libraries' models."""

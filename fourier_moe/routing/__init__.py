@@ -1,0 +1,1 @@
+"""Routers, what they record, and statistics of it."""

@@ -1,0 +1,74 @@
+"""One router for several projections: those that read the same input, or those of a transformer block.
+
+What is shared is the router's weight. Every projection routes what it reads itself, so that nothing is remembered between
+modules and their order does not matter; the second evaluation of E * N products per token costs next to nothing.
+"""
+
+from __future__ import annotations
+
+import re
+
+from torch import Tensor, nn
+
+from fourier_moe.inject import adapters
+from fourier_moe.routing.router import Routing, TopKRouter
+from fourier_moe.routing.statistics import RouterStatistics
+from fourier_moe.spectral.layer import FourierMoELinear
+
+# Projections of one parent that read the same tensor. Whatever is not listed reads an input of its own.
+SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("gate_proj", "up_proj"))
+
+
+class SharedRouter(nn.Module):
+    """Stands in for a router: no parameters of its own, routes with another projection's."""
+
+    def __init__(self, router: TopKRouter) -> None:
+        super().__init__()
+        self._router = (router,)  # in a tuple: not a child, or the weight would be in the state dict twice
+        self.train(router.training)
+
+    @property
+    def num_experts(self) -> int:
+        return self._router[0].num_experts
+
+    @property
+    def weight(self) -> Tensor:
+        return self._router[0].weight
+
+    def forward(self, x: Tensor) -> Routing:
+        return self._router[0](x)
+
+    def statistics(self) -> RouterStatistics:
+        """Of the tokens of all its projections together."""
+        return self._router[0].statistics()
+
+    def balance_loss(self) -> None:
+        """The router itself counts the tokens of all its projections."""
+        return
+
+
+def share_routers(model: nn.Module, scope: str) -> None:
+    """Let all projections of a group use the router of the group's first; see `router_group`."""
+    groups: dict[tuple[str, int], list[FourierMoELinear]] = {}
+    for name, adapter in adapters(model).items():
+        if isinstance(adapter, FourierMoELinear):
+            groups.setdefault((router_group(name, scope), adapter.in_features), []).append(adapter)
+    for first, *others in groups.values():
+        assert isinstance(first.router, TopKRouter)
+        for other in others:
+            other.router = SharedRouter(first.router)
+
+
+def router_group(name: str, scope: str) -> str:
+    """The group that a projection shares its router with, as a key; projections of equal keys and input width share.
+
+    `projection`: none. `input`: those of the same parent that read the same input (SAME_INPUT). `block`: those of the same
+    transformer block, which is what the last number in the dotted name counts.
+    """
+    parent, _, last = name.rpartition(".")
+    if scope == "input":
+        return f"{parent}.{next(('+'.join(group) for group in SAME_INPUT if last in group), last)}"
+    if scope == "block":
+        block = re.match(r"(.*\.)?\d+(?=\.)", name)
+        return block.group() if block else ""
+    return name

@@ -1,0 +1,1 @@
+"""Trained adapters in use: several on one model, merged, exported as LoRAs."""

@@ -1,0 +1,141 @@
+"""Every expert as an exact LoRA, and the router beside them, in the layout that the peft library reads."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from fourier_moe.inject import adapter_config, adapters, head_modules
+from fourier_moe.models.attention import is_split_attention
+from fourier_moe.models.backbone import backbone_name
+from fourier_moe.spectral.experts import SpectralExperts
+from fourier_moe.spectral.layer import FourierMoELinear
+
+LARGEST_DIFFERENCE = 1e-5  # relative; float32 rounding leaves some 1e-7
+
+
+@dataclass(frozen=True)
+class ExpertLoRA:
+    """lora_B @ lora_A = alpha dW_e of one expert of one projection.
+
+    Attributes:
+        lora_A: (r, in_features), float32.
+        lora_B: (out_features, r), float32.
+        difference: ||lora_B @ lora_A - alpha dW_e|| / ||alpha dW_e|| as measured, Frobenius norms; 0 where both are zero.
+    """
+
+    lora_A: Tensor
+    lora_B: Tensor
+    difference: float
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, experts: SpectralExperts, expert: int) -> ExpertLoRA:
+        left, right = experts.low_rank(expert)
+        lora_A, lora_B = right.float().contiguous(), left.float().contiguous()
+        expected = experts.delta_weight(expert).to(lora_A.dtype)
+        distance, norm = torch.linalg.norm(lora_B @ lora_A - expected), torch.linalg.norm(expected)
+        return cls(lora_A, lora_B, float(distance / norm) if distance > 0 else 0.0)
+
+    @property
+    def rank(self) -> int:
+        return self.lora_A.shape[0]
+
+
+@dataclass(frozen=True)
+class ProjectionExport:
+    """What `export_loras` wrote for one projection: rank and measured difference of each expert's LoRA, see ExpertLoRA."""
+
+    name: str
+    out_features: int
+    in_features: int
+    ranks: list[int]
+    differences: list[float]
+
+
+def export_loras(model: nn.Module, directory: Path) -> list[ProjectionExport]:
+    """Write `expert_0/`, `expert_1/`, ... (a peft adapter each, with the head), `router.safetensors` and `router.json`.
+
+    `peft.PeftModel.from_pretrained(base, directory / "expert_3")` adds expert 3 to every adapted projection, with gate 1. The
+    routed model is y = base(x) + sum_e g_e LoRA_e(x): p = softmax(R x) with R (E, N) under the projection's name in
+    router.safetensors; g_e = p_e for the `top_k` largest, divided by their sum where `normalize_gates` is true, else 0.
+    router.json has these two and, as `split_attention`, the modules that have to be replaced by
+    `fourier_moe.models.attention.split_attention` of themselves before peft can find the projections inside.
+
+    Args:
+        directory: made if missing.
+
+    Returns:
+        One line per projection.
+
+    Raises:
+        ValueError: if the adapter has no spectral experts, or a LoRA differs from its expert by more than rounding.
+    """
+    layers = {name: layer for name, layer in adapters(model).items() if isinstance(layer, FourierMoELinear)}
+    if not layers or len(layers) < len(adapters(model)):
+        method = type(adapter_config(model)).__name__
+        raise ValueError(f"{method} has no spectral experts that could be written as LoRA; FourierMoEConfig has")
+    exports = [ProjectionExport(name, layer.out_features, layer.in_features, [], []) for name, layer in layers.items()]
+    num_experts = next(iter(layers.values())).router.num_experts
+    for expert in range(num_experts):
+        loras = {name: ExpertLoRA.of(layer.experts, expert) for name, layer in layers.items()}
+        for export in exports:
+            lora = loras[export.name]
+            if not lora.difference <= LARGEST_DIFFERENCE:
+                raise ValueError(
+                    f"{export.name}: expert {expert} as LoRA differs from it by {lora.difference:.1e}, more than rounding"
+                )
+            export.ranks.append(lora.rank)
+            export.differences.append(lora.difference)
+        _write_expert(model, loras, directory / f"expert_{expert}")
+    _write_router(model, layers, directory)
+    return exports
+
+
+def _write_expert(model: nn.Module, loras: Mapping[str, ExpertLoRA], directory: Path) -> None:
+    tensors = {}
+    for name, lora in loras.items():
+        tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"] = lora.lora_A, lora.lora_B
+    heads = head_modules(model, adapter_config(model))
+    for name, head in heads.items():
+        tensors |= {f"{name}.{key}": tensor.detach().clone() for key, tensor in head.state_dict().items()}
+    ranks = {f"^{name.replace('.', '[.]')}": lora.rank for name, lora in loras.items()}  # peft reads regular expressions
+    largest = max(ranks.values())
+    config: dict[str, Any] = {
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": backbone_name(model),
+        "inference_mode": True,
+        "target_modules": list(loras),
+        "modules_to_save": list(heads) or None,
+        "r": largest,
+        "lora_alpha": largest,  # peft multiplies by alpha / r; here the factor is in the weights
+        "rank_pattern": ranks,
+        "alpha_pattern": ranks,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": any(hasattr(adapters(model)[name].base, "nf") for name in loras),  # transformers' Conv1D
+    }
+    directory.mkdir(parents=True, exist_ok=True)
+    prefixed = {f"base_model.model.{key}": tensor.cpu().contiguous() for key, tensor in tensors.items()}
+    save_file(prefixed, directory / "adapter_model.safetensors", {"format": "pt"})
+    (directory / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_router(model: nn.Module, layers: Mapping[str, FourierMoELinear], directory: Path) -> None:
+    weights = {name: layer.router.weight.detach().cpu().clone() for name, layer in layers.items()}
+    save_file(weights, directory / "router.safetensors")
+    config = adapter_config(model)
+    description = {
+        "top_k": config.top_k,  # type: ignore[attr-defined] # that of the layers just seen
+        "normalize_gates": config.normalize_gates and config.top_k > 1,  # type: ignore[attr-defined]
+        "split_attention": [name for name, module in model.named_modules() if is_split_attention(module)],
+    }
+    (directory / "router.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,21 @@
+"""The routed spectral product as fused GPU kernels, with the signatures of fourier_moe/spectral/product.py."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+from torch import Tensor
+
+OPT_IN = "FOURIER_MOE_TRITON"
+
+
+def use_triton(x: Tensor) -> bool:
+    """Whether this input goes through the Triton kernels: asked for by FOURIER_MOE_TRITON=1, and on a GPU in float32 or lower.
+
+    Opt-in because they have been checked for exactness by Triton's interpreter only and never been timed on a GPU.
+    """
+    if os.environ.get(OPT_IN) != "1" or x.element_size() > 4:
+        return False
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    return (x.is_cuda or interpreted) and importlib.util.find_spec("triton") is not None

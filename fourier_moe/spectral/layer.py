@@ -1,0 +1,65 @@
+"""FourierMoELinear: a frozen projection, a token router and spectral experts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from fourier_moe.adapter import Adapter, device_of
+from fourier_moe.config import FourierMoEConfig
+from fourier_moe.routing.router import TopKRouter
+from fourier_moe.serving.merge import with_update
+from fourier_moe.spectral.experts import SpectralExperts
+from fourier_moe.spectral.frequencies import named_generator
+
+if TYPE_CHECKING:
+    from fourier_moe.routing.sharing import SharedRouter
+
+
+class FourierMoELinear(Adapter):
+    """y = base(x) + alpha sum_e g_e(x) dW_e x (paper Eq. 2), (..., N) -> (..., M) in the dtype of the base's output.
+
+    Router and experts are float32 whatever the base; the base is only called, its weight never read, so it may be quantised,
+    sharded or on the meta device.
+
+    Args:
+        base: the frozen projection.
+        config: the adapter's hyper-parameters.
+        name: the projection's name in its model; with config.seed it fixes positions and the router's start.
+    """
+
+    def __init__(self, base: nn.Module, config: FourierMoEConfig, name: str) -> None:
+        super().__init__(base)
+        device, generator = device_of(base), named_generator(config.seed or 0, name)
+        self.balance_weight = config.balance_weight
+        self.router: TopKRouter | SharedRouter = TopKRouter(
+            self.in_features,
+            config.num_experts,
+            config.top_k,
+            normalize_gates=config.normalize_gates,
+            generator=generator,
+            device=device,
+        )
+        self.dropout = nn.Dropout(config.dropout)
+        try:
+            self.experts = SpectralExperts(self.in_features, self.out_features, config, generator=generator, device=device)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.base(x)
+        return y + self.experts(self.dropout(x), self.router(x)).to(y.dtype)
+
+    def merged(self, gates: Tensor | None = None) -> nn.Module:
+        if gates is None:
+            raise ValueError("FourierMoELinear routes every token on its own; give the gates to freeze")
+        return with_update(self.base, self.experts.mixture(gates))
+
+    def parameter_groups(self) -> Mapping[str, list[nn.Parameter]]:
+        return {"experts": [self.experts.coefficients], "router": list(self.router.parameters())}
+
+    def balance_loss(self) -> Tensor | None:
+        loss = self.router.balance_loss()
+        return None if loss is None else self.balance_weight * loss

@@ -1,0 +1,143 @@
+"""Dashboard: TensorBoard's pages CUSTOM SCALARS and HPARAMS, laid out for what this run logs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch.utils.tensorboard.summary import hparams
+
+from lightning_modules.adaptation import AdaptationModule
+from lightning_modules.callbacks.monitoring.hyperparameters import hyperparameters
+from lightning_modules.callbacks.monitoring.logged import log_now, tensorboards
+
+# Section -> chart -> pattern of the tags that the chart puts together.
+CHARTS = {
+    "Are my experts alive and balanced?": {
+        "load: share of the tokens that an expert serves": r"router/load/expert_\d+",
+        "dead experts (share of all)": r"router/dead_experts",
+        "load imbalance (1 is even) and entropy (1 is even)": r"router/load_(imbalance|entropy)",
+        "mean gate of an expert where it serves": r"router/gate/expert_\d+",
+        "balance loss (top_k is even)": r"router/balance_loss_unscaled",
+    },
+    "Are they specialised?": {
+        "energy of an expert's update": r"spectrum/energy/expert_\d+",
+        "centre of its spectrum": r"spectrum/centre/expert_\d+",
+        "share of its energy inside of its band": r"spectrum/in_band/expert_\d+",
+        "coefficients that it really uses": r"spectrum/effective_coefficients/expert_\d+",
+        "effective rank of its update": r"spectrum/effective_rank/expert_\d+",
+    },
+    "Does the model learn?": {
+        "loss": r"(train|val)/loss",
+        "validation": r"val/(?!loss$)[^/]+",
+        "loss that is minimised, and its balance term": r"train/(total|balance)_loss",
+        "learning rates": r"lr-.+",
+    },
+    "How fast, how large?": {
+        "samples per second": r"speed/samples_per_second",
+        "tokens per second, without padding": r"speed/tokens_per_second",
+        "peak memory (GiB)": r"memory/.+",
+    },
+}
+
+
+class Dashboard(L.Callback):
+    """Lay out what a run logs.
+
+    - TensorBoard's CUSTOM SCALARS: one page that shows whether the experts are alive, balanced and specialised, whether the
+      model learns and how fast (`CHARTS`); only charts that have something to show.
+    - HPARAMS, for every logger that takes hyper-parameters: adapter, optimisation, task, data and trainer by the names of the
+      command line; in TensorBoard beside the last `val/...` and `test/...` metrics and the best of what ModelCheckpoint
+      monitors, logged as `best/{monitor}`.
+    """
+
+    def __init__(self) -> None:
+        self._tags: set[str] = set()
+        self._layout: Mapping[str, Any] = {}
+        self._described: set[str | None] = set()  # log directories: TensorBoard reads the first description only
+        self._best: dict[str, float] = {}
+        self._last_step = 0
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._describe(trainer, pl_module)
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.state.fn == "validate":
+            self._describe(trainer, pl_module)
+
+    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._describe(trainer, pl_module)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._tags, self._layout, self._best, self._last_step = set(), {}, {}, trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step, interval = trainer.global_step, trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if step != self._last_step and interval and step % interval == 0:
+            self._lay_out(trainer)
+        self._last_step = step
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._log_best(trainer)  # of the epoch before: ModelCheckpoint scores it after all other callbacks
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._log_best(trainer)
+        self._lay_out(trainer)
+
+    def _lay_out(self, trainer: L.Trainer) -> None:
+        """Write the layout again whenever new tags have come; TensorBoard shows the last."""
+        tags = set(trainer.callback_metrics)
+        if tags <= self._tags:
+            return
+        self._tags |= tags
+        page = layout(self._tags)
+        if page != self._layout:
+            self._layout = page
+            for board in tensorboards(trainer):
+                board.add_custom_scalars(page)
+
+    def _log_best(self, trainer: L.Trainer) -> None:
+        scores = {
+            f"best/{callback.monitor}": float(callback.best_model_score)
+            for callback in trainer.checkpoint_callbacks
+            if isinstance(callback, ModelCheckpoint) and callback.monitor and callback.best_model_score is not None
+        }
+        new = {name: score for name, score in scores.items() if self._best.get(name) != score}
+        if new:
+            self._best |= new
+            log_now(trainer, new)
+
+    def _describe(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert isinstance(pl_module, AdaptationModule)
+        if trainer.log_dir in self._described:
+            return
+        self._described.add(trainer.log_dir)
+        values = hyperparameters(trainer, pl_module)
+        monitors = [callback.monitor for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
+        names = [f"{split}/{name}" for split in ("val", "test") for name in pl_module.task.new_metrics()]
+        columns = [*names, *(f"best/{monitor}" for monitor in monitors if monitor)]
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                # Not log_hyperparams: it wants the metrics' values now, or puts a placeholder for them.
+                logger.hparams.update(values)
+            else:
+                logger.log_hyperparams(values)
+        for board in tensorboards(trainer):
+            for summary in hparams(values, dict.fromkeys(columns, 0)):  # values come with the scalars of these names
+                board._get_file_writer().add_summary(summary)
+
+
+def layout(tags: Iterable[str]) -> Mapping[str, Any]:
+    """The page, as `SummaryWriter.add_custom_scalars` takes it, without charts that none of the tags belongs to."""
+    tags = list(tags)
+    page = {
+        section: {title: ["Multiline", [f"{tag}$"]] for title, tag in charts.items() if any(re.fullmatch(tag, t) for t in tags)}
+        for section, charts in CHARTS.items()
+    }
+    return {section: charts for section, charts in page.items() if charts}

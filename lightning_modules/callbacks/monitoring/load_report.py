@@ -1,0 +1,85 @@
+"""How router loads look on paper: heat maps, CSV files and a table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from torch import Tensor
+
+from fourier_moe.errors import printable
+from lightning_modules.callbacks.monitoring.load_sums import LoadSums
+from lightning_modules.callbacks.monitoring.logged import short_names
+from lightning_modules.csv_files import write_table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+MOST_NUMBERS = 30  # rows up to which every cell shows its number
+MOST_LABELS = 64  # rows up to which every row has its name
+
+
+def load_map(load: Tensor, rows: Sequence[str], even: float, title: str) -> Figure:
+    """Heat map of loads (rows, E) in percent of the tokens: white is even, red is busier, blue is idler."""
+    from matplotlib.colors import TwoSlopeNorm  # here, because it takes as long to import as a small run to train
+    from matplotlib.figure import Figure
+
+    percent = 100 * load.numpy()
+    num_rows, num_experts = percent.shape
+    figure = Figure(figsize=(3.5 + 0.5 * num_experts, min(max(0.25 * num_rows, 1) + 1.5, 20)), layout="constrained")
+    axes = figure.add_subplot()
+    top = min(max(200 * even, percent.max()), 100) if even < 1 else 200
+    image = axes.imshow(percent, cmap="RdBu_r", norm=TwoSlopeNorm(100 * even, 0, top), aspect="auto", interpolation="nearest")
+    figure.colorbar(image, label=f"% of tokens (even: {100 * even:.3g})")
+    axes.set_xticks(range(num_experts))
+    axes.set_xlabel("expert")
+    every = -(-num_rows // MOST_LABELS)
+    axes.set_yticks(range(0, num_rows, every), labels=short_names(rows)[::every], fontsize=8)
+    axes.set_title(title)
+    if num_rows <= MOST_NUMBERS:
+        for (row, expert), value in np.ndenumerate(percent):
+            dark = value > 0.8 * top or value < 20 * even
+            color = "white" if dark else "black"
+            axes.text(expert, row, f"{value:.0f}", ha="center", va="center", fontsize=7, color=color)
+    return figure
+
+
+def write_layers(path: Path, layers: Sequence[str], sums: LoadSums) -> None:
+    """One row per layer: its tokens, load imbalance and entropy, and every expert's load and mean gate."""
+    statistics = sums.layers
+    experts = range(statistics.num_experts)
+    header = ["layer", "tokens", "load_imbalance", "load_entropy"]
+    header += [f"load/expert_{e}" for e in experts] + [f"gate/expert_{e}" for e in experts]
+    measures = (statistics.load_imbalance, statistics.load_entropy)
+    rows = []
+    for index, layer in enumerate(layers):
+        values = [float(measure[index]) for measure in measures]
+        values += statistics.load[index].tolist() + statistics.gate[index].tolist()
+        rows.append([layer, round(float(statistics.tokens[index])), *(f"{value:.6g}" for value in values)])
+    write_table(path, header, rows)
+
+
+def write_tasks(path: Path, layers: Sequence[str], sums: LoadSums) -> None:
+    """One row per task and layer, and one per task with the mean over the layers (layer `all`)."""
+    rows = []
+    for task, statistics in sums.tasks.items():
+        tokens, loads = statistics.tokens, statistics.load
+        mean = ("all", tokens.mean(), loads.mean(0))
+        for layer, count, load in (mean, *zip(layers, tokens, loads, strict=True)):
+            rows.append([task, layer, round(float(count)), *(f"{value:.6g}" for value in load.tolist())])
+    write_table(path, ["task", "layer", "tokens", *(f"load/expert_{e}" for e in range(sums.layers.num_experts))], rows)
+
+
+def task_table(sums: LoadSums) -> str:
+    """Task x expert: percent of a task's tokens that the expert serves, mean over the layers."""
+    experts = range(sums.layers.num_experts)
+    rows = [["task", "tokens", *map(str, experts)]]
+    for task, statistics in sums.tasks.items():
+        percent = (f"{100 * value:.0f}" for value in statistics.load.mean(0).tolist())
+        rows.append([printable(task), f"{statistics.tokens.mean():,.0f}", *percent])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
+    even = 100 * float(sums.layers.even_load.mean())
+    return "\n".join([f"Percent of a task's tokens that each expert serves, mean over the layers (even: {even:.3g})", *lines])

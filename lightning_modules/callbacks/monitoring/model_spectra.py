@@ -1,0 +1,116 @@
+"""ModelSpectra: the spectra of all adapted projections of a model at one time, and the files that are written of them.
+
+Shape legend: L layers (adapted projections), E experts, P positions per expert, R bins of the radius.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fourier_moe import FourierMoEConfig, SpectralExperts
+from fourier_moe.analysis.spectra import ExpertSpectra, radial_overlap
+from fourier_moe.spectral.frequencies import band_centers
+from lightning_modules.csv_files import write_table
+
+NUM_BINS = 50  # bins of the radius: six in a band of the paper's width
+
+
+@dataclass(frozen=True)
+class ModelSpectra:
+    """All measures are on the CPU, in float64.
+
+    Attributes:
+        layers: spectra by the name of the projection.
+        config: what the model was adapted with; its bands are the experts'.
+    """
+
+    layers: Mapping[str, ExpertSpectra]
+    config: FourierMoEConfig
+
+    @classmethod
+    def of(cls, experts: Mapping[str, SpectralExperts], config: FourierMoEConfig) -> ModelSpectra:
+        """The spectra as they are now. All processes must ask together."""
+        return cls({name: ExpertSpectra.of(layer) for name, layer in experts.items()}, config)
+
+    @property
+    def centers(self) -> list[float]:
+        """f_e of every expert. Without frequency bias, of the bands that there would be."""
+        return band_centers(self.config.num_experts, self.config.bandwidth, self.config.band_layout)
+
+    @cached_property
+    def measures(self) -> dict[str, Tensor]:
+        """Measures (L, E) that cost next to nothing."""
+        layers = self.layers.values()
+        return {
+            "energy": torch.stack([layer.energy for layer in layers]),
+            "centre": torch.stack([layer.centre for layer in layers]),
+            "spread": torch.stack([layer.spread for layer in layers]),
+            "in_band": torch.stack([layer.in_band(self.centers, self.config.bandwidth) for layer in layers]),
+            "effective_coefficients": torch.stack([layer.effective_coefficients for layer in layers]),
+        }
+
+    @cached_property
+    def effective_rank(self) -> Tensor:
+        """(L, E); a second for some dozens of layers."""
+        return torch.stack([layer.effective_rank for layer in self.layers.values()])
+
+    @cached_property
+    def occupancy(self) -> Tensor:
+        """Energy by radius (E, R), mean over the layers."""
+        return torch.stack([layer.radial_occupancy(NUM_BINS) for layer in self.layers.values()]).mean(0)
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """Share of all positions by radius (E, R): what `occupancy` would be if all coefficients were equal."""
+        equal = (replace(layer, coefficients=torch.ones_like(layer.coefficients), scale=1.0) for layer in self.layers.values())
+        counts = [layer.radial_occupancy(NUM_BINS) / layer.energy.sum() for layer in equal]
+        return torch.stack(counts).mean(0)
+
+    @cached_property
+    def radial_overlap(self) -> Tensor:
+        """Share of energy at the same radii (E, E), over the layers together."""
+        return radial_overlap(self.occupancy)
+
+    @cached_property
+    def update_overlap(self) -> Tensor:
+        """Cosine between updates (E, E), mean over the layers."""
+        return torch.stack([layer.update_overlap() for layer in self.layers.values()]).mean(0)
+
+    @property
+    def magnitudes(self) -> Tensor:
+        """|c| of every expert's coefficients in all layers (E, L*P)."""
+        return torch.cat([layer.coefficients.abs() for layer in self.layers.values()], 1)
+
+    def write(self, directory: Path) -> None:
+        """spectral_occupancy.csv (a row per layer and expert, first the means), radial_occupancy.csv, spectral_overlap.csv."""
+        measures = {**self.measures, "effective_rank": self.effective_rank}
+        layers = {"all": [m.mean(0) for m in measures.values()]}
+        layers |= {name: [m[index] for m in measures.values()] for index, name in enumerate(self.layers)}
+        _write(
+            directory / "spectral_occupancy.csv",
+            ["layer", "expert", "band_centre", *measures],
+            ([layer, e, f, *(m[e] for m in values)] for layer, values in layers.items() for e, f in enumerate(self.centers)),
+        )
+        experts = range(self.config.num_experts)
+        _write(
+            directory / "radial_occupancy.csv",
+            ["radius", *(f"energy/expert_{e}" for e in experts), *(f"positions/expert_{e}" for e in experts)],
+            ([(r + 0.5) / NUM_BINS, *self.occupancy[:, r], *self.positions[:, r]] for r in range(NUM_BINS)),
+        )
+        _write(
+            directory / "spectral_overlap.csv",
+            ["expert", "other", "radial_overlap", "update_overlap"],
+            ([e, f, self.radial_overlap[e, f], self.update_overlap[e, f]] for e in experts for f in experts),
+        )
+
+
+def _write(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    cells = ([cell if isinstance(cell, str | int) else f"{float(cell):.6g}" for cell in row] for row in rows)
+    write_table(path, header, cells)

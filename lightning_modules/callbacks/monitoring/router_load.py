@@ -1,0 +1,249 @@
+"""RouterLoad: which experts the tokens go to, while training."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+
+from fourier_moe import RouterStatistics, StatisticsReader
+from fourier_moe.inject import adapter_config
+from lightning_modules.adaptation import AdaptationModule
+from lightning_modules.callbacks.monitoring.load_report import load_map, task_table, write_layers, write_tasks
+from lightning_modules.callbacks.monitoring.load_sums import LoadSums
+from lightning_modules.callbacks.monitoring.logged import log_now, show_figures, tensorboards
+from lightning_modules.run_directory import run_directory
+
+MAPS = {"router/load_map": "router_load", "router/task_load_map": "task_load"}  # TensorBoard's tag and the file's name
+
+
+class RouterLoad(L.Callback):
+    """Log how the routers share out the tokens of training, over all processes and without padding, and warn when they stop to.
+
+    Every interval, means over the routers of the model (`fourier_moe.RouterStatistics` has the formulas):
+
+    - `router/active_experts`, experts that serve a token: K, or what a threshold lets pass;
+    - `router/load_imbalance` (1 is even), `router/load_entropy` (1 is even), `router/dead_experts` (share of all experts);
+    - `router/load/expert_{e}`, share of the tokens that expert e serves, and `router/gate/expert_{e}`, its mean gate there;
+    - `router/balance_loss_unscaled`, K when even: the loss's formula over all tokens of the interval;
+    - `router/balance_loss`, what the loss contained: mean over the interval's optimiser steps, in each over its batches and
+      processes by their weight in the step. A batch's is the formula over its own tokens, summed over the routers, each times
+      its projection's `balance_weight`. Few tokens are never balanced as evenly as many, so it is more than the former says.
+
+    TensorBoard also gets a map of the load per layer and expert (`router/load_map`) and, where batches name their `task`, per
+    task and expert (`router/task_load_map`, mean over the layers). At the end of training the maps of the last epoch are in the
+    run directory: router_load.png, router_load.csv, task_load.png, task_load.csv (every layer). A model without routers is left
+    in peace.
+
+    Args:
+        every_n_steps: optimiser steps in an interval; null for the trainer's log_every_n_steps.
+        detailed: also log `router_layers/{layer}/...` for every layer.
+        heat_map_every_n_steps: optimiser steps between two maps in TensorBoard; null for ten intervals, or more where drawing
+            would take more than a hundredth of the time.
+        dead_below: an expert whose load in an interval is less than this share of an even load counts as dead.
+        collapse_below: routing of a layer has collapsed when its `RouterStatistics.spread` (1 even, 0 collapsed) is less.
+    """
+
+    def __init__(
+        self,
+        every_n_steps: int | None = None,
+        detailed: bool = False,
+        heat_map_every_n_steps: int | None = None,
+        dead_below: float = 0.01,
+        collapse_below: float = 0.2,
+    ) -> None:
+        for name, steps in (("every_n_steps", every_n_steps), ("heat_map_every_n_steps", heat_map_every_n_steps)):
+            if steps is not None and steps < 1:
+                raise ValueError(f"{name}={steps} must be 1 or more, or null")
+        for name, share in (("dead_below", dead_below), ("collapse_below", collapse_below)):
+            if not 0 <= share < 1:
+                raise ValueError(f"{name}={share} must be 0 or more and less than 1; 0 never warns")
+        self.every_n_steps = every_n_steps
+        self.detailed = detailed
+        self.heat_map_every_n_steps = heat_map_every_n_steps
+        self.dead_below = dead_below
+        self.collapse_below = collapse_below
+        self._reader: StatisticsReader | None = None  # while training
+        self._layers: list[str] = []
+        self._interval: LoadSums | None = None
+        self._map: LoadSums | None = None  # since the last map
+        self._epoch: LoadSums | None = None
+        self._in_step: list[torch.Tensor] = []  # weight, and weight times balance loss (2,), of each batch of a step
+        self._in_interval: list[torch.Tensor] = []  # their sums (2,) over each step, on this process
+        self._last_step = 0
+        self._no_map_before = 0.0  # the clock's time
+        self._warned: set[tuple[str, int | None]] = set()  # layer and expert, or None for the layer
+
+    # ---------------------------------------------------------------- when
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert isinstance(pl_module, AdaptationModule)
+        self._reader = StatisticsReader(pl_module.model)
+        self._layers = list(self._reader.routers)
+        self._interval = self._map = self._epoch = None
+        self._in_step, self._in_interval = [], []
+        self._last_step, self._no_map_before, self._warned = trainer.global_step, 0.0, set()
+        if not self._layers:
+            rank_zero_info("RouterLoad: this model has no routers, so there is nothing to log")
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._epoch = None
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step = trainer.global_step
+        interval = self.every_n_steps or trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if not self._layers or not interval:  # log_every_n_steps: 0 logs nothing
+            return
+        assert isinstance(pl_module, AdaptationModule)
+        assert pl_module.batch_losses is not None
+        weight, balance = pl_module.batch_losses.weight, pl_module.batch_losses.balance
+        self._in_step.append(torch.stack([weight, weight * balance]))
+        if step == self._last_step:  # gradients are being accumulated
+            return
+        self._last_step = step
+        self._in_interval.append(torch.stack(self._in_step).sum(0))
+        self._in_step = []
+        log, draw = step % interval == 0, step % (self.heat_map_every_n_steps or 10 * interval) == 0
+        if log or draw:
+            self._collect(trainer)
+        if log:
+            self._log(trainer, pl_module)
+        if draw and (self.heat_map_every_n_steps or time.monotonic() >= self._no_map_before):
+            started = time.monotonic()
+            self._show_maps(trainer, self._map, f"steps up to {step}")
+            self._map = None
+            self._no_map_before = started + 100 * (time.monotonic() - started)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self._layers:
+            self._collect(trainer)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._stop()
+        if not self._layers or self._epoch is None:
+            return
+        title = "last epoch"
+        self._show_maps(trainer, self._epoch, title)
+        if len(self._epoch.tasks) > 1:
+            rank_zero_info(f"\n{task_table(self._epoch)}\n")
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        directory = run_directory(trainer)  # asks all processes
+        if trainer.is_global_zero:
+            directory.mkdir(parents=True, exist_ok=True)
+            write_layers(directory / "router_load.csv", self._layers, self._epoch)
+            if self._epoch.tasks:
+                write_tasks(directory / "task_load.csv", self._layers, self._epoch)
+            for tag, figure in self._draw(self._epoch, title).items():
+                figure.savefig(directory / f"{MAPS[tag]}.png", dpi=150)
+            rank_zero_info(f"Router load written: {directory / 'router_load.csv'}")
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self._stop()
+
+    def _stop(self) -> None:
+        if self._reader is not None:
+            self._reader.close()
+        self._reader = None
+
+    # ---------------------------------------------------------------- what
+
+    def _collect(self, trainer: L.Trainer) -> None:
+        assert self._reader is not None
+        new = LoadSums.collect(trainer, self._reader)
+        self._interval = new if self._interval is None else self._interval + new
+        self._map = new if self._map is None else self._map + new
+        self._epoch = new if self._epoch is None else self._epoch + new
+
+    def _log(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert isinstance(pl_module, AdaptationModule)
+        assert self._interval is not None
+        layers, self._interval = self._interval.layers, None
+        metrics = {f"router/{name}": float(value.mean()) for name, value in self._measures(layers).items()}
+        metrics["router/balance_loss"] = self._balance_loss(trainer)
+        for expert, (load, gate) in enumerate(zip(layers.load.mean(0), layers.over(0).gate, strict=True)):
+            metrics |= {f"router/load/expert_{expert}": float(load), f"router/gate/expert_{expert}": float(gate)}
+        if self.detailed:
+            for name, value in self._measures(layers).items():
+                metrics |= {f"router_layers/{layer}/{name}": float(v) for layer, v in zip(self._layers, value, strict=True)}
+        log_now(trainer, metrics)
+        self._warn(layers, pl_module, trainer.global_step)
+
+    def _balance_loss(self, trainer: L.Trainer) -> float:
+        """Mean over the steps of the interval; all processes have had the same number of steps."""
+        sums = trainer.strategy.reduce(torch.stack(self._in_interval), reduce_op="sum")
+        assert isinstance(sums, torch.Tensor)
+        self._in_interval = []
+        weights, weighted = sums.double().cpu().unbind(-1)
+        return float(torch.where(weights > 0, weighted / weights, 0.0).mean())
+
+    def _measures(self, layers: RouterStatistics) -> dict[str, torch.Tensor]:
+        """Measures (layers,)."""
+        return {
+            "active_experts": layers.active,
+            "load_imbalance": layers.load_imbalance,
+            "load_entropy": layers.load_entropy,
+            "dead_experts": layers.dead(self.dead_below).double().mean(-1),
+            "balance_loss_unscaled": layers.balance_loss,
+        }
+
+    def _draw(self, sums: LoadSums, title: str) -> Mapping[str, Any]:
+        """Figures by tag."""
+        even = float(sums.layers.even_load.mean())
+        figures = {"router/load_map": load_map(sums.layers.load, self._layers, even, f"router load, {title}")}
+        if sums.tasks:
+            load = torch.stack([task.load.mean(0) for task in sums.tasks.values()])
+            figures["router/task_load_map"] = load_map(
+                load, list(sums.tasks), even, f"router load by task (mean of layers), {title}"
+            )
+        return figures
+
+    def _show_maps(self, trainer: L.Trainer, sums: LoadSums | None, title: str) -> None:
+        if sums is not None and tensorboards(trainer):
+            show_figures(trainer, self._draw(sums, title))
+
+    # ---------------------------------------------------------------- warnings
+
+    def _warn(self, layers: RouterStatistics, module: AdaptationModule, step: int) -> None:
+        """Once for a layer that collapses, once for an expert that dies."""
+        names = self._layers
+        spread, dead = layers.spread.tolist(), layers.dead(self.dead_below).tolist()
+        collapsed = [(name, None) for name, value in zip(names, spread, strict=True) if value < self.collapse_below]
+        new_layers = [layer for layer in collapsed if layer not in self._warned]
+        self._warned.update(new_layers)
+        all_dead = [(name, e) for name, row in zip(names, dead, strict=True) for e, is_dead in enumerate(row) if is_dead]
+        new_dead = [pair for pair in all_dead if pair not in self._warned and (pair[0], None) not in self._warned]
+        self._warned.update(new_dead)
+        advice = _advice(module, layers.num_experts)
+        if new_layers:
+            rank_zero_warn(
+                f"RouterLoad, step {step}: routing has collapsed, nearly all tokens go to the same "
+                f"{float(layers.active.mean()):.3g} experts, in {_some(name for name, _ in new_layers)}. {advice}"
+            )
+        if new_dead:
+            rank_zero_warn(
+                f"RouterLoad, step {step}: experts died, they serve less than {100 * self.dead_below:g} % of an even load and "
+                f"learn next to nothing: {_some(f'{name} expert {expert}' for name, expert in new_dead)}. {advice}"
+            )
+
+
+def _advice(module: AdaptationModule, num_experts: int) -> str:
+    config, optimization = adapter_config(module.model), module.optimization
+    assert optimization is not None
+    group = optimization.router or optimization.experts
+    return (
+        f"Raise --model.adapter.balance_weight (now {getattr(config, 'balance_weight', 0.0):g}), lower "
+        f"--model.optimization.router.lr (now {group.lr if group else 0.0:g}), or use fewer experts "
+        f"(--model.adapter.num_experts, now {num_experts})"
+    )
+
+
+def _some(names: Iterable[str]) -> str:
+    names = list(names)
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

@@ -1,0 +1,152 @@
+"""How spectra look on paper: rings on the frequency plane, occupancy by radius, overlap between experts.
+
+Shape legend: E experts, P positions per expert, R bins of the radius.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from fourier_moe.analysis.spectra import ExpertSpectra, band_edges
+from lightning_modules.callbacks.monitoring.logged import short_names
+from lightning_modules.callbacks.monitoring.model_spectra import NUM_BINS, ModelSpectra
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+PANEL = 3.9  # inches
+EDGE = 1.04  # of the plane as drawn: dots on its border are whole
+INK = 0.16  # share of a panel that its dots cover, if none overlap
+MOST_NUMBERS = 16  # experts up to which every cell of the overlap shows its number
+
+
+def rings(spectra: ModelSpectra, layers: Sequence[str], title: str) -> Figure:
+    """The frequency plane of some layers (the paper's Figures 5 and 6): a dot for every coefficient and for its conjugate.
+
+    Colour is the expert, area the energy (one scale within a panel); faint rings are the experts' bands.
+    """
+    from matplotlib.figure import Figure  # here, because it takes as long to import as a small run to train
+
+    colors = _colors(spectra.config.num_experts)
+    figure = Figure(figsize=(PANEL * len(layers) + 1.5, PANEL + 0.9), layout="compressed")
+    panels = figure.subplots(1, len(layers), squeeze=False, sharey=True)[0]
+    names = dict(zip(spectra.layers, short_names(list(spectra.layers)), strict=True))
+    for axes, layer in zip(panels, layers, strict=True):
+        _draw_bands(axes, spectra, colors)
+        _draw_coefficients(axes, spectra.layers[layer], colors)
+        axes.set(xlim=(-EDGE, EDGE), ylim=(-EDGE, EDGE), aspect="equal", title=names[layer], xlabel="input frequency 2v/N")
+        axes.set_xticks([-1, -0.5, 0, 0.5, 1])
+        axes.set_yticks([-1, -0.5, 0, 0.5, 1])
+    panels[0].set_ylabel("output frequency 2u/M")
+    _expert_bar(figure, panels, colors)
+    figure.suptitle(f"spectral coefficients, {title}")
+    return figure
+
+
+def radial_occupancy(spectra: ModelSpectra, title: str) -> Figure:
+    """Density of the energy over the radius by expert, all layers together; dotted: the same if all coefficients were equal."""
+    from matplotlib.figure import Figure
+
+    colors = _colors(spectra.config.num_experts)
+    figure = Figure(figsize=(7.5, 3.6), layout="constrained")
+    axes = figure.add_subplot()
+    edges = np.linspace(0, 1, NUM_BINS + 1)
+    total = float(spectra.occupancy.sum()) or 1.0
+    for expert, color in enumerate(colors):
+        energy, positions = (_curve(values[expert]) for values in (spectra.occupancy / total, spectra.positions))
+        axes.stairs(energy, edges, fill=True, color=color, alpha=0.3)
+        axes.stairs(energy, edges, color=color, linewidth=1.5)
+        axes.stairs(positions, edges, color=color, linewidth=1, linestyle=":")
+    axes.set(xlim=(0, 1), xlabel="normalised radius (0: constant, 1: corner of the plane)", ylabel="energy per unit of radius")
+    axes.set_ylim(bottom=0)
+    axes.set_title(f"radial occupancy, {title}", loc="left")
+    axes.plot([], [], color="black", linewidth=1.5, label="energy")
+    axes.plot([], [], color="black", linewidth=1, linestyle=":", label="positions")
+    axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0.1, ncols=2, fontsize=8)
+    _expert_bar(figure, axes, colors)
+    return figure
+
+
+def overlap(spectra: ModelSpectra, title: str) -> Figure:
+    """Overlap between experts, all layers together: share of energy at the same radii, and cosine between updates."""
+    from matplotlib.figure import Figure
+
+    num_experts = spectra.config.num_experts
+    side = 1.6 + 0.33 * min(num_experts, 20)
+    figure = Figure(figsize=(2 * side + 1.6, side + 0.5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    _draw_matrix(left, spectra.radial_overlap, "energy at the same radii", cmap="Blues", vmin=0)
+    _draw_matrix(right, spectra.update_overlap, "cosine between updates", cmap="RdBu_r", vmin=-1)
+    figure.suptitle(f"overlap between experts, {title}")
+    return figure
+
+
+def _curve(share_R: torch.Tensor) -> np.ndarray:
+    """Density of shares (R,); nothing is drawn where there is nothing."""
+    return (share_R * NUM_BINS).where(share_R > 0, math.nan).numpy()
+
+
+def _draw_matrix(axes: Axes, values: torch.Tensor, title: str, **options: Any) -> None:
+    image = axes.imshow(values.numpy(), vmax=1, interpolation="nearest", **options)
+    axes.figure.colorbar(image, ax=axes, shrink=0.8)
+    axes.set(title=title, xlabel="expert", ylabel="expert")
+    every = -(-len(values) // MOST_NUMBERS)
+    axes.set_xticks(range(0, len(values), every))
+    axes.set_yticks(range(0, len(values), every))
+    if len(values) > MOST_NUMBERS:
+        return
+    for (row, column), value in np.ndenumerate(values.numpy()):
+        color = "white" if abs(value) > 0.6 else "black"
+        number = f"{round(value, 2) + 0.0:.2f}".replace("0.", ".", 1)  # + 0: no -0.00
+        axes.text(column, row, number, ha="center", va="center", fontsize=7, color=color)
+
+
+def _draw_bands(axes: Axes, spectra: ModelSpectra, colors: np.ndarray) -> None:
+    from matplotlib.patches import Annulus
+
+    if not spectra.config.frequency_bias:
+        return
+    bands = [band_edges(center, spectra.config.bandwidth) for center in spectra.centers]
+    depth = max(1.0, sum(min(outer, 1) - inner for inner, outer in bands if inner < 1))  # how many bands overlap, on average
+    for (inner, outer), color in zip(bands, colors, strict=True):
+        width = math.sqrt(2) * (outer - inner)
+        axes.add_patch(Annulus((0, 0), math.sqrt(2) * outer, width, facecolor=color, alpha=0.12 / depth, linewidth=0))
+
+
+def _draw_coefficients(axes: Axes, spectra: ExpertSpectra, colors: np.ndarray) -> None:
+    """The largest first, so that no dot hides behind another."""
+    y, x = (2 * spectra.frequencies / torch.tensor([spectra.out_features, spectra.in_features])).flatten(0, 1).T.numpy()
+    expert = np.repeat(np.arange(len(spectra.coefficients)), spectra.coefficients.shape[1])
+    energy = spectra.pair_energy.flatten().numpy()
+    points = INK * (72 * PANEL) ** 2 / 2 * energy / (energy.sum() or 1.0)  # a pair is two dots
+    area = np.clip(points, 0.3, 150)
+    both = np.repeat(np.argsort(-energy), 2)
+    sign = np.tile([1, -1], len(energy))
+    edge = np.where(area > 6, 0.3, 0)  # white edges would hide smaller dots
+    color = colors[expert[both]]
+    axes.scatter(sign * x[both], sign * y[both], s=area[both], c=color, linewidth=edge[both], edgecolor="white")
+
+
+def _expert_bar(figure: Figure, panels: Any, colors: np.ndarray) -> None:
+    """Which colour is which expert."""
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import BoundaryNorm, ListedColormap
+
+    num_experts = len(colors)
+    norm = BoundaryNorm(np.arange(num_experts + 1) - 0.5, num_experts)
+    bar = figure.colorbar(ScalarMappable(norm, ListedColormap(colors)), ax=panels, label="expert", shrink=0.85, pad=0.01)
+    bar.set_ticks(range(0, num_experts, -(-num_experts // MOST_NUMBERS)))
+    bar.minorticks_off()
+
+
+def _colors(num_experts: int) -> np.ndarray:
+    """A colour per expert (E, 4), from low to high frequencies as in the rainbow."""
+    from matplotlib import colormaps
+
+    return colormaps["turbo"](np.linspace(0.06, 0.94, num_experts))

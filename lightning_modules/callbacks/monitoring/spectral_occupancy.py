@@ -1,0 +1,197 @@
+"""SpectralOccupancy: what each expert learns, as a spectrum, while training."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import lightning as L
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+
+from fourier_moe import FourierMoEConfig, FourierMoELinear, SpectralExperts, adapters
+from fourier_moe.inject import adapter_config
+from lightning_modules.adaptation import AdaptationModule
+from lightning_modules.callbacks.monitoring.logged import log_now, logged_step, show_figures, tensorboards
+from lightning_modules.callbacks.monitoring.model_spectra import ModelSpectra
+from lightning_modules.callbacks.monitoring.spectral_figures import overlap, radial_occupancy, rings
+from lightning_modules.run_directory import run_directory
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+FILES = {
+    "spectrum/rings": "spectral_rings",
+    "spectrum/radial_occupancy": "radial_occupancy",
+    "spectrum/overlap": "spectral_overlap",
+}
+IMAGES_EVERY = 10  # measurements between two pictures
+MOST_OF_TIME = 0.01  # share of the time that measurements at the end of an interval may take
+
+
+class SpectralOccupancy(L.Callback):
+    """Log where in the frequency plane each expert's update lies, and how much of it is used.
+
+    Means over the adapted projections (`fourier_moe.analysis.spectra` has the formulas), as `spectrum/{measure}/expert_{e}`:
+
+    - `energy`, the squared Frobenius norm of the update; `centre` and `spread`, mean and standard deviation of its radius;
+    - `in_band`, share of the energy inside the expert's band;
+    - `effective_coefficients`, 1 to P complex coefficients in use, and with every picture `effective_rank`, 1 to 2P.
+
+    TensorBoard also gets histograms of the coefficients' moduli (`spectrum/magnitude/expert_{e}`) and pictures: coefficients on
+    the frequency plane, coloured by expert (`spectrum/rings`), energy by radius (`spectrum/radial_occupancy`) and the overlap
+    between experts (`spectrum/overlap`). At the end of training these are in the run directory as spectral_rings.png,
+    radial_occupancy.{png,csv}, spectral_overlap.{png,csv}, and the measures of every layer as spectral_occupancy.csv.
+    A model without FourierMoE adapters is left in peace.
+
+    Args:
+        every_n_steps: optimiser steps between two measurements; null for validations and ends of epochs, as many of them as
+            take 1 % of the time.
+        images_every_n_steps: optimiser steps between two pictures in TensorBoard; null for every tenth measurement.
+        detailed: also log `spectrum_layers/{layer}/{measure}/expert_{e}` of every layer.
+        layers: projections that the rings show, by their names in the model; null for the first, the middle and the last.
+
+    Raises:
+        ValueError: at the start of training, if `layers` names what is not adapted.
+    """
+
+    def __init__(
+        self,
+        every_n_steps: int | None = None,
+        images_every_n_steps: int | None = None,
+        detailed: bool = False,
+        layers: Sequence[str] | None = None,
+    ) -> None:
+        for name, steps in (("every_n_steps", every_n_steps), ("images_every_n_steps", images_every_n_steps)):
+            if steps is not None and steps < 1:
+                raise ValueError(f"{name}={steps} must be 1 or more, or null")
+        if layers is not None and (isinstance(layers, str) or not layers):
+            raise ValueError(f"layers={layers!r} must be a list of names, or null for the first, the middle and the last")
+        self.every_n_steps = every_n_steps
+        self.images_every_n_steps = images_every_n_steps
+        self.detailed = detailed
+        self.layers = layers
+        self._experts: dict[str, SpectralExperts] = {}
+        self._shown: list[str] = []  # layers of the rings
+        self._measured = self._drawn = self._seen = -1  # optimiser steps
+        self._num_measured = 0
+        self._not_before = 0.0  # the clock's time
+
+    # ---------------------------------------------------------------- when
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert isinstance(pl_module, AdaptationModule)
+        found = {name: layer for name, layer in adapters(pl_module.model).items() if isinstance(layer, FourierMoELinear)}
+        self._experts = {name: layer.experts for name, layer in found.items()}
+        self._measured = self._drawn = -1
+        self._num_measured, self._not_before = 0, 0.0
+        if not self._experts:
+            rank_zero_info("SpectralOccupancy: this model has no FourierMoE adapters, so there is nothing to log")
+            return
+        names = list(self._experts)
+        unknown = [layer for layer in self.layers or () if layer not in names]
+        if unknown:
+            known = ", ".join(names[:3]) + (f", ... ({len(names)})" if len(names) > 3 else "")
+            raise ValueError(f"layers names {unknown[0]!r}, which is not adapted; adapted are: {known}")
+        self._shown = list(self.layers or dict.fromkeys([names[0], names[len(names) // 2], names[-1]]))
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._seen = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step = trainer.global_step
+        if not self._experts or step == self._seen:  # gradients are being accumulated
+            return
+        self._seen = step
+        measure = self.every_n_steps is not None and step % self.every_n_steps == 0
+        draw = self.images_every_n_steps is not None and step % self.images_every_n_steps == 0
+        if measure or draw:
+            self._report_and_show(trainer, pl_module, measure, draw or (measure and self._is_picture_due()))
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._end_of_interval(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._end_of_interval(trainer, pl_module)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not self._experts:
+            return
+        step = trainer.global_step
+        drawn = self._drawn == step
+        spectra = self._report(trainer, pl_module, measure=self._measured != step, draw=not drawn)
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        directory = run_directory(trainer)  # asks all processes
+        if trainer.is_global_zero:
+            figures = self._figures(spectra, step)
+            if not drawn:
+                show_figures(trainer, figures)
+            directory.mkdir(parents=True, exist_ok=True)
+            spectra.write(directory)
+            for tag, figure in figures.items():
+                figure.savefig(directory / f"{FILES[tag]}.png", dpi=150)
+            rank_zero_info(f"Spectral occupancy written: {directory / 'spectral_occupancy.csv'}")
+
+    # ---------------------------------------------------------------- what
+
+    def _end_of_interval(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """An epoch often ends with a validation: once per step. Where intervals are short, some are left out."""
+        due = self._experts and self.every_n_steps is None and self._measured != trainer.global_step
+        if due and (trainer.world_size > 1 or time.monotonic() >= self._not_before):  # processes have to agree
+            started = time.monotonic()
+            self._report_and_show(trainer, pl_module, measure=True, draw=self._is_picture_due())
+            self._not_before = started + (time.monotonic() - started) / MOST_OF_TIME
+
+    def _is_picture_due(self) -> bool:
+        return self.images_every_n_steps is None and (self._num_measured + 1) % IMAGES_EVERY == 0
+
+    def _report_and_show(self, trainer: L.Trainer, pl_module: L.LightningModule, measure: bool, draw: bool) -> None:
+        spectra = self._report(trainer, pl_module, measure, draw)
+        if draw and tensorboards(trainer):
+            show_figures(trainer, self._figures(spectra, trainer.global_step))
+
+    def _report(self, trainer: L.Trainer, pl_module: L.LightningModule, measure: bool, draw: bool) -> ModelSpectra:
+        """Log what goes with a measurement and with a picture, but the picture."""
+        assert isinstance(pl_module, AdaptationModule)
+        config = adapter_config(pl_module.model)
+        assert isinstance(config, FourierMoEConfig)
+        spectra = ModelSpectra.of(self._experts, config)
+        metrics: dict[str, float] = {}
+        if measure:
+            self._measured, self._num_measured = trainer.global_step, self._num_measured + 1
+            for name, values in spectra.measures.items():
+                metrics |= self._by_expert(name, values)
+            self._show_histograms(trainer, spectra)
+        if draw:
+            self._drawn = trainer.global_step
+            metrics |= self._by_expert("effective_rank", spectra.effective_rank)
+        if metrics:
+            log_now(trainer, metrics)
+        return spectra
+
+    def _by_expert(self, name: str, values: Tensor) -> dict[str, float]:
+        """A measure (layers, E) by tag."""
+        metrics = {f"spectrum/{name}/expert_{expert}": float(value) for expert, value in enumerate(values.mean(0))}
+        if self.detailed:
+            for layer, row in zip(self._experts, values, strict=True):
+                metrics |= {f"spectrum_layers/{layer}/{name}/expert_{e}": float(value) for e, value in enumerate(row)}
+        return metrics
+
+    def _show_histograms(self, trainer: L.Trainer, spectra: ModelSpectra) -> None:
+        for board in tensorboards(trainer):
+            for expert, magnitude in enumerate(spectra.magnitudes):
+                board.add_histogram(f"spectrum/magnitude/expert_{expert}", magnitude, logged_step(trainer))
+
+    def _figures(self, spectra: ModelSpectra, step: int) -> dict[str, Figure]:
+        """Figures by tag."""
+        title = f"step {step}"
+        return {
+            "spectrum/rings": rings(spectra, self._shown, title),
+            "spectrum/radial_occupancy": radial_occupancy(spectra, title),
+            "spectrum/overlap": overlap(spectra, title),
+        }

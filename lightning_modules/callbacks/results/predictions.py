@@ -1,0 +1,220 @@
+"""PredictionsWriter: what `predict` leaves behind."""
+
+from __future__ import annotations
+
+import csv
+import hmac
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+
+from fourier_moe.files.writing import replacing
+from lightning_modules.adaptation import AdaptationModule
+from lightning_modules.callbacks.results.sealed_rows import user_key
+from lightning_modules.callbacks.results.unfinished_evaluation import about
+from lightning_modules.callbacks.results.unfinished_predictions import UnfinishedPredictions, describe_data, fingerprint
+from lightning_modules.csv_files import csv_line
+from lightning_modules.evaluation_sets import each_loader, limit_of, num_own
+from lightning_modules.run_directory import run_directory
+from lightning_modules.tasks import CausalLanguageModel
+from lightning_modules.tasks.generation import is_sharded
+
+UNFINISHED = "unfinished_predictions"
+
+
+class PredictionsWriter(L.Callback):
+    """Write one CSV row per example: id, label (where known), prediction, its probability, and the probability of every class.
+
+    Rows are written batch by batch to a directory `unfinished_predictions` and become the CSV file at the end; memory holds one
+    batch. A prediction that was interrupted goes on where it stopped when the same user gives the same command again: batches
+    are not computed again if weights, backbone, precision, batch size, number of processes and inputs are the same. The
+    directory lies beside the file that `path` names, else beside the adapter or checkpoint; where there is neither, it lies in
+    the run directory, which is a new one for every run, so that nothing can be resumed. With limit_predict_batches the file is
+    called `..._partial.csv`; with fast_dev_run nothing is written.
+
+    Cells are made safe to open: control characters are escaped, and text that a spreadsheet would take for a formula gets an
+    apostrophe in front.
+
+    Args:
+        path: the file; null for `predictions.csv` in the run directory.
+
+    Raises:
+        ValueError: when prediction starts, if the task has no classes, if another process is making the same predictions, or
+            if rows cannot be written.
+    """
+
+    def __init__(self, path: str | None = None) -> None:
+        self.path = path
+
+    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert isinstance(pl_module, AdaptationModule)
+        if isinstance(pl_module.task, CausalLanguageModel):
+            raise ValueError(
+                "PredictionsWriter writes probabilities of classes, and a language model has none; use EvaluationReport"
+            )
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        self._rows = self._open(trainer, pl_module)
+        self._seen = 0
+        self._known = min(_gather(trainer, len(self._rows)))
+        self._rows.keep(self._known)
+        if self._known:
+            rank_zero_info(f"resuming predictions: {self._known:,} batches of every process are done")
+
+    def on_predict_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Skip a batch whose rows are on disk; where the model is sharded, all processes skip it or none does."""
+        assert isinstance(pl_module, AdaptationModule)
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        self._inputs = fingerprint(batch)
+        skips = self._seen < self._known and self._rows.inputs(self._seen) == self._inputs
+        if self._seen < self._known and is_sharded(pl_module.model):
+            skips = trainer.strategy.reduce_boolean_decision(skips, all=True)
+        if not skips and self._seen < self._known:  # the data changed
+            self._rows.keep(self._seen)
+            self._known = self._seen
+        pl_module.skips_prediction = skips
+
+    def on_predict_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        assert isinstance(pl_module, AdaptationModule)
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        if not pl_module.skips_prediction:
+            loader = each_loader(trainer.predict_dataloaders)[dataloader_idx]
+            own = outputs[: num_own(loader, batch_idx, len(outputs))]
+            try:
+                self._rows.append(dataloader_idx, self._inputs, [_line(row, pl_module.class_names) for row in own])
+            except OSError as error:
+                raise ValueError(
+                    f"predictions cannot be written ({error.strerror}); make room and give the same command again"
+                ) from error
+        self._seen += 1
+        pl_module.skips_prediction = False
+
+    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Make one file of all batches, in the order of the data."""
+        assert isinstance(pl_module, AdaptationModule)
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        path = Path(self.path) if self.path else run_directory(trainer) / "predictions.csv"  # asks all processes
+        if limit_of(trainer, "predict", each_loader(trainer.predict_dataloaders)):
+            path = path.with_name(f"{path.stem}_partial{path.suffix}")  # not in the place of all predictions
+        self._rows.keep(self._seen)
+        lines = self._all_lines(trainer)
+        first = next(lines, None)
+        if first is not None:
+            count, problem = 0, None
+            if trainer.is_global_zero:
+                try:
+                    count = _write(path, _header(first, pl_module.class_names), first, lines)
+                except OSError as error:
+                    problem = f"predictions cannot be written to '{path}' ({error.strerror})"
+            for _ in lines:  # other processes only hand theirs over
+                pass
+            problem = trainer.strategy.broadcast(problem)  # else the others would wait for the one that failed
+            if problem is not None:
+                raise ValueError(problem)
+            rank_zero_info(f"Predictions written: {path} ({count} rows)")
+        trainer.strategy.barrier()
+        self._rows.remove()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        assert isinstance(pl_module, AdaptationModule)
+        pl_module.skips_prediction = False
+        if hasattr(self, "_rows"):
+            self._rows.close()
+
+    def _open(self, trainer: L.Trainer, module: AdaptationModule) -> UnfinishedPredictions:
+        """The rows that this process has on disk. Their file's name depends on all that they depend on."""
+        description = json.dumps({**about(trainer, module, {}), "data": describe_data(trainer)}, sort_keys=True)
+        key, description = trainer.strategy.broadcast((user_key() if trainer.is_global_zero else b"", description))
+        name = hmac.new(key, description.encode(), "sha256").hexdigest()[:16]
+        rows, problem = None, None
+        directory = self._directory(trainer, module)
+        try:
+            rows = UnfinishedPredictions(directory / UNFINISHED / f"{name}.{trainer.global_rank}.jsonl", key, description)
+        except OSError as error:
+            problem = f"'{directory}' cannot be written ({error.strerror}); give PredictionsWriter another path"
+        except ValueError as error:
+            problem = str(error)
+        problems = [found for found in _gather(trainer, problem) if found]
+        if problems or rows is None:
+            if rows is not None:
+                rows.close()
+            raise ValueError(problems[0])
+        return rows
+
+    def _directory(self, trainer: L.Trainer, module: AdaptationModule) -> Path:
+        """Where the same command finds again what an interrupted one left; the run directory where there is no such place."""
+        own = run_directory(trainer)  # asks all processes
+        if self.path:
+            return Path(self.path).parent
+        weights = trainer.ckpt_path or module.adapter_path
+        if weights and "://" not in str(weights) and os.access(Path(weights).parent, os.W_OK):
+            return Path(weights).parent
+        return own
+
+    def _all_lines(self, trainer: L.Trainer) -> Iterator[str]:
+        """The lines of all processes, one set after the other, in the order of the data: examples are dealt out in turn.
+
+        All processes have to read it to its end.
+        """
+        for index in range(len(each_loader(trainer.predict_dataloaders))):
+            batches = self._rows.batches_of(index)
+            rounds = max(_gather(trainer, self._rows.count(index)))
+            for _ in range(rounds):
+                shares = _gather(trainer, next(batches, []))
+                yield from (line for turn in zip_longest(*shares) for line in turn if line is not None)
+
+
+def _write(path: Path, header: str, first: str, lines: Iterator[str]) -> int:
+    """Write a file of lines; returns how many there are below the header."""
+    count = 1
+    with replacing(path) as file:
+        file.write((header + first).encode())
+        for line in lines:
+            file.write(line.encode())
+            count += 1
+    return count
+
+
+def _line(row: Mapping[str, Any], names: Sequence[str] | None) -> str:
+    probabilities = row["probabilities"]
+    names = names or [str(index) for index in range(len(probabilities))]
+    best = max(range(len(names)), key=probabilities.__getitem__)
+    label = "" if row["label"] is None else names[row["label"]]
+    values = (f"{p:.6g}" for p in (probabilities[best], *probabilities))
+    return csv_line([row["id"], label, names[best], *values])
+
+
+def _header(line: str, names: Sequence[str] | None) -> str:
+    """The columns of `line` and those like it."""
+    columns = ["id", "label", "prediction", "probability"]
+    num_classes = len(next(csv.reader([line]))) - len(columns)
+    return csv_line([*columns, *(f"p({name})" for name in names or range(num_classes))])
+
+
+def _gather(trainer: L.Trainer, value: Any) -> list[Any]:
+    """The value of every process."""
+    if trainer.world_size == 1:
+        return [value]
+    values = [None] * trainer.world_size
+    torch.distributed.all_gather_object(values, value)
+    return values

@@ -1,0 +1,1 @@
+"""Which frequencies model and data ask for."""

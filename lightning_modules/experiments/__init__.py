@@ -1,0 +1,1 @@
+"""What compare and sweep share: grid, budget, reports, statistics."""

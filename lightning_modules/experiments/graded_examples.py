@@ -1,0 +1,105 @@
+"""What was answered to every test example: the material of paired tests between methods."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+
+from fourier_moe.files.writing import replacing
+from lightning_modules.tasks.base import Batch
+
+
+@dataclass(frozen=True)
+class GradedSet:
+    """The N examples of one test set, ordered by id.
+
+    Attributes:
+        ids: (N,) strings.
+        given: (N,) the class that the model gave; for a task without classes 1 if the answer is right, else 0.
+        right: (N,) the right class; for a task without classes 1.
+        num_classes: how many classes there were to choose from; None where no score needs it, and in older files.
+    """
+
+    ids: np.ndarray
+    given: np.ndarray
+    right: np.ndarray
+    num_classes: int | None = None
+
+
+class GradedExamples(L.Callback):
+    """Collect the answers of every test, and a digest of the order of the training examples.
+
+    Attributes:
+        data_order: SHA-256 over the ids of the training examples as this process saw them.
+    """
+
+    def __init__(self) -> None:
+        self._digest = hashlib.sha256()
+        self._answers: dict[str, dict[str, tuple[int, int, int]]] = {}
+
+    @property
+    def data_order(self) -> str:
+        return self._digest.hexdigest()[:12]
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, batch_idx: int) -> None:
+        self._digest.update("\n".join(map(str, batch["id"])).encode())
+        self._digest.update(b"\n\n")
+
+    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._answers = {}
+
+    def on_test_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Batch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if outputs["given"] is None:
+            return
+        given, right, num_classes = outputs["given"], outputs["right"], outputs["num_classes"]
+        num_classes = torch.zeros_like(given) if num_classes is None else num_classes
+        graded = zip(given.tolist(), right.tolist(), num_classes.tolist(), strict=True)
+        answers = self._answers.setdefault(outputs["set"] or "", {})
+        answers.update(zip(map(str, batch["id"]), graded, strict=False))  # the batch's first examples are this process's own
+
+    def gather(self, trainer: L.Trainer) -> dict[str, GradedSet]:
+        """The answers of the last test by name of the set ("" for a single one), of all processes together."""
+        shares: list[Any] = [self._answers]
+        if trainer.world_size > 1:
+            shares = [None] * trainer.world_size
+            torch.distributed.all_gather_object(shares, self._answers)
+        sets = dict.fromkeys(name for share in shares for name in share)
+        return {name: _graded_set({i: one for share in shares for i, one in share.get(name, {}).items()}) for name in sets}
+
+
+def _graded_set(answers: dict[str, tuple[int, int, int]]) -> GradedSet:
+    ids = sorted(answers)
+    given, right, num_classes = np.array([answers[id_] for id_ in ids], dtype=np.int32).reshape(-1, 3).T
+    return GradedSet(np.array(ids), given, right, int(num_classes.max(initial=0)) or None)
+
+
+def save_examples(path: Path, examples: dict[str, GradedSet]) -> None:
+    """Replace the file by these sets."""
+    fields = [(name, field, value) for name, graded in examples.items() for field, value in vars(graded).items()]
+    arrays = {f"{name}/{field}": value for name, field, value in fields if value is not None}
+    with replacing(path) as file:
+        np.savez_compressed(file, **arrays)
+
+
+def load_examples(path: Path) -> dict[str, GradedSet]:
+    """Inverse of `save_examples`."""
+    with np.load(path, allow_pickle=False) as arrays:
+        sets: dict[str, dict[str, Any]] = {}
+        for key in arrays.files:
+            name, _, field = key.rpartition("/")
+            sets.setdefault(name, {})[field] = int(arrays[key]) if field == "num_classes" else arrays[key]
+        return {name: GradedSet(**fields) for name, fields in sets.items()}

@@ -1,0 +1,230 @@
+"""Runs of several command lines with several seeds, each kept in a file: what `compare` and `sweep` share."""
+
+from __future__ import annotations
+
+import gc
+import json
+import statistics
+import sys
+import time
+import traceback
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.callbacks import ModelCheckpoint, Timer
+
+from lightning_modules.cli import AdaptationCLI, user_mistake
+from lightning_modules.evaluation_sets import each_loader, limit_of
+from lightning_modules.experiments.cells import read_cell, write_cell
+from lightning_modules.experiments.graded_examples import GradedExamples, GradedSet
+from lightning_modules.experiments.peak_memory import PeakMemory
+from lightning_modules.experiments.provenance import config_hash, repository_commit, versions
+from lightning_modules.interruption import read_checkpoint
+
+
+@dataclass(frozen=True)
+class Result:
+    """One run.
+
+    Attributes:
+        overlay: the cell's name in the grid.
+        metrics: all test metrics of the last step's weights.
+        parameters: trained parameters by kind.
+        seconds: of training, validation included.
+        best_metrics: all test metrics of the checkpoint that was best on validation; None where none was kept.
+        router: what a RouterLoad callback logged last while training; empty without one.
+        size: field and value that say how many parameters the method has, `r=8`; None for a method without such a field.
+        peak_memory: bytes while training, see PeakMemory; None where the system does not say.
+        data_order: digest of the order in which the training examples came.
+        config_hash: of the resolved config without its logger.
+        commit: of this repository, with `+dirty` for uncommitted changes; None outside of it.
+        versions: of Python, the libraries and the device.
+        partial: the limit that left out a part of the test examples; None for a test of all.
+    """
+
+    method: str
+    overlay: str
+    seed: int
+    main_metric: str
+    metrics: dict[str, float]
+    parameters: dict[str, int]
+    seconds: float
+    best_metrics: dict[str, float] | None = None
+    router: dict[str, float] = field(default_factory=dict)
+    size: str | None = None
+    peak_memory: int | None = None
+    data_order: str = ""
+    config_hash: str = ""
+    commit: str | None = None
+    versions: dict[str, str] = field(default_factory=dict)
+    partial: str | None = None
+
+
+def run_grid(grid: Mapping[str, Sequence[str]], seeds: int, output: Path) -> tuple[list[Result], list[str]]:
+    """Train and test every named command line of `fit` with every seed; what `output` holds already is not run again.
+
+    Returns:
+        The results, and one line for each run that failed.
+    """
+    runs = [(name, seed) for seed in range(seeds) for name in grid]
+    results: list[Result] = []
+    failures: list[str] = []
+    seconds: dict[tuple[str, int], float] = {}  # of the runs made now
+    for number, (name, seed) in enumerate(runs, 1):
+        left = _remaining(runs[number - 1 :], seconds, output)
+        print(f"\n=== {number}/{len(runs)}: {name}, seed {seed}{left} ===", flush=True)
+        begin, kept = time.perf_counter(), cell_file(output, name, seed).is_file()
+        try:
+            results.append(_run(name, seed, [*grid[name]], output))
+        except (KeyboardInterrupt, SystemExit):  # Lightning makes the former the latter
+            print(f"\ninterrupted: {len(results)} of {len(runs)} runs are in {output}; repeat the command to go on", flush=True)
+            raise
+        except Exception as error:
+            failures.append(f"{name}, seed {seed}: {_describe(error)}")
+            print(f"failed: {failures[-1]}", file=sys.stderr, flush=True)
+        if not kept:
+            seconds[name, seed] = time.perf_counter() - begin
+        gc.collect()  # trainer and model hold each other, and the next run needs the memory
+    return results, failures
+
+
+def require_named_logger(config: Mapping[str, Any]) -> None:
+    """Refuse a config whose runs could not be given directories by name.
+
+    Raises:
+        ValueError: naming the logger.
+    """
+    logger = config["trainer"]["logger"]
+    settings = logger.get("init_args", {}) if isinstance(logger, Mapping) else {}
+    if not {"save_dir", "name"} <= settings.keys():
+        found = logger["class_path"] if isinstance(logger, Mapping) else "several" if isinstance(logger, list) else logger
+        raise ValueError(
+            f"trainer.logger is {found}; compare and sweep tell their runs apart by a logger's save_dir and name, as one "
+            "TensorBoardLogger or CSVLogger has them"
+        )
+
+
+def cell_name(name: str) -> str:
+    """Directory of the runs of a cell of the grid: an overlay's path gives its file name, any other name itself."""
+    return Path(name).name.removesuffix(".yaml")
+
+
+def cell_file(output: Path, name: str, seed: int) -> Path:
+    """Where a run's result and resolved config are; beside it, as .npz, its graded test examples."""
+    return output / "cells" / cell_name(name) / f"seed_{seed}.json"
+
+
+def _remaining(runs: Sequence[tuple[str, int]], seconds: Mapping[tuple[str, int], float], output: Path) -> str:
+    """How long these runs will take, judged by the runs made so far: of the same name if there are any, else of all."""
+    todo = [name for name, seed in runs if not cell_file(output, name, seed).is_file()]
+    if not seconds or not todo:
+        return ""
+    mean = statistics.mean(seconds.values())
+    own = {name: [s for (other, _), s in seconds.items() if other == name] for name in todo}
+    total = sum(statistics.mean(own[name]) if own[name] else mean for name in todo)
+    text = f"{total:.0f} s" if total < 90 else f"{total / 60:.0f} min" if total < 5400 else f"{total / 3600:.1f} h"
+    return f", about {text} left"
+
+
+def _run(overlay: str, seed: int, args: list[str], output: Path) -> Result:
+    """Train and test, or read what an earlier run of the same resolved config has left."""
+    name = f"{cell_name(overlay)}/seed_{seed}"
+    logger = ["--trainer.logger.init_args.save_dir", str(output), "--trainer.logger.init_args.name", name]
+    try:
+        cli = AdaptationCLI([*args, "--seed_everything", str(seed), *logger], run=False)
+    except SystemExit as error:
+        raise ValueError("the config does not parse, see the message above") from error
+    config = resolved_config(cli)
+    cell = cell_file(output, overlay, seed)
+    kept = read_cell(cell, config, cli.trainer.is_global_zero)
+    if kept is not None:
+        return Result(**kept | {"overlay": overlay})
+    result, examples = _train_and_test(cli, overlay, seed)
+    if cli.trainer.is_global_zero:
+        write_cell(cell, config, asdict(result), examples)
+    return result
+
+
+def resolved_config(cli: AdaptationCLI) -> dict[str, Any]:
+    """Every setting of a run as plain values."""
+    return json.loads(cli.parser.dump(cli.config, format="json"))
+
+
+def _train_and_test(cli: AdaptationCLI, overlay: str, seed: int) -> tuple[Result, dict[str, GradedSet]]:
+    """The result, and the graded test examples of the last step's weights."""
+    trainer, model = cli.trainer, cli.model
+    timer, memory, examples = Timer(), PeakMemory(), GradedExamples()
+    trainer.callbacks += [timer, memory, examples]  # type: ignore[attr-defined]
+    trainer.fit(model, cli.datamodule)
+    last_step = trainer.global_step
+    router = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("router/")}
+    metrics = _merged(trainer.test(model, cli.datamodule, verbose=False))
+    partial = limit_of(trainer, "test", each_loader(trainer.test_dataloaders))
+    graded = examples.gather(trainer)
+    main_metric = f"test/{model.task.main_metric}"
+    if main_metric not in metrics:
+        raise ValueError(
+            f"the test set gave {', '.join(metrics) or 'nothing'}, and no {main_metric} to compare; has it labels?"
+        )
+    best = _best_checkpoint(trainer.checkpoint_callbacks)
+    best_metrics = None
+    if best is not None:
+        path, step = best
+        same = step == last_step  # then it holds the weights just tested
+        best_metrics = metrics if same else _merged(trainer.test(model, cli.datamodule, ckpt_path=path, verbose=False))
+    result = Result(
+        method=type(model.adapter).__name__.removesuffix("Config"),
+        overlay=overlay,
+        seed=seed,
+        main_metric=main_metric,
+        metrics=metrics,
+        parameters=model.report.trained,
+        seconds=timer.time_elapsed("train"),
+        best_metrics=best_metrics,
+        router=router,
+        size=model.adapter.describe_size(),
+        peak_memory=memory.peak,
+        data_order=examples.data_order,
+        config_hash=config_hash(resolved_config(cli)),
+        commit=repository_commit(),
+        versions=versions(trainer.strategy.root_device),
+        partial=partial,
+    )
+    return result, graded
+
+
+def _best_checkpoint(callbacks: list[Any]) -> tuple[str, int] | None:
+    """Path and step of the checkpoint that was best on validation, None if no callback keeps one."""
+    for callback in callbacks:
+        if isinstance(callback, ModelCheckpoint) and callback.monitor and callback.best_model_path:
+            checkpoint = read_checkpoint(callback.best_model_path)
+            return callback.best_model_path, checkpoint["global_step"]
+    return None
+
+
+def _merged(metrics_of_sets: list[Any]) -> dict[str, float]:
+    """The metrics of all test sets in one dictionary; the names tell the sets apart."""
+    return {name: float(value) for metrics in metrics_of_sets for name, value in metrics.items()}
+
+
+def _describe(error: Exception) -> str:
+    """One line; before it the traceback, unless the user knows what to do without."""
+    mistake = user_mistake(error)
+    if mistake is None:
+        traceback.print_exception(error)
+    text = " ".join(str(mistake or error).split())
+    return f"{type(mistake or error).__name__}: {text}"
+
+
+def partial_runs(results: Sequence[Result]) -> list[str]:
+    """A line for every limit that left out a part of the test examples."""
+    limits = {result.partial: None for result in results if result.partial}
+    return [f"tested on a part of the test examples ({limit})" for limit in limits]
+
+
+def mean_and_spread(percentages: list[float]) -> str:
+    """Mean and sample standard deviation."""
+    spread = f" ± {statistics.stdev(percentages):.1f}" if len(percentages) > 1 else ""
+    return f"{statistics.mean(percentages):.1f} %{spread}"

@@ -1,0 +1,150 @@
+"""What can be known of a comparison before the first run: does every cell parse and fit its model, and how large is it?"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import io
+import json
+import logging
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from fourier_moe import AdapterConfig, InjectionReport, inject
+from lightning_modules.cli import AdaptationCLI
+from lightning_modules.experiments.grid import require_named_logger, resolved_config
+from lightning_modules.optimization import Optimization
+from lightning_modules.tasks.backbones.quiet import quiet
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A command line of `fit`, parsed.
+
+    Attributes:
+        outline: the pretrained model and its head on the meta device: shapes without weights.
+        head_names: modules of it that are trained in full.
+        config: every setting, for seed 0.
+    """
+
+    adapter: AdapterConfig
+    optimization: Optimization
+    outline: nn.Module
+    head_names: Sequence[str]
+    config: Mapping[str, Any]
+
+    def try_out(self, adapter: AdapterConfig) -> InjectionReport:
+        """Inject an adapter into a copy of the outline, which costs no memory and little time, and group what is trained.
+
+        Raises:
+            ValueError: if the adapter does not fit the model, or the optimisation does not fit the adapter.
+        """
+        model, adapter = copy.deepcopy(self.outline), dataclasses.replace(adapter, head=self.head_names)
+        report = inject(model, adapter)
+        self.optimization.build_optimizer(model, adapter)
+        return report
+
+
+def parse_grid(grid: Mapping[str, Sequence[str]], metric: str | None = None) -> dict[str, Cell]:
+    """Parse every command line and load every pretrained model among them, which is usually one, once.
+
+    Weights are needed only to learn their shapes, and are dropped: the runs load them again, one run at a time.
+
+    Args:
+        grid: the command lines by name.
+        metric: test metric that every task has to have.
+
+    Raises:
+        ValueError: one message with what is wrong in any of the command lines.
+    """
+    cells: dict[str, Cell] = {}
+    outlines: dict[str, tuple[nn.Module, list[str]]] = {}
+    problems = []
+    for name, words in grid.items():
+        try:
+            cells[name] = _parse(words, metric, outlines)
+        except ValueError as error:
+            problems.append(f"{name}: {error}")
+    raise_together(problems)
+    return cells
+
+
+def raise_together(problems: Sequence[str]) -> None:
+    """One error for the problems of several cells; none without problems."""
+    if problems:
+        raise ValueError("nothing was run; " + "; ".join(problems))
+
+
+def _parse(words: Sequence[str], metric: str | None, outlines: dict[str, tuple[nn.Module, list[str]]]) -> Cell:
+    errors = io.StringIO()
+    try:
+        # Lightning says which devices there are and how it seeds; the runs say it again.
+        with contextlib.redirect_stderr(errors), quiet(logging.INFO):
+            cli = AdaptationCLI([*words, "--seed_everything", "0"], run=False)
+    except SystemExit as error:
+        message = " ".join(errors.getvalue().partition("error: ")[2].split())
+        raise ValueError(re.sub(r" Trying to parse.*", "", message) or "the config does not parse") from error
+    model, config = cli.model, resolved_config(cli)
+    require_named_logger(config)
+    if model.optimization is None:
+        raise ValueError("optimization is missing; fit needs the learning rates of what it trains")
+    names: list[str] = [*(getattr(cli.datamodule, "class_names", None) or ())]
+    num_classes = len(names) or model.num_classes
+    key = json.dumps([config["model"]["task"], num_classes], sort_keys=True)
+    if key not in outlines:
+        built = model.task.build(num_classes, names or [f"class {index}" for index in range(num_classes or 0)])
+        known = list(model.task.new_metrics())
+        if metric and metric.rpartition("/")[2] not in known:
+            raise ValueError(f"--metric {metric!r} is no metric of the task; known: {', '.join(map(str, known))}")
+        outlines[key] = outline(built), [*model.task.head_names]
+    return Cell(model.adapter, model.optimization, *outlines[key], config)
+
+
+def outline(model: nn.Module) -> nn.Module:
+    """A copy of a model on the meta device, made without copying its weights first."""
+    memo: dict[int, Any] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        empty = torch.empty_like(tensor, device="meta")
+        is_parameter = isinstance(tensor, nn.Parameter)
+        memo[id(tensor)] = nn.Parameter(empty, requires_grad=tensor.requires_grad) if is_parameter else empty
+    return copy.deepcopy(model, memo)
+
+
+def unfair_differences(cells: Mapping[str, Cell]) -> list[str]:
+    """What differs between the cells beside the method: anything but adapter and optimisation, and the adapters' targets.
+
+    Returns:
+        One line for each setting in which a cell differs from the first.
+    """
+    (first, reference), *others = cells.items()
+    settings = _common_settings(reference)
+    notes = []
+    for name, cell in others:
+        own = _common_settings(cell)
+        for key in sorted(settings.keys() | own.keys()):
+            if settings.get(key) != own.get(key):
+                notes.append(f"{key} is {own.get(key)!r} for {name} and {settings.get(key)!r} for {first}")
+        targets: list[Any] = [getattr(config, "targets", None) for config in (reference.adapter, cell.adapter)]
+        if None not in targets and targets[0] != targets[1]:
+            notes.append(f"targets are {list(targets[1])} for {name} and {list(targets[0])} for {first}")
+    return notes
+
+
+def _common_settings(cell: Cell) -> dict[str, Any]:
+    """Every setting that all cells should share, by its dotted name."""
+    model = {key: value for key, value in cell.config["model"].items() if key not in ("adapter", "optimization")}
+    return dict(_flatten("", {**cell.config, "model": model, "config": None}))
+
+
+def _flatten(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
+    if not isinstance(value, Mapping):
+        yield prefix, value
+        return
+    for key, inner in value.items():
+        yield from _flatten(f"{prefix}.{key}" if prefix else key, inner)

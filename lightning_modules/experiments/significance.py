@@ -1,0 +1,129 @@
+"""Is the difference between two methods more than chance, over seeds and over test examples?
+
+The methods are tested with the same S seeds on the same N examples, so that seeds and examples are crossed, and differences are
+taken within both. The variance of the mean difference has two sources. Over seeds: the sample variance of the S differences.
+Over examples: a paired bootstrap (Efron and Tibshirani 1993) that gives both methods the same resampled examples, so that it
+serves metrics that are no mean over examples (F1, Matthews) as well. What both contain, the interaction of seeds and examples,
+is subtracted once, as in the analysis of variance with two crossed random factors (Clark 1973; Baayen, Davidson and Bates
+2008). Interval and p-value are those of Student's t with Satterthwaite's (1946) degrees of freedom: where the seeds decide,
+that is S - 1, so that two or three seeds are not taken for many. Several methods against one: Holm (1979).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+
+from lightning_modules.experiments.graded_examples import GradedSet
+from lightning_modules.tasks.scores import Score
+
+RESAMPLES = 2000  # the standard error is then known to 2 %
+_CONFIDENCE = 0.95
+_ROUNDING = 1e-6  # metrics are logged in float32: what is less is no difference, and no variation
+_CHUNK = 2**24  # numbers drawn at once
+_SEED = 2604_01762  # one that data are hardly drawn with: samples must not depend on them
+
+
+@dataclass(frozen=True)
+class Scores:
+    """A metric of one method.
+
+    Attributes:
+        values: (S,) by seed.
+        resampled: (S, R) of R bootstrap samples of the test examples, the same samples for all methods; None where the metric
+            cannot be computed from graded examples.
+        num_examples: N; 0 without `resampled`.
+    """
+
+    values: np.ndarray
+    resampled: np.ndarray | None = None
+    num_examples: int = 0
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A method less another.
+
+    Attributes:
+        mean: over the seeds.
+        low, high: 95 % interval; nan where nothing is known of the variation: one seed and no graded examples, or a difference
+            that is exactly the same in all that varies.
+        p: two-sided, of no difference; nan likewise.
+        sources: `seeds and examples`, `examples` (one seed) or `seeds`: what varies in interval and p.
+    """
+
+    mean: float
+    low: float
+    high: float
+    p: float
+    sources: str
+
+
+def paired_difference(scores: Scores, others: Scores) -> Difference:
+    """`scores` less `others`, of the same seeds and examples; see the module's description."""
+    by_seed = scores.values - others.values
+    seeds, mean = len(by_seed), float(by_seed.mean())
+    terms = {}  # variance of the mean and degrees of freedom by source
+    if seeds > 1:
+        terms["seeds"] = float(by_seed.var(ddof=1)) / seeds, seeds - 1
+    shared = 0.0
+    if scores.resampled is not None and others.resampled is not None:
+        resampled = scores.resampled - others.resampled
+        of_mean = float(resampled.mean(0).var(ddof=1))
+        terms["examples"] = of_mean, scores.num_examples - 1
+        if seeds > 1:
+            of_one = float(resampled.var(axis=1, ddof=1).mean())
+            shared = min(max((of_one - of_mean) / (seeds - 1), 0.0), of_mean, terms["seeds"][0])
+    if not terms:
+        return Difference(mean, math.nan, math.nan, math.nan, "nothing")
+    variance = sum(term for term, _ in terms.values()) - shared
+    error, sources = math.sqrt(variance), " and ".join(terms)
+    if (
+        error < _ROUNDING
+    ):  # the same answers throughout; or the same difference, which is no proof: of two seeds, of one example
+        same = abs(mean) < _ROUNDING
+        return Difference(mean, mean, mean, 1.0, sources) if same else Difference(mean, math.nan, math.nan, math.nan, sources)
+    freedom = variance**2 / sum(term**2 / own for term, own in terms.values())
+    half = float(stats.t.ppf((1 + _CONFIDENCE) / 2, freedom)) * error
+    p = 2 * float(stats.t.sf(abs(mean) / error, freedom))
+    return Difference(mean, mean - half, mean + half, p, sources)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's step-down correction: rejecting those at most 0.05 keeps the chance of any false rejection below 5 %."""
+    corrected, largest = [math.nan] * len(p_values), 0.0
+    known = sorted((p, index) for index, p in enumerate(p_values) if not math.isnan(p))
+    for rank, (p, index) in enumerate(known):
+        largest = max(largest, min(1.0, (len(known) - rank) * p))
+        corrected[index] = largest
+    return corrected
+
+
+def resample(metric: Score, methods: Sequence[Sequence[Sequence[GradedSet]]]) -> list[np.ndarray]:
+    """A metric, the mean over the test sets, of bootstrap samples of their examples.
+
+    Args:
+        metric: of given classes, right classes and weights, each (N,), and the number of classes.
+        methods: for each method, for each of its seeds, its test sets; a test set has the same examples throughout.
+
+    Returns:
+        (S, RESAMPLES) for each method.
+    """
+    generator = np.random.default_rng(_SEED)
+    results = [np.zeros((len(seeds), RESAMPLES)) for seeds in methods]
+    num_sets = len(methods[0][0])
+    for index in range(num_sets):
+        size = len(methods[0][0][index].ids)
+        rows = max(1, _CHUNK // size)
+        for begin in range(0, RESAMPLES, rows):
+            weights = generator.multinomial(size, np.full(size, 1 / size), min(rows, RESAMPLES - begin)).astype(np.float64)
+            for result, seeds in zip(results, methods, strict=True):
+                for seed, sets in enumerate(seeds):
+                    one = sets[index]
+                    of_samples = [metric(one.given, one.right, sample, one.num_classes) for sample in weights]
+                    result[seed, begin : begin + len(weights)] += np.array(of_samples) / num_sets
+    return results

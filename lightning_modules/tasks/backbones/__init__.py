@@ -1,0 +1,1 @@
+"""Pretrained models: loading them from open_clip and Hugging Face."""

@@ -1,0 +1,66 @@
+"""Pretrained models on the Hugging Face hub: which of their files are read, and fetching them before anything else."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Mapping
+
+import open_clip
+from lightning.pytorch.utilities import rank_zero_info
+
+from datamodules.shared.tokenizers import SMALL_FILE
+from fourier_moe.files.hub_files import HubError, Repository
+
+# A repository's weights in transformers' formats, the first choice first; the others are those of other libraries.
+_WEIGHTS = tuple(
+    re.compile(pattern)
+    for pattern in (
+        r"model\.safetensors",
+        r"model-\d+-of-(\d+)\.safetensors",
+        r"pytorch_model\.bin",
+        r"pytorch_model-\d+-of-(\d+)\.bin",
+    )
+)
+
+
+def model_files(sizes: Mapping[str, int]) -> list[str]:
+    """Weights, configs and tokenizer of a transformers model.
+
+    Raises:
+        HubError: if there are no weights, or not all parts of them.
+    """
+    for pattern in _WEIGHTS:
+        found = {path: match for path in sizes if (match := pattern.fullmatch(path))}
+        if not found:
+            continue
+        match = next(iter(found.values()))
+        count = int(match[1]) if pattern.groups else 1
+        if len(found) != count:
+            raise HubError(f"{len(found)} of {count} parts of its weights are there")
+        return [*(path for path in sizes if SMALL_FILE.fullmatch(path)), *found]
+    raise HubError("it has no weights, model.safetensors or pytorch_model.bin", "give a transformers model")
+
+
+def fetch_open_clip(model: str, tag: str, *, look_up: bool) -> None:
+    """Have the weights of an open_clip tag in the hub's cache, where open_clip finds them.
+
+    open_clip tries safetensors, takes any error for a file that is not there, and reports the next one's name.
+
+    Raises:
+        HubError: if they cannot be fetched.
+    """
+    location = open_clip.get_pretrained_cfg(model, tag).get("hf_hub")
+    if location:  # all tags of open_clip 3
+        name, _, file = location.rpartition("/")
+        select = functools.partial(_clip_files, file or "open_clip_pytorch_model.bin")
+        Repository(name).fetch(select, rank_zero_info, look_up=look_up)
+
+
+def _clip_files(file: str, sizes: Mapping[str, int]) -> list[str]:
+    stem = file.rpartition(".")[0]
+    safe = "open_clip_model.safetensors" if file == "open_clip_pytorch_model.bin" else f"{stem}.safetensors"
+    found = next((path for path in (safe, file) if path in sizes), None)
+    if found is None:
+        raise HubError(f"it has neither {safe} nor {file}")
+    return [found]

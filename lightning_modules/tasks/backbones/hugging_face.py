@@ -1,0 +1,288 @@
+"""Loading Hugging Face models by name or directory, with errors that say what would be valid."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import nn
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import logging as transformers_logging
+
+from datamodules.shared.tokenizers import BYTES, is_path, load_tokenizer
+from fourier_moe.files.hub_files import HubError, Repository
+from lightning_modules.tasks.backbones.hub_models import model_files
+from lightning_modules.tasks.backbones.quantization import check_quantization, prepare_training, quantization_config
+from lightning_modules.tasks.base import without_weights
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+_UNTRAINED_SEED = 0  # a tiny model is the same one everywhere, so that an adapter of it can be used again
+
+
+def check_model(model: str, dtype: str, quantization: str | None = None) -> None:
+    """Check name, dtype and quantization without loading anything.
+
+    Raises:
+        ValueError: for a path without a model's config.json, an unknown dtype, or a quantization that is unknown or needs a
+            package that is not installed.
+    """
+    if is_path(model) and not (Path(model).expanduser() / "config.json").is_file():
+        raise ValueError(f"model={model!r} has no config.json; give a name on the hub, or a Hugging Face model's directory")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype!r} must be one of {', '.join(DTYPES)}")
+    check_quantization(quantization)
+
+
+def tokenizer_name(model: str, tiny: bool) -> str:
+    """What `load_tokenizer` takes for a model."""
+    return BYTES if tiny else model
+
+
+def load_fitting_tokenizer(name: str, model: str, tiny: bool) -> PreTrainedTokenizerBase:
+    """The tokenizer that the data was made with, if its ids mean what they mean to the model.
+
+    Args:
+        name: of the tokenizer; see `load_tokenizer`.
+        model: name or directory; its own tokenizer, where it has one, says what the ids mean.
+        tiny: whether it is an untrained one that reads bytes.
+
+    Raises:
+        ValueError: if the tokenizer cannot be loaded, or gives tokens other ids than the model's own.
+    """
+    tokenizer = load_tokenizer(name)
+    if name == tokenizer_name(model, tiny):
+        return tokenizer
+    try:
+        own = load_tokenizer(tokenizer_name(model, tiny))
+    except ValueError:  # a model without one: which it was trained with is the user's to know
+        return tokenizer
+    ids, size = own.get_vocab(), len(own)
+    others = [token for token, id_ in tokenizer.get_vocab().items() if id_ < size and ids.get(token) != id_]
+    if others:
+        raise ValueError(
+            f"tokenizer={name!r} is another model's: {len(others):,} of its {len(tokenizer):,} tokens have other ids in the "
+            f"tokenizer of model={model!r}; leave tokenizer null for the model's own"
+        )
+    return tokenizer
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, name: str, model: PreTrainedModel, model_name: str) -> None:
+    """Check that a loaded model has an embedding for every token.
+
+    Raises:
+        ValueError: if it has not.
+    """
+    known = len(cast(nn.Embedding, model.get_input_embeddings()).weight)
+    if len(tokenizer) > known:
+        raise ValueError(
+            f"tokenizer={name!r} has {len(tokenizer):,} tokens, model={model_name!r} knows {known:,}; leave tokenizer null for "
+            "the model's own"
+        )
+
+
+def fetch_model(model: str, *, look_up: bool = True) -> str | None:
+    """Fetch weights, config and tokenizer of a name on the hub; directories need none.
+
+    Args:
+        look_up: ask the hub for the newest version; without it only where the cache lacks a file.
+
+    Returns:
+        The commit that they are of; None for a directory.
+
+    Raises:
+        ValueError: if they cannot be fetched, with what to do.
+    """
+    if is_path(model):
+        return None
+    try:
+        return Repository(model).fetch(model_files, rank_zero_info, look_up=look_up)[0].parent.name
+    except HubError as error:
+        raise _not_loaded(model, error) from error
+
+
+def load_sequence_classifier(
+    model: str, num_labels: int, *, dtype: str = "float32", quantization: str | None = None, tiny: bool = False
+) -> PreTrainedModel:
+    """A pretrained encoder or decoder with a new classification head.
+
+    Args:
+        model: name on the hub, or directory.
+        num_labels: outputs of the head.
+        dtype: of the pretrained weights; of the others and of what is computed where linear layers are quantised.
+        quantization: of the linear layers outside of the head: int8, nf4 or None.
+        tiny: untrained, of the same architecture but 2 layers of width 256, with a vocabulary of bytes.
+
+    Raises:
+        ValueError: if it cannot be fetched, or is no model that classifies sequences.
+    """
+    loaded = _load(AutoModelForSequenceClassification, model, dtype, quantization, tiny, num_labels=num_labels)
+    loaded.config.use_cache = False  # nothing is continued, and activation checkpointing would fill a cache twice
+    return loaded
+
+
+def load_causal_language_model(
+    model: str, *, dtype: str = "float32", quantization: str | None = None, tiny: bool = False
+) -> PreTrainedModel:
+    """A pretrained model that continues text; arguments as for `load_sequence_classifier`.
+
+    Raises:
+        ValueError: if it cannot be fetched, or was not trained to continue text (an encoder).
+    """
+    return _load(AutoModelForCausalLM, model, dtype, quantization, tiny)
+
+
+def save_hugging_face(model: Any, tokenizer: str, directory: Path) -> None:
+    """Write model and tokenizer as `from_pretrained` reads them. A byte tokenizer has no files."""
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is not None and head.weight is not embeddings.weight:  # an update of one of two tied weights has parted them
+        model.config.tie_word_embeddings = False
+    model.save_pretrained(directory)
+    if tokenizer != BYTES:
+        load_tokenizer(tokenizer).save_pretrained(directory)
+
+
+def _load(auto_class: Any, model: str, dtype: str, quantization: str | None, tiny: bool, **options: Any) -> PreTrainedModel:
+    check_model(model, dtype, quantization)
+    if tiny:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(_UNTRAINED_SEED)
+            loaded = auto_class.from_config(_tiny_config(model, **options), dtype=DTYPES[dtype])
+        if quantization:
+            with tempfile.TemporaryDirectory() as directory:  # weights are quantised as they are read from files
+                loaded.save_pretrained(directory)
+                loaded = _load(auto_class, directory, dtype, quantization, False)
+        loaded.config._name_or_path = f"{Path(model).name}/tiny"
+        return loaded
+    commit = fetch_model(model, look_up=False)
+    config = _config(model, **options)
+    if auto_class is AutoModelForCausalLM:
+        _check_continues_text(model, config)
+    if without_weights():
+        return _named(_empty(auto_class, model, config, dtype), model, commit)
+    reading: dict[str, Any] = {"config": config, "dtype": DTYPES[dtype], "local_files_only": True}  # all of it is here
+    if quantization:
+        with torch.device("meta"):
+            skeleton = auto_class.from_config(config, dtype=DTYPES[dtype])
+        reading["quantization_config"] = quantization_config(quantization, skeleton)
+    try:
+        with _quiet():  # the new head is reported as "newly initialized", as it should be
+            loaded, info = auto_class.from_pretrained(_source(model), **reading, output_loading_info=True)
+    except Exception as error:  # each file format has its own
+        raise _not_loaded(model, error) from error
+    if quantization:
+        prepare_training(loaded)
+    _check_complete(model, loaded, info["missing_keys"], may_have_new_head=auto_class is not AutoModelForCausalLM)
+    return _named(loaded, model, commit)
+
+
+def _empty(auto_class: Any, model: str, config: PretrainedConfig, dtype: str) -> PreTrainedModel:
+    """What `from_pretrained` gives, on the meta device, which it refuses."""
+    loaded = auto_class.from_config(config, dtype=DTYPES[dtype])
+    if loaded.can_generate():
+        with suppress(OSError):  # not every model has one, and then the config says it all
+            loaded.generation_config = GenerationConfig.from_pretrained(_source(model), local_files_only=True)
+    return loaded
+
+
+def _named(loaded: PreTrainedModel, model: str, commit: str | None) -> PreTrainedModel:
+    """With what adapter files remember of it, and in the mode that Lightning keeps; from_pretrained gives eval."""
+    loaded.config._name_or_path = Path(model).name if is_path(model) else model
+    loaded.config._commit_hash = commit  # transformers has stopped to note it
+    return loaded.train()
+
+
+def _config(model: str, **options: Any) -> PretrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(_source(model), local_files_only=True, **options)
+    except (OSError, ValueError) as error:
+        raise _not_loaded(model, error) from error
+
+
+def _source(model: str) -> str:
+    return str(Path(model).expanduser()) if is_path(model) else model
+
+
+def _not_loaded(model: str, error: Exception) -> ValueError:
+    reason = " ".join(str(error).split())
+    if isinstance(error, HubError) and error.remedy:
+        return ValueError(f"model={model!r} cannot be fetched: {reason}")
+    reason = reason if isinstance(error, HubError) else reason[:300]
+    return ValueError(
+        f"model={model!r} cannot be loaded ({reason}). Without a network: give the model's directory, or fill the Hugging Face "
+        "cache (HF_HOME) on a machine that has one and copy it"
+    )
+
+
+def _check_continues_text(model: str, config: PretrainedConfig) -> None:
+    """transformers turns an encoder such as BERT into a language model that was never trained to be one."""
+    if config.architectures and not set(config.architectures) & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()):
+        raise ValueError(
+            f"model={model!r} is a {', '.join(config.architectures)}, which does not continue text; CausalLanguageModel needs "
+            "a decoder such as LlamaForCausalLM"
+        )
+
+
+def _check_complete(model: str, loaded: PreTrainedModel, missing: Collection[str], *, may_have_new_head: bool) -> None:
+    """transformers starts at random what it does not find in the files, and says so only in its log."""
+    body = f"{loaded.base_model_prefix}."
+    random = sorted(name for name in missing if name.startswith(body) or not may_have_new_head)
+    if not random:
+        return
+    share = f"{len(random)} of {len(loaded.state_dict())} weights are not in its files ({', '.join(random[:3])}, ...)"
+    if may_have_new_head and all(name.startswith(f"{body}pooler.") for name in random):
+        rank_zero_warn(f"model={model!r}: {share}: its pooler is random and stays so")  # trained without one, as RoBERTa was
+    else:
+        raise ValueError(f"model={model!r} is incomplete or damaged: {share}")
+
+
+def _tiny_config(model: str, **options: Any) -> PretrainedConfig:
+    """The architecture that the name or the directory's config says, at 2 layers of width 256."""
+    if is_path(model):
+        model_type = _config(model).model_type
+    else:
+        name = model.lower()
+        model_type = max((kind for kind in CONFIG_MAPPING if kind in name), key=len, default="")
+    if not model_type:
+        raise ValueError(f"tiny=True cannot tell the architecture of model={model!r} from its name; give its directory")
+    config = CONFIG_MAPPING[model_type]()
+    sizes = {
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "head_dim": 64,
+        "vocab_size": 384,
+        "max_position_embeddings": 2048,
+        "layer_types": None,
+    }
+    present: dict[str, Any] = {key: value for key, value in sizes.items() if hasattr(config, key)}
+    tokens: dict[str, Any] = {"pad_token_id": 0, "bos_token_id": None, "eos_token_id": 1}
+    return CONFIG_MAPPING[model_type](**present, **tokens, **options)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity(logging.ERROR)
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(before)

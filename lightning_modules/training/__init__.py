@@ -1,0 +1,1 @@
+"""What training does beyond Lightning: schedules, accumulated means, weight averages, checks."""
