@@ -6,7 +6,7 @@ import sys
 from typing import Any
 
 from fourier_moe.errors import printable
-from lightning_modules.cli import AdaptationCLI, user_mistake
+from lightning_modules.cli import AdaptationCLI, user_error
 from lightning_modules.commands.analyze import analyze
 from lightning_modules.commands.compare import compare
 from lightning_modules.commands.export import export
@@ -24,7 +24,7 @@ if __name__ == "__main__":
     try:
         main()
     except (ValueError, RuntimeError, OSError) as error:
-        mistake = user_mistake(error)
+        mistake = user_error(error)
         if mistake is None:
             raise
         sys.exit("\nerror: " + "\n".join(map(printable, str(mistake).split("\n"))))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from fourier_moe.errors import UserError
 from fourier_moe.models.pretrained_weight import PretrainedWeight
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ class Adapter(nn.Module, ABC):
         Raises:
             ValueError: if the method has no merge, or the weight cannot take an update (quantised, sharded).
         """
-        raise ValueError(f"{type(self).__name__}: this method has no merge into a weight")
+        raise UserError(f"{type(self).__name__}: this method has no merge into a weight")
 
     # Code around a projection (dtype look-ups, fused kernels' checks) may look at its weight, but not multiply with it.
     @property
@@ -93,4 +94,4 @@ def projection_shape(module: nn.Module) -> tuple[int, int]:
         sizes = tuple(getattr(module, name, None) for name in names)
         if all(isinstance(size, int) for size in sizes):
             return sizes  # type: ignore[return-value]
-    raise ValueError(f"{type(module).__name__} is no linear projection; adapters replace torch.nn.Linear and its like")
+    raise UserError(f"{type(module).__name__} is no linear projection; adapters replace torch.nn.Linear and its like")

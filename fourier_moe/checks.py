@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from fourier_moe.errors import UserError
+
 
 def refuse(config: Any, problems: Sequence[str]) -> None:
     """Raise one error for all problems of a config; none without problems.
@@ -14,7 +16,7 @@ def refuse(config: Any, problems: Sequence[str]) -> None:
         ValueError: naming the config's class.
     """
     if problems:
-        raise ValueError(f"{type(config).__name__}: {'; '.join(problems)}")
+        raise UserError(f"{type(config).__name__}: {'; '.join(problems)}")
 
 
 def at_least_one(config: Any, field: str) -> list[str]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 from torch import Tensor, nn
 
 from fourier_moe.checks import at_least_one, dropout, not_negative, refuse, top_k
+from fourier_moe.errors import UserError
 from fourier_moe.files.stored_values import settings_of
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ class AdapterConfig:
         known: dict[str, type[AdapterConfig]] = {kind.__name__: kind for kind in _subclasses(AdapterConfig)}
         name = values.get("class") if isinstance(values, Mapping) else None
         if not isinstance(name, str) or name not in known:
-            raise ValueError(f"config class {name!r} is unknown; known: {', '.join(known)}; import the package that defines it")
+            raise UserError(f"config class {name!r} is unknown; known: {', '.join(known)}; import the package that defines it")
         return settings_of(known[name], {key: value for key, value in values.items() if key != "class"})
 
     def difference(self, other: AdapterConfig) -> str | None:
@@ -110,7 +111,7 @@ class ProjectionAdapterConfig(AdapterConfig):
         super().__post_init__()
         _set_names(self, "targets")
         if not self.targets:
-            raise ValueError("targets is empty; name at least one projection, for example [q_proj, v_proj]")
+            raise UserError("targets is empty; name at least one projection, for example [q_proj, v_proj]")
 
     def inject(self, model: nn.Module) -> InjectionReport:
         from fourier_moe.inject import replace_targets
@@ -282,14 +283,14 @@ def _set_names(config: AdapterConfig, field: str) -> None:
     """Check a list of module names or regular expressions and make it a tuple."""
     value = getattr(config, field)
     if isinstance(value, str) or not all(isinstance(entry, str) and entry for entry in value):
-        raise ValueError(f"{field} must be a list of names, got {value!r}; write {field}: [q_proj, v_proj]")
+        raise UserError(f"{field} must be a list of names, got {value!r}; write {field}: [q_proj, v_proj]")
     if len(value) > _MOST_NAMES or any(len(entry) > _LONGEST_NAME for entry in value):
-        raise ValueError(f"{field} must have at most {_MOST_NAMES} entries of at most {_LONGEST_NAME} characters")
+        raise UserError(f"{field} must have at most {_MOST_NAMES} entries of at most {_LONGEST_NAME} characters")
     for entry in value:
         try:
             re.compile(entry)
         except (re.error, OverflowError, RecursionError) as error:
-            raise ValueError(f"{field} holds {entry!r}, which is no valid regular expression: {error}") from error
+            raise UserError(f"{field} holds {entry!r}, which is no valid regular expression: {error}") from error
     object.__setattr__(config, field, tuple(value))
 
 

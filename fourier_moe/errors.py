@@ -1,4 +1,4 @@
-"""Names from files and data sets, made safe to show."""
+"""Errors that tell a user what to change, and names from files made safe to show in them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,13 @@ import unicodedata
 
 _CONTROL_CATEGORIES = {"Cc", "Cs", "Zl", "Zp"}  # control characters, surrogates, line and paragraph separators
 _DIRECTIONS = set("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+
+
+class UserError(ValueError):
+    """What a user did wrong: the message names the argument, its value, and what would be valid.
+
+    The command line prints it without a traceback. Every other error is a fault of this package and keeps its traceback.
+    """
 
 
 def printable(text: str) -> str:

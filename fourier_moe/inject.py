@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fourier_moe.adapter import Adapter, projection_shape
 from fourier_moe.config import AdapterConfig, ProjectionAdapterConfig
+from fourier_moe.errors import UserError
 from fourier_moe.models.attention import FUSED_PROJECTIONS, fused_projection, is_fused_attention, split_attention
 from fourier_moe.models.backbone import Fingerprint, keep_fingerprint, measure_backbone
 from fourier_moe.models.fresh_heads import fresh_heads, warn_of_frozen
@@ -102,13 +103,13 @@ def inject(model: nn.Module, config: AdapterConfig, *, names: ModuleNames | None
             be trained. The model is then left as it was.
     """
     if is_adapted(model) or adapters(model):
-        raise ValueError("model is adapted already, or a part of it is; inject into a freshly loaded model")
+        raise UserError("model is adapted already, or a part of it is; inject into a freshly loaded model")
     heads = fresh_heads(model)
     with unchanged_on_error(model):
         keep_module_names(model, names or names_by_config(model, config))
         report = config.inject(model)
         if report.total == 0:
-            raise ValueError(f"{type(config).__name__} would train nothing of this model; name a head, or another method")
+            raise UserError(f"{type(config).__name__} would train nothing of this model; name a head, or another method")
     setattr(model, _CONFIG_ATTRIBUTE, config)
     keep_fingerprint(model, Fingerprint() if config.trains_backbone() else measure_backbone(model, _own(model, config)))
     guard_saving(model)
@@ -129,9 +130,7 @@ def adapter_config(model: nn.Module) -> AdapterConfig:
         ValueError: if the model is not adapted.
     """
     if not is_adapted(model):
-        raise ValueError(
-            f"{type(model).__name__} is not adapted; call inject(model, config) or load_adapter(model, path) first"
-        )
+        raise UserError(f"{type(model).__name__} is not adapted; call inject(model, config) or load_adapter(model, path) first")
     return getattr(model, _CONFIG_ATTRIBUTE)
 
 
@@ -277,7 +276,7 @@ def projection_sizes(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[
             split = model.get_submodule(name) if name in present else fused_projection(model.get_submodule(parent), last)
             sizes[name] = projection_shape(split)
         except ValueError as error:
-            raise ValueError(f"targets match {name!r}: {error}") from error
+            raise UserError(f"targets match {name!r}: {error}") from error
     return sizes
 
 
@@ -305,16 +304,16 @@ def _check_projections(model: nn.Module, names: Iterable[str], config: Projectio
         try:
             in_features, out_features = projection_shape(projection)
         except ValueError as error:
-            raise ValueError(f"targets match {name!r}: {error}") from error
+            raise UserError(f"targets match {name!r}: {error}") from error
         if config.reads_weights and is_quantized(projection):
-            raise ValueError(
+            raise UserError(
                 f"{type(config).__name__} computes with the pretrained weights, and those of {name!r} are quantised; load the "
                 "model without quantization, or take a method that only adds to the output (FourierMoEConfig, LoRAConfig)"
             )
         check_is_called(model, name)
         problem = config.check_fit(in_features, out_features)
         if problem:
-            raise ValueError(f"{name} is {out_features} x {in_features}: {problem}")
+            raise UserError(f"{name} is {out_features} x {in_features}: {problem}")
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -29,7 +29,7 @@ from fourier_moe import (
     recording,
     save_adapter,
 )
-from fourier_moe.errors import printable
+from fourier_moe.errors import UserError, printable
 from fourier_moe.files.adapter_files import check_fit
 from fourier_moe.files.format import description_of
 from fourier_moe.files.hub import local_directory
@@ -139,11 +139,11 @@ class AdaptationModule(L.LightningModule):
             return
         precision = getattr(self._trainer, "precision", "32-true")
         if precision in ("16-true", "bf16-true", "64-true"):
-            raise ValueError(
+            raise UserError(
                 f"trainer.precision={precision!r} would cast the adapters, which stay in float32; use bf16-mixed or 32-true"
             )
         if self.adapter.head:
-            raise ValueError(f"adapter.head={list(self.adapter.head)} is the task's to say; remove it from the config")
+            raise UserError(f"adapter.head={list(self.adapter.head)} is the task's to say; remove it from the config")
         if self._trainer is not None:
             check_strategy(self._trainer.strategy, self.adapter, getattr(self.task, "quantization", None))
         of_adapter = self._stored.class_names if self._stored else None
@@ -203,7 +203,7 @@ class AdaptationModule(L.LightningModule):
         most = self.trainer.strategy.reduce(counts.clone(), reduce_op="max")
         assert isinstance(most, Tensor)
         if not self.trainer.strategy.reduce_boolean_decision(torch.equal(counts, most), all=True):
-            raise ValueError(
+            raise UserError(
                 "the processes have different numbers of predict batches, and a sharded model needs all processes in every "
                 "batch; give the DataModule's predict loader a torch DistributedSampler without shuffling"
             )
@@ -325,7 +325,7 @@ class AdaptationModule(L.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         if self.optimization is None:
-            raise ValueError("optimization is missing; fit needs the learning rates of what it trains")
+            raise UserError("optimization is missing; fit needs the learning rates of what it trains")
         optimizer = self.optimization.build_optimizer(self.model, adapter_config(self.model))
         self._schedule = PlannedSchedule(self.optimization, optimizer, self.trainer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self._schedule.scheduler, "interval": "step"}}
@@ -368,7 +368,7 @@ class AdaptationModule(L.LightningModule):
         """
         raw = checkpoint.get("adaptation")
         if not isinstance(raw, dict):
-            raise ValueError("the checkpoint was not written by AdaptationModule")
+            raise UserError("the checkpoint was not written by AdaptationModule")
         stored = description_of({"config": raw.get("adapter"), "metrics": {}, **raw}, "the checkpoint")
         self.class_names = _agree("the checkpoint", stored.class_names, "this run", self.class_names)
         state = {key.removeprefix("task.model."): tensor for key, tensor in checkpoint["state_dict"].items()}
@@ -393,7 +393,7 @@ def _batch_size(batch: Mapping[str, Any]) -> int:
 def _agree(first: str, names: list[str] | None, second: str, others: list[str] | None) -> list[str] | None:
     """Whichever class names are known; a head trained on some must not be read with others, or in another order."""
     if names and others and names != others:
-        raise ValueError(
+        raise UserError(
             f"{first} was trained on {len(names)} classes ({_some(names)}), {second} has {len(others)} ({_some(others)}); "
             "names and order must be the same"
         )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import linecache
-import traceback
 import warnings
 from typing import Any
 
@@ -13,6 +11,7 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from fourier_moe import AdapterConfig
+from fourier_moe.errors import UserError
 from lightning_modules.adaptation import AdaptationModule, untrained
 from lightning_modules.callbacks import EvaluationReport
 from lightning_modules.callbacks.monitoring.cpu_time import StepTime, bound_cpu_time
@@ -27,8 +26,6 @@ from lightning_modules.interruption import (
 from lightning_modules.run_directory import attach_run_directory, require_no_run, run_directory
 from lightning_modules.tasks.backbones.hugging_face import tokenizer_name
 from lightning_modules.training.supported_callbacks import without_use
-
-_OUR_PACKAGES = ("fourier_moe", "lightning_modules", "datamodules")
 
 set_parsing_settings(subclasses_enabled=[AdapterConfig])  # a dataclass, which jsonargparse otherwise takes as final
 warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")  # Lightning 2.6 on torch 2.15
@@ -83,7 +80,7 @@ class AdaptationCLI(LightningCLI):
             adapter.seed = int(config.seed_everything)
         _agree_on_tokenizer(config.data.get("init_args", {}), config.model.task.get("init_args", {}))
         if config.get("weights_only") is False:
-            raise ValueError("weights_only=false would run code from a checkpoint; leave it out")
+            raise UserError("weights_only=false would run code from a checkpoint; leave it out")
         path = config.get("ckpt_path")
         if path and path not in ("best", "last", "hpc"):
             config.ckpt_path = find_checkpoint(path, to_resume=self.subcommand == "fit")
@@ -151,7 +148,7 @@ class AdaptationCLI(LightningCLI):
     def after_validate(self) -> None:
         """What read nothing must not look like what went well."""
         if not sum(self.trainer.num_val_batches):
-            raise ValueError("nothing was validated: the data has no validation set; hold a part out, or use test")
+            raise UserError("nothing was validated: the data has no validation set; hold a part out, or use test")
 
     def _parse_ckpt_path(self) -> None:
         """Nothing: Lightning would let hyper-parameters found in the checkpoint win over the command line, silently."""
@@ -163,7 +160,7 @@ def _agree_on_tokenizer(data: Any, task: Any) -> None:
         return
     names = {name for name in (data.tokenizer, task.get("tokenizer")) if name}
     if len(names) > 1:
-        raise ValueError(
+        raise UserError(
             f"data.init_args.tokenizer={data.tokenizer!r} and model.task.init_args.tokenizer={task.tokenizer!r} must be the "
             "same; set one of them, or neither for the model's own"
         )
@@ -172,17 +169,10 @@ def _agree_on_tokenizer(data: Any, task: Any) -> None:
         task.tokenizer = data.tokenizer
 
 
-def user_mistake(error: BaseException | None) -> BaseException | None:
-    """The error in a chain of causes that a `raise` statement of ours made: it says what to change and needs no traceback.
-
-    So does a full disk, whoever met it. Any other may be a bug, also one that torch raised below a line of ours.
-    """
+def user_error(error: BaseException | None) -> BaseException | None:
+    """The UserError in a chain of causes, or the full disk that some library met; None for what may be a bug of ours."""
     if isinstance(error, OSError):
         return write_error(error)
-    while error is not None:
-        for frame, line in list(traceback.walk_tb(error.__traceback__))[-1:]:  # a cause that nobody raised has none
-            ours = frame.f_globals.get("__name__", "").partition(".")[0] in _OUR_PACKAGES
-            if ours and linecache.getline(frame.f_code.co_filename, line).strip().startswith("raise "):
-                return error
+    while error is not None and not isinstance(error, UserError):
         error = error.__cause__
-    return None
+    return error

@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.data import DistributedSampler
 from torchmetrics import MeanMetric, MetricCollection, SumMetric
 
+from fourier_moe.errors import UserError
 from lightning_modules.tasks import Evaluation
 
 
@@ -101,7 +102,7 @@ def set_names(loaders: Any) -> list[str | None]:
     if isinstance(loaders, Mapping):
         return [str(name) for name in loaders]
     if len(each_loader(loaders)) > 1:
-        raise ValueError(
+        raise UserError(
             f"the DataModule gives {len(loaders)} evaluation loaders in a list; give a dict, {{name of the set: loader}}"
         )
     return [None]

@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers.optimization import get_scheduler
 
 from fourier_moe import AdapterConfig, adapters
+from fourier_moe.errors import UserError
 from fourier_moe.inject import after_step, head_modules
 
 _SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
@@ -35,7 +36,7 @@ class ParameterGroup:
         for field in fields(self):
             value = getattr(self, field.name)
             if not (value >= 0 and math.isfinite(value)):
-                raise ValueError(f"{field.name}={value} must be 0 or more")
+                raise UserError(f"{field.name}={value} must be 0 or more")
 
 
 @dataclass(frozen=True)
@@ -64,9 +65,9 @@ class Optimization:
 
     def __post_init__(self) -> None:
         if self.schedule not in _SCHEDULES:
-            raise ValueError(f"schedule={self.schedule!r} must be one of {', '.join(_SCHEDULES)}")
+            raise UserError(f"schedule={self.schedule!r} must be one of {', '.join(_SCHEDULES)}")
         if not 0 <= self.warmup_ratio < 1:
-            raise ValueError(f"warmup_ratio={self.warmup_ratio} must be in [0, 1)")
+            raise UserError(f"warmup_ratio={self.warmup_ratio} must be in [0, 1)")
 
     def build_optimizer(self, model: nn.Module, config: AdapterConfig) -> AdamW:
         """AdamW over the trained parameters of an adapted model, in groups named experts, router, adapter, head, backbone.
@@ -78,11 +79,11 @@ class Optimization:
         for kind, parameters in _trained_parameters(model, config).items():
             group = self._group(kind)
             if parameters and group is None:
-                raise ValueError(f"optimization.{kind} is missing, but {method} trains {kind} parameters; give its lr")
+                raise UserError(f"optimization.{kind} is missing, but {method} trains {kind} parameters; give its lr")
             if parameters and group is not None:
                 groups.append({"params": parameters, "name": kind, "lr": group.lr, "weight_decay": group.weight_decay})
             elif getattr(self, kind) is not None:
-                raise ValueError(f"optimization.{kind} is given, but {method} trains no {kind} parameters; set it to null")
+                raise UserError(f"optimization.{kind} is given, but {method} trains no {kind} parameters; set it to null")
         optimizer = AdamW(groups, betas=self.betas)
         optimizer.register_step_post_hook(lambda *_: after_step(model))
         return optimizer

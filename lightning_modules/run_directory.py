@@ -10,6 +10,7 @@ import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
+from fourier_moe.errors import UserError
 from lightning_modules.interruption.checkpoints import require_writable
 from lightning_modules.interruption.locks import Lock, release_lock, take_lock
 
@@ -58,7 +59,7 @@ class RunDirectory(L.Callback):
             try:
                 self._lock = take_lock(self.path)
             except BlockingIOError:
-                raise ValueError(
+                raise UserError(
                     f"{self.path} is in use by another run that has not ended; wait for it, or choose another version or "
                     "name for the logger"
                 ) from None
@@ -107,7 +108,7 @@ def require_no_run(directory: Path) -> None:
     found = [directory / name for name in ("adapter", "adapter_last")] + sorted(directory.rglob("*.ckpt"))
     there = [path for path in found if path.exists()]
     if there:
-        raise ValueError(
+        raise UserError(
             f"{directory} holds another run ({there[0].relative_to(directory)}); go on with it by --ckpt_path {directory}, "
             "or choose another version or name for the logger"
         )

@@ -6,6 +6,8 @@ import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from fourier_moe.errors import UserError
+
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
 
 
@@ -191,5 +193,5 @@ def find_task(name: str) -> tuple[str, GlueTask]:
     if key not in TASKS:
         near = difflib.get_close_matches(key, TASKS)
         suggestion = f" (did you mean {' or '.join(near)}?)" if near else ""
-        raise ValueError(f"dataset '{name}' is unknown{suggestion}; choose one of {', '.join(TASKS)}")
+        raise UserError(f"dataset '{name}' is unknown{suggestion}; choose one of {', '.join(TASKS)}")
     return key, TASKS[key]

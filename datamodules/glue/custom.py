@@ -13,7 +13,7 @@ from datamodules.glue.benchmarks import TEST, TRAIN, VALIDATION, GlueTask
 from datamodules.glue.custom_files import SUFFIXES, read_rows
 from datamodules.glue.source import Examples, GlueSource
 from datamodules.shared.json_items import shorten
-from fourier_moe.errors import printable
+from fourier_moe.errors import UserError, printable
 
 OWN = "own"
 _NAMES = {TRAIN: (TRAIN,), VALIDATION: ("dev", VALIDATION, "valid", "val"), TEST: (TEST,)}
@@ -45,7 +45,7 @@ class OwnSentences(GlueSource):
         classes = _class_names(rows[TRAIN])
         tested = TEST if TEST in rows and rows[TEST].labels is not None else VALIDATION
         if tested not in rows:
-            raise ValueError(
+            raise UserError(
                 f"directory '{directory}' has nothing to test beside its train file; add a dev file, or a test file with labels"
             )
         self.task = GlueTask(folder=directory.name, class_names=classes, sentences=sentences, tested=tested)
@@ -79,20 +79,18 @@ class _Rows:
 def _find_files(directory: Path) -> tuple[dict[str, Path], list[str]]:
     """The file of each split that there is, and the names of other files that look like data."""
     if not directory.is_dir():
-        raise ValueError(
-            f"directory '{directory}' does not exist; expected a directory with {_file_names(TRAIN)}, dev and test"
-        )
+        raise UserError(f"directory '{directory}' does not exist; expected a directory with {_file_names(TRAIN)}, dev and test")
     data = sorted(path for path in directory.iterdir() if path.suffix.lower() in SUFFIXES and path.is_file())
     files: dict[str, Path] = {}
     for split, names in _NAMES.items():
         found = [path for path in data if path.stem.lower() in names]
         if len(found) > 1:
-            raise ValueError(f"directory '{directory}' has {' and '.join(path.name for path in found)}; leave one {split} file")
+            raise UserError(f"directory '{directory}' has {' and '.join(path.name for path in found)}; leave one {split} file")
         if found:
             files[split] = found[0]
     if TRAIN not in files:
         there = ", ".join(path.name for path in data) or "no such file"
-        raise ValueError(f"dataset '{OWN}' needs {_file_names(TRAIN)} in directory '{directory}'; there is {there}")
+        raise UserError(f"dataset '{OWN}' needs {_file_names(TRAIN)} in directory '{directory}'; there is {there}")
     return files, [path.name for path in data if path not in files.values()]
 
 
@@ -106,7 +104,7 @@ def _sentence_columns(path: Path) -> tuple[str, ...]:
     found = [names for names in (_SENTENCE, _PAIR) if set(names) <= set(row)]
     if len(found) != 1 or _LABEL not in row:
         both = "both sentence and sentence1, sentence2" if len(found) == 2 else f"columns {', '.join(map(str, row)) or 'none'}"
-        raise ValueError(f"'{path}' has {both}; expected sentence, or sentence1 and sentence2, and {_LABEL}")
+        raise UserError(f"'{path}' has {both}; expected sentence, or sentence1 and sentence2, and {_LABEL}")
     return found[0]
 
 
@@ -119,24 +117,24 @@ def _read(path: Path, columns: Sequence[str], *, needs_label: bool) -> _Rows:
         has_label = has_label or (number == 0 and _LABEL in row)
         needed = (*columns, _LABEL) if has_label else tuple(columns)
         if absent := [name for name in needed if row.get(name) is None]:
-            raise ValueError(f"{place} has no {', '.join(absent)}; its columns are {', '.join(map(str, row)) or 'none'}")
+            raise UserError(f"{place} has no {', '.join(absent)}; its columns are {', '.join(map(str, row)) or 'none'}")
         if not has_label and row.get(_LABEL) is not None:
-            raise ValueError(f"{place} has a {_LABEL}, and {where[0]} has none; give all examples of the file one, or none")
+            raise UserError(f"{place} has a {_LABEL}, and {where[0]} has none; give all examples of the file one, or none")
         where.append(place)
         for column, name in zip(sentences, columns, strict=True):
             column.append(_sentence(row[name], name, place))
         if has_label:
             labels.append(_label(row, place))
     if not where:
-        raise ValueError(f"'{path}' has no examples")
+        raise UserError(f"'{path}' has no examples")
     return _Rows(where, tuple(sentences), labels if has_label else None)
 
 
 def _sentence(value: object, name: str, place: str) -> str:
     if not isinstance(value, str):
-        raise ValueError(f"{place}: {name} is {shorten(value)}; expected text")
+        raise UserError(f"{place}: {name} is {shorten(value)}; expected text")
     if not value.strip():
-        raise ValueError(f"{place}: {name} is empty")
+        raise UserError(f"{place}: {name} is empty")
     return value
 
 
@@ -148,7 +146,7 @@ def _label(row: Mapping[str, Any], place: str) -> str:
     elif isinstance(value, int | float):
         value = str(int(value) if math.isfinite(value) and value == int(value) else value)
     if not isinstance(value, str) or not value.strip() or printable(value.strip()) != value.strip():
-        raise ValueError(f"{place}: label is {shorten(row[_LABEL])}; expected the name of a class")
+        raise UserError(f"{place}: label is {shorten(row[_LABEL])}; expected the name of a class")
     return value.strip()
 
 
@@ -162,11 +160,11 @@ def _class_names(train: _Rows) -> tuple[str, ...]:
     for label in sorted(first):
         other = spelled.setdefault(_spelling(label), label)
         if other != label:
-            raise ValueError(
+            raise UserError(
                 f"{first[other]} has label {other!r}, {first[label]} {label!r}: they would be two classes; write them alike"
             )
     if len(first) < 2:
-        raise ValueError(f"{train.where[0]}: label {train.labels[0]!r} is the only one in this file; two or more are needed")
+        raise UserError(f"{train.where[0]}: label {train.labels[0]!r} is the only one in this file; two or more are needed")
     return tuple(sorted(first))
 
 
@@ -186,5 +184,5 @@ def _examples(split: str, rows: _Rows, classes: Sequence[str], train: Path) -> E
     places = {name: index for index, name in enumerate(classes)}
     for place, label in zip(rows.where, rows.labels, strict=True):
         if label not in places:
-            raise ValueError(f"{place}: label {shorten(label)} is not among those of '{train}': {', '.join(classes)}")
+            raise UserError(f"{place}: label {shorten(label)} is not among those of '{train}': {', '.join(classes)}")
     return Examples(ids, rows.sentences, [places[label] for label in rows.labels])

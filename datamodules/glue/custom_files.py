@@ -11,6 +11,7 @@ from typing import Any
 from datamodules.shared.json_items import SUFFIXES as JSON_SUFFIXES
 from datamodules.shared.json_items import read_items, shorten
 from datamodules.shared.text_files import read_text
+from fourier_moe.errors import UserError
 
 _DELIMITERS = {".tsv": "\t", ".csv": ",;\t"}  # the first one with which the header makes sense
 SUFFIXES = (*_DELIMITERS, *JSON_SUFFIXES)
@@ -30,7 +31,7 @@ def read_rows(path: Path, needed: Collection[str]) -> Iterator[tuple[str, Mappin
     if path.suffix.lower() in JSON_SUFFIXES:
         for where, item in read_items(path):
             if not isinstance(item, dict):
-                raise ValueError(f'{where} is {shorten(item)}; expected an object such as {{"sentence": ..., "label": ...}}')
+                raise UserError(f'{where} is {shorten(item)}; expected an object such as {{"sentence": ..., "label": ...}}')
             yield where, item
         return
     text = read_text(path)
@@ -38,15 +39,15 @@ def read_rows(path: Path, needed: Collection[str]) -> Iterator[tuple[str, Mappin
     delimiter = max(delimiters, key=lambda each: len(set(needed) & set(_header(text, each, path))))  # the first of equal ones
     columns = _header(text, delimiter, path)
     if twice := sorted({name for name in columns if columns.count(name) > 1}):
-        raise ValueError(f"'{path}' has more than one column '{twice[0]}'")
+        raise UserError(f"'{path}' has more than one column '{twice[0]}'")
     rows = _records(text, delimiter, path)
     next(rows, None)
     for line, fields in rows:
         where = f"'{path}' line {line}"
         if len(fields) != len(columns):
-            raise ValueError(f"{where} has {len(fields)} fields where {len(columns)} are expected: {', '.join(columns)}")
+            raise UserError(f"{where} has {len(fields)} fields where {len(columns)} are expected: {', '.join(columns)}")
         if delimiter == "\t" and any("\t" in field and "\n" in field for field in fields):
-            raise ValueError(f"{where}: a field begins with a quotation mark that is closed lines later; {_QUOTING}")
+            raise UserError(f"{where}: a field begins with a quotation mark that is closed lines later; {_QUOTING}")
         yield where, dict(zip(columns, fields, strict=True))
 
 
@@ -68,4 +69,4 @@ def _records(text: str, delimiter: str, path: Path) -> Iterator[tuple[int, list[
                 yield line, fields
             line = reader.line_num + 1
     except csv.Error as error:
-        raise ValueError(f"'{path}' line {line}: {error}; {_QUOTING}") from error
+        raise UserError(f"'{path}' line {line}: {error}; {_QUOTING}") from error

@@ -28,6 +28,7 @@ from datamodules.shared.generated import generated_directory
 from datamodules.shared.loading import TrainLoader, leave_signals_to_main_process
 from datamodules.shared.sampling import ShuffledSampler, TrainShare, evaluation_sampler, hold_out, num_shares, run_seed
 from datamodules.shared.tokenizers import check_max_length, load_tokenizer
+from fourier_moe.errors import UserError
 
 MAX_SELECTION = 5000
 SELECTION, TESTED, PREDICT = "selection", "tested", "predict"  # parts of the data beside the splits
@@ -95,7 +96,7 @@ class GlueDataModule(L.LightningDataModule):
     ) -> None:
         super().__init__()
         if tokenizer is None:
-            raise ValueError("tokenizer is None; give the name or directory of a Hugging Face model, or bytes")
+            raise UserError("tokenizer is None; give the name or directory of a Hugging Face model, or bytes")
         require("max_length", max_length, max_length >= 8, "8 or more")
         require("batch_size", batch_size, batch_size >= 1, "1 or more")
         require("num_workers", num_workers, num_workers >= 0, "0 or more")
@@ -106,10 +107,10 @@ class GlueDataModule(L.LightningDataModule):
         require_one_origin(directory, synthetic, revision)
         if dataset == OWN:
             if directory is None:
-                raise ValueError(f"dataset '{OWN}' needs directory, the folder of its train and dev files")
+                raise UserError(f"dataset '{OWN}' needs directory, the folder of its train and dev files")
             own = OwnSentences(Path(directory).expanduser())
             if selection == VALIDATION and VALIDATION not in own.splits:
-                raise ValueError(f"selection=validation needs a dev file; {own.missing(VALIDATION)}, or leave selection out")
+                raise UserError(f"selection=validation needs a dev file; {own.missing(VALIDATION)}, or leave selection out")
             self.dataset, self._task = OWN, own.task
         else:
             own = None
@@ -264,7 +265,7 @@ class GlueDataModule(L.LightningDataModule):
         if split not in self._splits:
             source = self._open()
             if split not in source.splits:
-                raise ValueError(f"{self.dataset} has no {split} split in {source.origin}; {source.missing(split)}")
+                raise UserError(f"{self.dataset} has no {split} split in {source.origin}; {source.missing(split)}")
             examples = source.load(split)
             cache = self._cache_directory or Path(datasets.config.HF_DATASETS_CACHE, "fourier_moe_tokens")
             tokens = tokenize(examples, self.load_tokenizer(), self.max_length, cache)

@@ -9,6 +9,7 @@ from datamodules.glue.files import TsvFiles, find_tsv_files
 from datamodules.glue.paraphrases import find_paraphrase_files
 from datamodules.glue.source import GlueSource
 from datamodules.glue.tables import ParquetFiles, find_parquet_files
+from fourier_moe.errors import UserError
 
 
 def open_directory(directory: Path, name: str, task: GlueTask) -> GlueSource:
@@ -27,7 +28,7 @@ def open_directory(directory: Path, name: str, task: GlueTask) -> GlueSource:
         f"folder {task.folder} or {name}"
     )
     if not directory.is_dir():
-        raise ValueError(f"directory '{directory}' does not exist; expected a directory with {layouts}")
+        raise UserError(f"directory '{directory}' does not exist; expected a directory with {layouts}")
     names = {task.folder.lower(), name}
     folders = sorted(path for path in directory.iterdir() if path.is_dir() and path.name.lower() in names)
     for folder in (*folders, directory):
@@ -37,4 +38,4 @@ def open_directory(directory: Path, name: str, task: GlueTask) -> GlueSource:
             return paraphrases
         if parquet_files := find_parquet_files(folder, task):
             return ParquetFiles(task, parquet_files, folder)
-    raise ValueError(f"directory '{directory}' has no data of {name}; expected {layouts}")
+    raise UserError(f"directory '{directory}' has no data of {name}; expected {layouts}")

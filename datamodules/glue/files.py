@@ -8,6 +8,7 @@ from pathlib import Path
 from datamodules.glue.benchmarks import TEST, GlueTask
 from datamodules.glue.source import Examples, GlueSource
 from datamodules.shared.text_files import not_utf8
+from fourier_moe.errors import UserError
 
 _LABEL_CHARACTERS_SHOWN = 40
 
@@ -77,10 +78,10 @@ def read_tsv(
             skipped += 1
             continue
         if len(fields) != len(columns):
-            raise ValueError(f"'{path}', line {line}: {len(fields)} fields where {len(columns)} are expected: {_join(columns)}")
+            raise UserError(f"'{path}', line {line}: {len(fields)} fields where {len(columns)} are expected: {_join(columns)}")
         row = dict(zip(columns, fields, strict=True))
         if label_column is not None and row[label_column] not in classes:
-            raise ValueError(
+            raise UserError(
                 f"'{path}', line {line}: label '{row[label_column][:_LABEL_CHARACTERS_SHOWN]}' is unknown; "
                 f"{task.folder} has {', '.join(classes)} in column {columns.index(label_column) + 1}"
             )
@@ -92,7 +93,7 @@ def read_tsv(
         if label_column is not None:
             labels.append(classes[row[label_column]])
     if not ids:
-        raise ValueError(f"'{path}' has no examples of {split}; download it again")
+        raise UserError(f"'{path}' has no examples of {split}; download it again")
     return Examples(ids, tuple(sentences), None if label_column is None else labels, skipped)
 
 
@@ -103,11 +104,11 @@ def _read_header(
     _, columns = next(lines, (0, list(official)))
     absent = [name for name in needed if name not in columns]
     if absent:
-        raise ValueError(
+        raise UserError(
             f"'{path}' has no column {_join(absent)}; its first line should be {_join(official)}, with tabs between"
         )
     if twice := [name for name in needed if list(columns).count(name) > 1]:
-        raise ValueError(f"'{path}' has more than one column {_join(twice)}")
+        raise UserError(f"'{path}' has more than one column {_join(twice)}")
     return columns
 
 

@@ -16,6 +16,7 @@ from datamodules.glue.dataset import PadBatch, TaskDataset
 from datamodules.shared.arguments import require
 from datamodules.shared.loading import TrainLoader, leave_signals_to_main_process
 from datamodules.shared.sampling import ShuffledSampler, TrainShare, evaluation_sampler, num_shares, run_seed
+from fourier_moe.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class GlueMixtureDataModule(L.LightningDataModule):
     ) -> None:
         super().__init__()
         if not tasks:
-            raise ValueError("tasks is empty; give one or more, such as {cola: {}, rte: {}}")
+            raise UserError("tasks is empty; give one or more, such as {cola: {}, rte: {}}")
         for name, task in tasks.items():
             require(f"the weight of task '{name}'", task.weight, task.weight > 0, "positive")
         reads_hub = any(task.directory is None for task in tasks.values())

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 
 from datamodules.glue.benchmarks import TEST, GlueTask
 from datamodules.glue.source import Examples, GlueSource
+from fourier_moe.errors import UserError
 
 
 class ParquetFiles(GlueSource):
@@ -33,7 +34,7 @@ class ParquetFiles(GlueSource):
             try:
                 tables.append(pq.read_table(path))
             except pa.ArrowInvalid as error:
-                raise ValueError(f"'{path}' is not a complete parquet file ({error}); download it again") from error
+                raise UserError(f"'{path}' is not a complete parquet file ({error}); download it again") from error
         first = self._files[split][0]
         return read_table(pa.concat_tables(tables), self._task, split, f"'{first}'")
 
@@ -51,7 +52,7 @@ def find_parquet_files(folder: Path, task: GlueTask) -> dict[str, list[Path]]:
     for split, paths in files.items():
         count = int(paths[0].stem.rpartition("-of-")[2]) if paths else 0
         if len(paths) != count:
-            raise ValueError(f"the {split} split in '{folder}' has {len(paths)} of {count} parquet files; download all of them")
+            raise UserError(f"the {split} split in '{folder}' has {len(paths)} of {count} parquet files; download all of them")
     return {split: paths for split, paths in files.items() if paths}
 
 
@@ -71,13 +72,13 @@ def read_table(table: pa.Table, task: GlueTask, split: str, where: str) -> Examp
     needed = task.sentences if is_test else (*task.sentences, "label")
     absent = [name for name in needed if name not in table.column_names]
     if absent:
-        raise ValueError(f"{where} has columns {', '.join(table.column_names)}; {', '.join(needed)} are needed")
+        raise UserError(f"{where} has columns {', '.join(table.column_names)}; {', '.join(needed)} are needed")
     if not len(table):
-        raise ValueError(f"{where} has no examples; download it again")
+        raise UserError(f"{where} has no examples; download it again")
     sentences = tuple(table[name].to_pylist() for name in task.sentences)
     for name, column in zip(task.sentences, sentences, strict=True):
         if None in column:
-            raise ValueError(f"{where}, row {column.index(None)}: no {name}; download it again")
+            raise UserError(f"{where}, row {column.index(None)}: no {name}; download it again")
     ids = [f"{split}/{row}" for row in range(len(table))]
     return Examples(ids, sentences, None if is_test else _labels(table, task, where))
 
@@ -85,13 +86,13 @@ def read_table(table: pa.Table, task: GlueTask, split: str, where: str) -> Examp
 def _labels(table: pa.Table, task: GlueTask, where: str) -> list[int]:
     feature = datasets.Features.from_arrow_schema(table.schema)["label"]
     if isinstance(feature, datasets.ClassLabel) and feature.names != list(task.class_names):
-        raise ValueError(
+        raise UserError(
             f"{where} has classes {', '.join(feature.names)}; expected {', '.join(task.class_names)}, in this order"
         )
     labels = table["label"].to_pylist()
     for row, label in enumerate(labels):
         if label not in range(len(task.class_names)):
-            raise ValueError(
+            raise UserError(
                 f"{where}, row {row}: label {label} is unknown; labels of {task.folder} are 0 to {len(task.class_names) - 1}"
             )
     return labels

@@ -5,6 +5,7 @@ from pathlib import Path
 from datamodules.images.collection import SPLIT_NAMES, TRAIN, ImageCollection, check_classes
 from datamodules.images.dataset import FileSplit, ImageSplit
 from datamodules.images.files import FoundFiles, describe_left_out, find_files, is_hidden, shorten
+from fourier_moe.errors import UserError
 
 
 def find_split_folders(directory: Path) -> dict[str, Path]:
@@ -17,7 +18,7 @@ def find_split_folders(directory: Path) -> dict[str, Path]:
     for split, names in SPLIT_NAMES.items():
         found = sorted(path for path in directory.iterdir() if path.name.lower() in names and path.is_dir())
         if len(found) > 1:
-            raise ValueError(
+            raise UserError(
                 f"directory '{directory}' has {len(found)} folders for the {split} split: "
                 f"{shorten(folder.name for folder in found)}; keep one"
             )
@@ -61,11 +62,11 @@ def _list_class_folders(folder: Path) -> dict[str, FoundFiles]:
     """The files of each class, by sorted class name. Hidden folders, such as ``.ipynb_checkpoints``, are no classes."""
     classes = sorted(path for path in folder.iterdir() if path.is_dir() and not is_hidden(path))
     if not classes:
-        raise ValueError(f"no class folders in '{folder}': images are expected in {folder.name}/<class name>/")
+        raise UserError(f"no class folders in '{folder}': images are expected in {folder.name}/<class name>/")
     files = {path.name: find_files(path) for path in classes}
     empty = [str(folder / name) for name, found in files.items() if not found.images]
     if empty:
-        raise ValueError(f"{len(empty)} class folder(s) without images: {shorten(empty)}; fill them or delete them")
+        raise UserError(f"{len(empty)} class folder(s) without images: {shorten(empty)}; fill them or delete them")
     return files
 
 

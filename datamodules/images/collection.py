@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from datamodules.images.dataset import ImageSplit
 from datamodules.images.files import shorten
+from fourier_moe.errors import UserError
 
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
 
@@ -50,7 +51,7 @@ def check_classes(classes: Mapping[str, Iterable[str]], origin: str) -> None:
     """
     not_text = sorted({name for names in classes.values() for name in names if not _is_text(name)})
     if not_text:
-        raise ValueError(
+        raise UserError(
             f"{len(not_text)} class name(s) are not UTF-8, which adapter files are written in: {shorten(not_text)} ({origin}); "
             "rename them"
         )
@@ -58,7 +59,7 @@ def check_classes(classes: Mapping[str, Iterable[str]], origin: str) -> None:
     for split in (VALIDATION, TEST):
         unknown = sorted(set(classes.get(split, ())) - learnt)
         if unknown:
-            raise ValueError(
+            raise UserError(
                 f"{len(unknown)} class(es) of the {split} split have no train images: {shorten(unknown)} ({origin}); "
                 f"add train images of them or remove them from {split}"
             )

@@ -21,6 +21,7 @@ from datamodules.shared.arguments import require, require_one_origin
 from datamodules.shared.generated import generated_directory
 from datamodules.shared.loading import TrainLoader, leave_signals_to_main_process, require_shared_memory
 from datamodules.shared.sampling import ShuffledSampler, TrainShare, evaluation_sampler, hold_out, run_seed
+from fourier_moe.errors import UserError
 
 _PREDICT = "predict"
 _SPLITS_OF_STAGE = {
@@ -104,7 +105,7 @@ class ImageDataModule(L.LightningDataModule):
         self._directory = None if directory is None else Path(directory).expanduser()
         self._predict_directory = None if predict_directory is None else Path(predict_directory).expanduser()
         if self._predict_directory is not None and not self._predict_directory.is_dir():
-            raise ValueError(f"predict_directory '{predict_directory}' does not exist; expected a directory of images")
+            raise UserError(f"predict_directory '{predict_directory}' does not exist; expected a directory of images")
 
         self._train_transform = train_transform(image_size)
         self._eval_transform = eval_transform(image_size)
@@ -299,7 +300,7 @@ def _list_predict_files(directory: Path) -> FileSplit:
     notes = describe_left_out(directory, [found])
     if not found.images:
         kinds = ", ".join(sorted(IMAGE_EXTENSIONS))
-        raise ValueError("; ".join([f"predict_directory '{directory}' has no images; looked at any depth for {kinds}", *notes]))
+        raise UserError("; ".join([f"predict_directory '{directory}' has no images; looked at any depth for {kinds}", *notes]))
     _warn(notes)
     return FileSplit(directory, found.images, labels=None)
 

@@ -8,7 +8,7 @@ from typing import IO
 import numpy as np
 from PIL import Image, features
 
-from fourier_moe.errors import printable
+from fourier_moe.errors import UserError, printable
 
 _SUFFIXES = {
     "BMP": (".bmp", ".dib"),
@@ -39,7 +39,7 @@ _UPRIGHT = {
 }
 
 
-class UnusableImageError(ValueError):
+class UnusableImageError(UserError):
     """An image that is complete but cannot be used."""
 
 
@@ -63,7 +63,7 @@ def open_image(file: IO[bytes], name: str) -> Image.Image:
         raise _too_large(name) from error
     except Image.UnidentifiedImageError as error:
         known = ", ".join(FORMATS)
-        raise ValueError(f"image '{printable(name)}' cannot be decoded: it is no complete file of {known}") from error
+        raise UserError(f"image '{printable(name)}' cannot be decoded: it is no complete file of {known}") from error
     except Exception as error:  # the readers raise OSError, SyntaxError, struct.error and others
         raise _broken(name, error) from error
     limit = Image.MAX_IMAGE_PIXELS

@@ -5,6 +5,7 @@ from pathlib import Path
 from datamodules.images.class_folders import ClassFolders, find_split_folders
 from datamodules.images.collection import TEST, TRAIN, ImageCollection
 from datamodules.images.parquet import ParquetFiles, find_parquet_files
+from fourier_moe.errors import UserError
 
 LAYOUTS = (
     "class folders {train,test[,val]}/<class name>/*.jpg, or parquet files train*.parquet, test*.parquet"
@@ -23,10 +24,10 @@ def open_directory(directory: Path, cache_dir: Path | None = None) -> ImageColle
         ValueError: The directory or one of its splits is missing, or what it holds is not usable.
     """
     if not directory.is_dir():
-        raise ValueError(f"directory '{directory}' does not exist; expected a directory with {LAYOUTS}")
+        raise UserError(f"directory '{directory}' does not exist; expected a directory with {LAYOUTS}")
     folders = find_split_folders(directory)
     files = {} if folders else find_parquet_files(directory)
     missing = [split for split in (TRAIN, TEST) if split not in (folders or files)]
     if missing:
-        raise ValueError(f"directory '{directory}' has no {' and no '.join(missing)} split; expected {LAYOUTS}")
+        raise UserError(f"directory '{directory}' has no {' and no '.join(missing)} split; expected {LAYOUTS}")
     return ClassFolders(directory, folders) if folders else ParquetFiles(files, f"parquet files in '{directory}'", cache_dir)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from datamodules.images.decoding import FORMATS, IMAGE_EXTENSIONS, UnusableImageError, decode_rgb, open_image
-from fourier_moe.errors import printable
+from fourier_moe.errors import UserError, printable
 
 _JPEG_START, _JPEG_END = b"\xff\xd8\xff", b"\xff\xd9"
 _PNG_START, _PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND"
@@ -110,11 +110,11 @@ def read_file(path: Path) -> bytes:
     """
     problem = _reading_problem(path)
     if problem:
-        raise ValueError(problem)
+        raise UserError(problem)
     try:
         return path.read_bytes()
     except OSError as error:
-        raise ValueError(_unreadable(path, error.strerror)) from error
+        raise UserError(_unreadable(path, error.strerror)) from error
 
 
 def check_usable(paths: Iterable[Path]) -> None:
@@ -141,7 +141,7 @@ def check_usable(paths: Iterable[Path]) -> None:
         more = f", and {len(others) - _NAMES_SHOWN} more files" if len(others) > _NAMES_SHOWN else ""
         messages.append("; ".join(others[:_NAMES_SHOWN]) + more)
     if messages:
-        raise ValueError("; ".join(messages))
+        raise UserError("; ".join(messages))
 
 
 def shorten(names: Iterable[str]) -> str:
@@ -190,7 +190,7 @@ def _unreadable(path: Path, reason: str | None) -> str:
 
 
 def _refuse(error: OSError) -> None:
-    raise ValueError(f"folder '{printable(str(error.filename))}' cannot be listed: {error.strerror}") from error
+    raise UserError(f"folder '{printable(str(error.filename))}' cannot be listed: {error.strerror}") from error
 
 
 def _shorten_paths(paths: Sequence[Path], directory: Path) -> str:

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from datamodules.images.collection import SPLIT_NAMES, TRAIN, ImageCollection, check_classes
 from datamodules.images.dataset import ImageSplit, TableSplit
 from datamodules.images.files import shorten
+from fourier_moe.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ def find_parquet_files(directory: Path) -> dict[str, list[Path]]:
                 if found := [name for name in names if path.name.lower().startswith(name)]:
                     by_name.setdefault(max(found, key=len), []).append(path)
             if len(by_name) > 1:
-                raise ValueError(f"'{folder}' has parquet files named {shorten(by_name)} for the {split} split; keep one kind")
+                raise UserError(f"'{folder}' has parquet files named {shorten(by_name)} for the {split} split; keep one kind")
             for paths in by_name.values():
                 files[split] = paths
         if files:
@@ -133,12 +134,12 @@ def _describe_strays(files: Mapping[str, Sequence[Path]]) -> list[str]:
 
 def _check_paths(paths: Sequence[Path]) -> None:
     if "::" in str(paths[0]):  # to datasets, a file inside of an archive
-        raise ValueError(f"the path of '{paths[0]}' holds '::', which the datasets library cannot read; rename its folder")
+        raise UserError(f"the path of '{paths[0]}' holds '::', which the datasets library cannot read; rename its folder")
     parts = [match for path in paths if (match := re.search(r"-(\d+)-of-(\d+)", path.name))]
     if parts:
         missing = set(range(int(parts[0][2]))) - {int(part[1]) for part in parts}
         if missing:
-            raise ValueError(
+            raise UserError(
                 f"part(s) {sorted(missing)} of {int(parts[0][2])} are missing next to '{paths[0]}'; download them as well"
             )
 
@@ -151,7 +152,7 @@ def _read_features(path: Path) -> datasets.Features:
     try:
         return datasets.Features.from_arrow_schema(pq.read_schema(path))
     except pa.ArrowInvalid as error:
-        raise ValueError(f"'{path}' is not a complete parquet file ({error}); download it again") from error
+        raise UserError(f"'{path}' is not a complete parquet file ({error}); download it again") from error
 
 
 def _read_column(paths: Sequence[Path], column: str) -> list[int]:
@@ -160,7 +161,7 @@ def _read_column(paths: Sequence[Path], column: str) -> list[int]:
         try:
             values += pq.read_table(path, columns=[column])[column].to_pylist()
         except (pa.ArrowInvalid, KeyError) as error:
-            raise ValueError(f"cannot read column '{column}' of '{path}' ({error}); download it again") from error
+            raise UserError(f"cannot read column '{column}' of '{path}' ({error}); download it again") from error
     return values
 
 
@@ -173,7 +174,7 @@ def _find_columns(features: datasets.Features, where: str) -> _Columns:
     for what, found in (("image", images), ("label", labels)):
         if len(found) != 1:
             expected = "an image column" if what == "image" else "a ClassLabel column, or else a single integer column"
-            raise ValueError(
+            raise UserError(
                 f"{where} has {len(found)} columns that could be the {what} ({shorten(found) or 'none'}) of "
                 f"{shorten(features)}; exactly one is expected: {expected}"
             )
@@ -205,7 +206,7 @@ def _index_classes(
         known = dict(enumerate(names)) if names else {value: str(value) for value in set(split_values)}
         strange = sorted(set(split_values) - set(known))
         if strange:
-            raise ValueError(
+            raise UserError(
                 f"label(s) {strange} in the {split} split of {origin} are not among its {len(known)} classes, "
                 f"0 to {len(known) - 1}; rows without a label (-1) cannot be used"
             )

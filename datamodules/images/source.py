@@ -17,6 +17,7 @@ from datamodules.images.directory import LAYOUTS
 from datamodules.images.parquet import LoadedTables, ParquetFiles
 from datamodules.images.synthetic import write_class_folders, write_parquet_files
 from datamodules.shared.hub import HubDataset
+from fourier_moe.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +97,7 @@ class HubSource(ImageSource):
         by_split = {split: files[hub_split] for split, hub_split in self.splits.items()}
         collection = ParquetFiles(by_split, dataset.origin, revision=dataset.commit)
         if len(collection.class_names) != self.num_classes:
-            raise RuntimeError(
+            raise UserError(
                 f"dataset '{name}' has {len(collection.class_names)} classes on the hub ('{self.hub_id}') where "
                 f"{self.num_classes} are expected: the hub's version has changed; give an older commit as --data.revision"
             )
@@ -130,7 +131,7 @@ class FolderSource(ImageSource):
     write_synthetic: Callable[[Path, tuple[int, int], str, Iterable[str]], None] = write_class_folders
 
     def open(self, name: str, revision: str | None = None) -> ImageCollection:
-        raise ValueError(f"dataset '{name}' needs directory: a directory with {LAYOUTS}")
+        raise UserError(f"dataset '{name}' needs directory: a directory with {LAYOUTS}")
 
 
 SOURCES: dict[str, ImageSource] = {
@@ -215,5 +216,5 @@ def find_source(name: str) -> ImageSource:
     if name not in SOURCES:
         near = difflib.get_close_matches(name, SOURCES)
         suggestion = f" (did you mean {' or '.join(near)}?)" if near else ""
-        raise ValueError(f"dataset '{name}' is unknown{suggestion}; choose one of {', '.join(SOURCES)}")
+        raise UserError(f"dataset '{name}' is unknown{suggestion}; choose one of {', '.join(SOURCES)}")
     return SOURCES[name]

@@ -26,6 +26,7 @@ from datamodules.shared.loading import TrainLoader, leave_signals_to_main_proces
 from datamodules.shared.sampling import ShuffledSampler, TrainShare, evaluation_sampler, num_shares, run_seed
 from datamodules.shared.tokenizers import check_max_length, load_tokenizer
 from datamodules.shared.user_cache import default_cache_directory
+from fourier_moe.errors import UserError
 
 _WORTH_CACHING = 20_000  # training examples; fewer are tokenised in seconds
 
@@ -91,9 +92,9 @@ class InstructionDataModule(L.LightningDataModule):
     ) -> None:
         super().__init__()
         if tokenizer is None:
-            raise ValueError("tokenizer is missing; give the model's Hugging Face name or directory, or bytes")
+            raise UserError("tokenizer is missing; give the model's Hugging Face name or directory, or bytes")
         if prompt not in STYLES:
-            raise ValueError(f"prompt must be one of {', '.join(STYLES)}, got {prompt!r}")
+            raise UserError(f"prompt must be one of {', '.join(STYLES)}, got {prompt!r}")
         require("max_length", max_length, max_length >= 2, "2 or more")
         require("batch_size", batch_size, batch_size >= 1, "1 or more")
         require("eval_batch_size", eval_batch_size, eval_batch_size is None or eval_batch_size >= 1, "1 or more")
@@ -104,9 +105,9 @@ class InstructionDataModule(L.LightningDataModule):
         is_address = base_url is None or base_url.startswith(("http://", "https://"))
         require("base_url", base_url, is_address, "an address that begins with http:// or https://")
         if directory is not None and not Path(directory).expanduser().is_dir():
-            raise ValueError(f"directory '{directory}' is no directory; expected LLM-Adapters' dataset/ and ft-training_set/")
+            raise UserError(f"directory '{directory}' is no directory; expected LLM-Adapters' dataset/ and ft-training_set/")
         if test is not None and not test:
-            raise ValueError(f"test is empty; {choices(self.benchmarks)}")
+            raise UserError(f"test is empty; {choices(self.benchmarks)}")
         self._sources = train_sources(train, self.train_sets)
         self._test_sources = evaluation_sources("test", list(self.benchmarks) if test is None else test, self.benchmarks)
         self._validation_sources = evaluation_sources("validation_sets", validation_sets or [], self.benchmarks)
@@ -195,7 +196,7 @@ class InstructionDataModule(L.LightningDataModule):
             tests = {source.name: inventory.read([source], files, "test") for source in new}
             inventory.compare(train or self._train_without_network(), tests)
         if stage in ("test", "predict") and not self._test_sources:
-            raise ValueError(f"test is missing, and {stage} has nothing to read; {choices(self.benchmarks)}")
+            raise UserError(f"test is missing, and {stage} has nothing to read; {choices(self.benchmarks)}")
         if stage in ("test", "predict") and not self._test:
             for source in self._test_sources:
                 examples = tests[source.name] if source.name in tests else inventory.read([source], files, "test")

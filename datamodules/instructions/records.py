@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from datamodules.shared.json_items import read_items, shorten
+from fourier_moe.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -38,24 +39,24 @@ def read_records(path: Path, *, needs_answer: bool) -> list[Record]:
     records = []
     for where, item in read_items(path):
         if not isinstance(item, dict):
-            raise ValueError(f"{where} is {shorten(item)}; expected an object with instruction, output and answer")
+            raise UserError(f"{where} is {shorten(item)}; expected an object with instruction, output and answer")
         fields = {}
         for name, optional in (("instruction", False), ("input", True), ("output", False), ("answer", not needs_answer)):
             value = item.get(name)
             if value is None and optional:
                 value = item["output"] if name == "answer" else ""
             if value is None:
-                raise ValueError(f"{where} has no '{name}'; its fields are {', '.join(map(str, item)) or 'none'}")
+                raise UserError(f"{where} has no '{name}'; its fields are {', '.join(map(str, item)) or 'none'}")
             if name == "answer" and isinstance(value, int | float) and not isinstance(value, bool):
                 value = str(value)
             if not isinstance(value, str):
-                raise ValueError(f"{where}: '{name}' is {shorten(value)}; expected text")
+                raise UserError(f"{where}: '{name}' is {shorten(value)}; expected text")
             fields[name] = value
         for name in ("instruction", "answer"):  # gsm8k has empty outputs
             if not fields[name].strip():
                 what = "'output' is empty, and there is no 'answer'" if item.get(name) is None else f"'{name}' is empty"
-                raise ValueError(f"{where}: {what}")
+                raise UserError(f"{where}: {what}")
         records.append(Record(**fields))
     if not records:
-        raise ValueError(f"'{path}' has no records; expected a list of objects with instruction, output and answer")
+        raise UserError(f"'{path}' has no records; expected a list of objects with instruction, output and answer")
     return records

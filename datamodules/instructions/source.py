@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 from lightning.pytorch.utilities import rank_zero_info
 
 from datamodules.instructions.download import download
+from fourier_moe.errors import UserError
 
 COMMIT = "816657208af4db747803f87ba40a4c71383fed7a"
 BASE_URL = f"https://raw.githubusercontent.com/AGI-Edgerunners/LLM-Adapters/{COMMIT}"
@@ -79,7 +80,7 @@ class LocalFiles(Files):
         """
         found = self._find(file)
         if found is None:
-            raise ValueError(
+            raise UserError(
                 f"directory '{self._directory}' has no {file} (nor {_without_first_folder(file)}); add it or leave its set out"
             )
         return found
@@ -137,12 +138,12 @@ def _download(file: str, path: Path, base_url: str) -> None:
         try:
             download(f"{base_url}/{file}", Path(name), file)
         except (OSError, http.client.HTTPException) as error:  # URLError, HTTPError and timeouts are OSErrors
-            raise RuntimeError(
+            raise UserError(
                 f"{file} cannot be fetched from {base_url} ({error}). Give a mirror of it as --data.base_url, or, without a "
                 "network, fetch LLM-Adapters' dataset/ and ft-training_set/ elsewhere and give --data.directory"
             ) from error
         if (got := blob_id(Path(name))) != BLOB_IDS[file]:
-            raise ValueError(
+            raise UserError(
                 f"{file} from {base_url} is not the file of commit {COMMIT[:12]}: git blob {got}, expected {BLOB_IDS[file]}; "
                 "is there a proxy that answers in its place?"
             )

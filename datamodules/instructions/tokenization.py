@@ -12,6 +12,7 @@ from transformers import ByT5Tokenizer, PreTrainedTokenizerBase
 from datamodules.instructions.prompts import Prompt, PromptStyle
 from datamodules.instructions.records import Record
 from datamodules.shared.cache import cache_key
+from fourier_moe.errors import UserError
 
 _TEXTS_AT_ONCE = 2000  # tokenizers that are not in Python use all cores for a list of texts
 
@@ -52,7 +53,7 @@ class InstructionTokenizer:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, style: PromptStyle, max_length: int) -> None:
         if not (tokenizer.is_fast or isinstance(tokenizer, ByT5Tokenizer)):
-            raise ValueError(
+            raise UserError(
                 f"tokenizer: a {type(tokenizer).__name__} cannot tell where the prompt's tokens end; give one with a "
                 "tokenizer.json, or bytes"
             )
@@ -97,7 +98,7 @@ class InstructionTokenizer:
     def _fit(self, head: list[int], question: list[int], tail: list[int], response: list[int]) -> TokenizedExample:
         room = self._max_length - len(self._prefix) - len(head) - len(tail)
         if room < 2:
-            raise ValueError(
+            raise UserError(
                 f"max_length={self._max_length} has no room for a question and a response: the prompt's own words take "
                 f"{self._max_length - room} tokens of this tokenizer; give at least {self._max_length - room + 2}"
             )

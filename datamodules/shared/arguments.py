@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from fourier_moe.errors import UserError
+
 
 def require(name: str, value: object, valid: bool, expected: str) -> None:
     """Refuse an argument that is not valid.
@@ -10,7 +12,7 @@ def require(name: str, value: object, valid: bool, expected: str) -> None:
         ValueError: naming the argument, what is expected and what it is.
     """
     if not valid:
-        raise ValueError(f"{name} must be {expected}, got {value}")
+        raise UserError(f"{name} must be {expected}, got {value}")
 
 
 def require_one_origin(directory: str | None, synthetic: bool, revision: str | None = None) -> None:
@@ -24,6 +26,6 @@ def require_one_origin(directory: str | None, synthetic: bool, revision: str | N
     """
     if revision is not None and (directory is not None or synthetic):
         other = f"directory '{directory}'" if directory is not None else "synthetic"
-        raise ValueError(f"revision '{revision}' is one of the hub's data set, and {other} reads no hub; leave one of them out")
+        raise UserError(f"revision '{revision}' is one of the hub's data set, and {other} reads no hub; leave one of them out")
     if directory is not None and synthetic:
-        raise ValueError(f"directory '{directory}' and synthetic cannot be used together; give one of them")
+        raise UserError(f"directory '{directory}' and synthetic cannot be used together; give one of them")

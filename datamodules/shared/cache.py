@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, uint8
 from transformers import PreTrainedTokenizerBase
 
+from fourier_moe.errors import UserError
 from fourier_moe.files.writing import write_file
 
 _VERSION = "3"  # raise it when the same inputs would give other files
@@ -43,7 +44,7 @@ def load_or_make(cache_directory: Path, key: str, make: Callable[[], dict[str, T
         write_file(path, content)  # other users may read it, unlike what `save_file` writes
     except OSError as error:
         problem = f"cannot be written to ({error.strerror})"
-        raise ValueError(f"cache_directory '{cache_directory}' {problem}; give another") from error
+        raise UserError(f"cache_directory '{cache_directory}' {problem}; give another") from error
     return load_file(path)
 
 
@@ -52,7 +53,7 @@ def _load_checked(path: Path) -> dict[str, Tensor]:
         expected = (file.metadata() or {}).get(_CHECKSUM)
     tensors = load_file(path)
     if _checksum(tensors) != expected:
-        raise ValueError("its checksum differs")
+        raise UserError("its checksum differs")
     return tensors
 
 

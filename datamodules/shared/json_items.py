@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from datamodules.shared.text_files import read_text
+from fourier_moe.errors import UserError
 
 SUFFIXES = (".json", ".jsonl", ".ndjson")
 
@@ -29,7 +30,7 @@ def read_items(path: Path) -> Iterator[tuple[str, Any]]:
         return
     lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
     if len(lines) > 1 and lines[0][1].strip() == "{":  # one object, spread over lines
-        raise ValueError(f"'{path}' holds a single object; expected a list of objects, or one object a line")
+        raise UserError(f"'{path}' holds a single object; expected a list of objects, or one object a line")
     for number, line in lines:
         yield f"'{path}' line {number}", _parse(line, f"'{path}' line {number}")
 
@@ -45,15 +46,15 @@ def _parse(text: str, where: str) -> Any:
         value = json.loads(text, object_pairs_hook=_object, parse_constant=lambda _: None)  # NaN is a missing value
     except json.JSONDecodeError as error:
         place = f"line {error.lineno} column {error.colno}"
-        raise ValueError(f"{where} is not valid JSON: {error.msg} at {place}") from error
+        raise UserError(f"{where} is not valid JSON: {error.msg} at {place}") from error
     except RecursionError as error:
-        raise ValueError(f"{where} is not valid JSON: it is nested too deeply") from error
+        raise UserError(f"{where} is not valid JSON: it is nested too deeply") from error
     except _KeyTwiceError as error:
-        raise ValueError(f"{where}: the key {shorten(error.args[0])} is there twice in one object") from error
+        raise UserError(f"{where}: the key {shorten(error.args[0])} is there twice in one object") from error
     except ValueError as error:  # a number of thousands of digits
-        raise ValueError(f"{where} cannot be read: {str(error).partition(';')[0]}") from error
+        raise UserError(f"{where} cannot be read: {str(error).partition(';')[0]}") from error
     if _SURROGATE.search(text) and (half := _HALF.search(json.dumps(value, ensure_ascii=False))):
-        raise ValueError(f"{where} has half of a character, {half.group()!r}, as of an emoji that was cut; remove it")
+        raise UserError(f"{where} has half of a character, {half.group()!r}, as of an emoji that was cut; remove it")
     return value
 
 

@@ -15,6 +15,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader
 
 from datamodules.shared.sampling import TrainShare
+from fourier_moe.errors import UserError
 
 SHARED_MEMORY = Path("/dev/shm")
 _PREFETCH = 2  # batches that torch lets each worker prepare
@@ -107,7 +108,7 @@ def require_shared_memory(num_workers: int, batch_size: int, num_examples: int, 
     needed = min(num_processes * num_workers * _PREFETCH * batch_bytes, num_processes * num_examples * example_bytes)
     if needed > free:
         fitting = free // (num_processes * _PREFETCH * batch_bytes)
-        raise ValueError(
+        raise UserError(
             f"num_workers={num_workers} hand over batches of {batch_size} through shared memory, up to {needed / 2**30:.2f} "
             f"GiB, and /dev/shm has {free / 2**30:.2f} GiB free; give the container more (docker run --shm-size="
             f"{math.ceil(needed / 2**30)}g), or set --data.num_workers {fitting}"

@@ -12,6 +12,8 @@ from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import Tensor
 from torch.utils.data import DistributedSampler, Sampler
 
+from fourier_moe.errors import UserError
+
 BATCHES_PER_CHUNK = 50
 _OTHER_STREAM = 0x5851F42D4C957F2D  # keeps the seeds of augmentation apart from the order
 
@@ -53,9 +55,9 @@ class ShuffledSampler(Sampler[Any]):
         self._seed = seed
         self._with_seeds = with_seeds
         if lengths is not None and len(lengths) != len(dataset):
-            raise ValueError(f"lengths has {len(lengths)} entries, but the data set has {len(dataset)} examples")
+            raise UserError(f"lengths has {len(lengths)} entries, but the data set has {len(dataset)} examples")
         if (lengths is None) != (batch_size is None) or (batch_size is not None and batch_size < 1):
-            raise ValueError(f"batch_size={batch_size} must be 1 or more with lengths, and None without")
+            raise UserError(f"batch_size={batch_size} must be 1 or more with lengths, and None without")
         self._lengths = None if lengths is None else torch.tensor(lengths)
         self._batch_size = batch_size
         self._weights = None if weights is None else _check_weights(weights, len(dataset))
@@ -102,11 +104,11 @@ class ShuffledSampler(Sampler[Any]):
 def _check_weights(weights: Sequence[float], num_examples: int) -> Tensor:
     values = torch.tensor(weights, dtype=torch.float64)
     if len(values) != num_examples:
-        raise ValueError(f"weights has {len(values)} entries, but the data set has {num_examples} examples")
+        raise UserError(f"weights has {len(values)} entries, but the data set has {num_examples} examples")
     if not (values.isfinite() & (values >= 0)).all():
-        raise ValueError("weights has entries that are negative or not finite; 0 or more is expected")
+        raise UserError("weights has entries that are negative or not finite; 0 or more is expected")
     if not sum(_split_counts(values)):
-        raise ValueError(f"weights add up to {float(values.sum()):g}; at least 1 is needed")
+        raise UserError(f"weights add up to {float(values.sum()):g}; at least 1 is needed")
     return values
 
 
@@ -208,7 +210,7 @@ def hold_out(labels: Sequence[int], fraction: float, seed: int) -> tuple[list[in
             counts[label] += 1
             missing -= 1
     if not any(counts.values()):
-        raise ValueError(
+        raise UserError(
             "cannot hold out validation examples: every class of train has a single one; add examples or a validation split"
         )
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import codecs
 from pathlib import Path
 
+from fourier_moe.errors import UserError
+
 _UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
@@ -17,14 +19,14 @@ def read_text(path: Path) -> str:
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise ValueError(f"'{path}' cannot be read ({error.strerror})") from error
+        raise UserError(f"'{path}' cannot be read ({error.strerror})") from error
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError:
         raise not_utf8(path) from None
     if "\0" in text:
         line = _line(text, text.index("\0"))
-        raise ValueError(f"'{path}' line {line} has a NUL character; save the file as UTF-8 text")
+        raise UserError(f"'{path}' line {line} has a NUL character; save the file as UTF-8 text")
     return text
 
 

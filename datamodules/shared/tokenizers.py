@@ -12,6 +12,7 @@ from pathlib import Path
 from lightning.pytorch.utilities import rank_zero_info
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerBase
 
+from fourier_moe.errors import UserError
 from fourier_moe.files.hub_files import HubError, Repository
 
 BYTES = "bytes"
@@ -35,31 +36,31 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     if name == BYTES:
         return ByT5Tokenizer()
     if is_path(name) and not Path(name).expanduser().is_dir():
-        raise ValueError(f"tokenizer={name!r}: no such directory; give a directory with a tokenizer, or a name on the hub")
+        raise UserError(f"tokenizer={name!r}: no such directory; give a directory with a tokenizer, or a name on the hub")
     on_hub = not is_path(name)
     if on_hub:
         try:
             Repository(name).fetch(_tokenizer_files, rank_zero_info, look_up=False)
         except HubError as error:
             otherwise = "" if error.remedy else "; give a Hugging Face name that this machine can fetch, or a directory"
-            raise ValueError(f"tokenizer={name!r} cannot be fetched ({error}){otherwise}") from error
+            raise UserError(f"tokenizer={name!r} cannot be fetched ({error}){otherwise}") from error
     try:
         tokenizer = AutoTokenizer.from_pretrained(name if on_hub else str(Path(name).expanduser()), local_files_only=on_hub)
     except Exception as error:  # files that are damaged or not there give errors of many kinds
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:_REASON_CHARACTERS]
-        raise ValueError(
+        raise UserError(
             f"tokenizer={name!r} cannot be loaded ({reason}); give a Hugging Face name that this machine can fetch, or a "
             "directory with a tokenizer's files"
         ) from error
     if len(tokenizer) <= len(set(tokenizer.all_special_ids)):  # transformers makes one up for a BERT without its files
-        raise ValueError(
+        raise UserError(
             f"tokenizer={name!r} knows no words, only {len(tokenizer)} special tokens: its files (tokenizer.json, vocab.txt) "
             "are missing; copy them there, or give another tokenizer"
         )
     if tokenizer.pad_token is None:  # LLaMA has none; what it stands for is masked everywhere
         tokenizer.pad_token = tokenizer.unk_token if tokenizer.eos_token is None else tokenizer.eos_token
     if tokenizer.pad_token is None:
-        raise ValueError(
+        raise UserError(
             f"tokenizer={name!r} has no pad, eos or unk token to pad with; give its tokenizer_config.json a pad_token"
         )
     return tokenizer
@@ -78,7 +79,7 @@ def check_max_length(max_length: int, tokenizer: PreTrainedTokenizerBase, name: 
         ValueError: if it does not.
     """
     if max_length > tokenizer.model_max_length:
-        raise ValueError(
+        raise UserError(
             f"max_length={max_length} is more than the {tokenizer.model_max_length} tokens that the model of tokenizer "
             f"'{name}' takes"
         )

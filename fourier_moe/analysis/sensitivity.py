@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fourier_moe.errors import UserError
 from fourier_moe.spectral.frequencies import count_positions, normalized_radius, signed_frequency
 
 
@@ -137,7 +138,7 @@ def dense_gradients(
         del seen, gradients, value
     silent = [name for name in projections if name not in sums or not sums[name].any()]
     if silent:
-        raise ValueError(f"targets {', '.join(silent[:3])} get no gradient from the loss; leave them out of targets")
+        raise UserError(f"targets {', '.join(silent[:3])} get no gradient from the loss; leave them out of targets")
     return {name: sums[name] for name in projections}
 
 

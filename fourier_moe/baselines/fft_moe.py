@@ -15,6 +15,7 @@ from fourier_moe.adapter import Adapter, device_of, projection_shape
 from fourier_moe.baselines.routed_config import RoutedConfig
 from fourier_moe.baselines.singular_layers import pretrained_matrix
 from fourier_moe.checks import not_negative, top_k
+from fourier_moe.errors import UserError
 from fourier_moe.inject import InjectionReport, count_parameters
 from fourier_moe.models.pretrained_weight import PretrainedWeight
 from fourier_moe.models.quantization import is_quantized
@@ -47,7 +48,7 @@ class FFTMoEConfig(RoutedConfig):
 
     def inject(self, model: nn.Module) -> InjectionReport:
         if is_quantized(model):
-            raise ValueError("FFT MoE trains the pretrained weights, and these are quantised; load them without")
+            raise UserError("FFT MoE trains the pretrained weights, and these are quantised; load them without")
         super().inject(model)
         model.float().requires_grad_(True)
         return count_parameters(model, self)

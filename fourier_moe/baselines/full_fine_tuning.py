@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from fourier_moe.config import AdapterConfig
+from fourier_moe.errors import UserError
 from fourier_moe.inject import InjectionReport, count_parameters
 from fourier_moe.models.quantization import is_quantized
 
@@ -20,7 +21,7 @@ class FullFineTuning(AdapterConfig):
 
     def inject(self, model: nn.Module) -> InjectionReport:
         if is_quantized(model):
-            raise ValueError("full fine-tuning trains the pretrained weights, and these are quantised; load them without")
+            raise UserError("full fine-tuning trains the pretrained weights, and these are quantised; load them without")
         model.float().requires_grad_(True)
         return count_parameters(model, self)
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fourier_moe.adapter import Adapter
+from fourier_moe.errors import UserError
 from fourier_moe.routing.router import Router
 from fourier_moe.serving.merge import with_update
 
@@ -79,7 +80,7 @@ class RoutedLoRALinear(Adapter):
 
     def merged(self, gates: Tensor | None = None) -> nn.Module:
         if gates is None:
-            raise ValueError("this method routes every token on its own; give the gates to freeze")
+            raise UserError("this method routes every token on its own; give the gates to freeze")
         return with_update(self.base, self.experts.mixture(gates))
 
     def parameter_groups(self) -> Mapping[str, list[nn.Parameter]]:

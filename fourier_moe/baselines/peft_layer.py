@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from fourier_moe.adapter import Adapter, device_of
+from fourier_moe.errors import UserError
 from fourier_moe.serving.merge import check_takes_update
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ class PeftLinear(Adapter):
             # Of a projection on the meta device (to count parameters) peft would otherwise make layers with memory.
             inject_adapter_in_model(peft_config, holder, low_cpu_mem_usage=device_of(base).type == "meta")
         except (NotImplementedError, TypeError, ValueError) as error:
-            raise ValueError(f"{name}: {type(config).__name__} cannot adapt a {type(base).__name__}: {error}") from error
+            raise UserError(f"{name}: {type(config).__name__} cannot adapt a {type(base).__name__}: {error}") from error
         self.layer = holder["projection"]
         # The projection is our child `base`. For peft's layer it is a plain attribute, so that the state dict has it once.
         del self.layer._modules["base_layer"]

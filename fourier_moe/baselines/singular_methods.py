@@ -15,6 +15,7 @@ from torch import nn
 from fourier_moe.baselines.peft_methods import LoRAConfig
 from fourier_moe.baselines.singular_layers import KaSALinear, MiLoRALinear
 from fourier_moe.checks import not_negative, rank_problem, refuse
+from fourier_moe.errors import UserError
 from fourier_moe.inject import adapters
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ class KaSAConfig(SingularLoRAConfig):
         super().__post_init__()
         refuse(self, [*not_negative(self, "beta"), *not_negative(self, "gamma")])
         if tuple(map(int, version("peft").split(".")[:2])) < (0, 21):
-            raise ValueError(f"KaSAConfig needs peft 0.21 or newer, and {version('peft')} is installed: pip install -U peft")
+            raise UserError(f"KaSAConfig needs peft 0.21 or newer, and {version('peft')} is installed: pip install -U peft")
 
     def inject(self, model: nn.Module) -> InjectionReport:
         report = super().inject(model)

@@ -11,6 +11,7 @@ import torch.distributed
 from torch import Tensor, nn
 
 from fourier_moe.config import AdapterConfig, ProjectionAdapterConfig, StoredProjection
+from fourier_moe.errors import UserError
 from fourier_moe.files.format import CARD, DESCRIPTION, TENSORS, AdapterDescription, encode, has_version_1, read, tensors
 from fourier_moe.files.hub import local_directory
 from fourier_moe.files.model_card import is_edited, loading_code, model_card
@@ -89,7 +90,7 @@ def save_adapter(
         state[key] = tensor
     broken = [key for key, value in state.items() if value.is_floating_point() and not value.isfinite().all()]
     if broken:
-        raise ValueError(f"the adapter holds NaN or infinity in {', '.join(broken[:3])}; it is not saved")
+        raise UserError(f"the adapter holds NaN or infinity in {', '.join(broken[:3])}; it is not saved")
     description = AdapterDescription(
         config,
         backbone_name(model),
@@ -158,7 +159,7 @@ def stored_names(model: nn.Module, source: str, description: AdapterDescription,
     try:
         return names_by_file(model, description.config, description.modules, state)
     except ValueError as error:
-        raise ValueError(f"{source} does not fit this model: {error}") from error
+        raise UserError(f"{source} does not fit this model: {error}") from error
 
 
 def describe_adapter(path: str | os.PathLike[str]) -> AdapterDescription:
@@ -190,7 +191,7 @@ def check_fit(
     """
     difference = adapter_config(model).difference(config)
     if difference:
-        raise ValueError(f"{source} does not fit this model: file and model differ in {difference}")
+        raise UserError(f"{source} does not fit this model: file and model differ in {difference}")
     check_values(source, state)
     expected = adapter_state_dict(model)
     problems = [f"missing {key}" for key in expected if key not in state]
@@ -218,9 +219,9 @@ def check_values(source: str, state: Mapping[str, Tensor]) -> None:
     """
     for key, value in state.items():
         if value.dtype not in (*_FLOATS, *_INTEGERS):
-            raise ValueError(f"{source} is damaged: {key} is {value.dtype}")
+            raise UserError(f"{source} is damaged: {key} is {value.dtype}")
         if value.dtype in _FLOATS and not value.isfinite().all():
-            raise ValueError(f"{source} is damaged: {key} holds NaN or infinity")
+            raise UserError(f"{source} is damaged: {key} holds NaN or infinity")
 
 
 def check_stored(source: str, config: AdapterConfig, sizes: Mapping[str, tuple[int, int]], state: Mapping[str, Tensor]) -> None:
@@ -249,7 +250,7 @@ def check_stored(source: str, config: AdapterConfig, sizes: Mapping[str, tuple[i
 def _refuse(source: str, problems: Sequence[str]) -> None:
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise ValueError(f"{source} does not fit this model: {'; '.join(problems[:5])}{more}")
+        raise UserError(f"{source} does not fit this model: {'; '.join(problems[:5])}{more}")
 
 
 def _like(stored: torch.dtype, expected: torch.dtype) -> bool:

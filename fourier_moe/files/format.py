@@ -21,6 +21,7 @@ from safetensors.torch import save as serialize_safetensors
 from torch import Tensor
 
 from fourier_moe.config import AdapterConfig
+from fourier_moe.errors import UserError
 from fourier_moe.files.stored_values import mapping_of, of_type, parse_json, sequence_of, settings_of
 from fourier_moe.files.writing import FileParts
 from fourier_moe.models.module_names import ModuleNames
@@ -94,7 +95,7 @@ def encode(description: AdapterDescription, state: Mapping[str, Tensor]) -> tupl
     description_of(parse_json(text), "what save_adapter was given")
     data = serialize_safetensors(dict(state), metadata={_METADATA: text})
     if int.from_bytes(data[:8], "little") > LARGEST_HEADER:
-        raise ValueError(f"names and description take more than the {LARGEST_HEADER:,} bytes that an adapter file has for them")
+        raise UserError(f"names and description take more than the {LARGEST_HEADER:,} bytes that an adapter file has for them")
     checksum = hashlib.sha256(data).hexdigest()
     start = data.index(_BLANK.encode())
     parts: FileParts = [memoryview(data)[:start], checksum.encode(), memoryview(data)[start + len(_BLANK) :]]
@@ -113,7 +114,7 @@ def read(directory: Path) -> tuple[AdapterDescription, bytes]:
     path = directory / TENSORS
     if not path.is_file():
         incomplete = f"; {DESCRIPTION} is there, so it is incomplete" if (directory / DESCRIPTION).is_file() else ""
-        raise ValueError(
+        raise UserError(
             f"no adapter in {directory}: {TENSORS} not found{incomplete}; give the directory that save_adapter wrote"
         )
     data, text = _read_tensors(path)
@@ -125,7 +126,7 @@ def read(directory: Path) -> tuple[AdapterDescription, bytes]:
     digest = hashlib.sha256(data[:start] + _BLANK.encode())
     digest.update(memoryview(data)[start + len(_BLANK) :])
     if start < 0 or digest.hexdigest() != checksum:
-        raise ValueError(f"{path} is damaged: its checksum differs from the one written in it")
+        raise UserError(f"{path} is damaged: its checksum differs from the one written in it")
     _check_copy(directory / DESCRIPTION, text.encode())
     return description_of(raw, path), data
 
@@ -139,7 +140,7 @@ def tensors(data: bytes, directory: Path) -> dict[str, Tensor]:
     try:
         return parse_safetensors(data)
     except (SafetensorError, AttributeError, KeyError, RuntimeError, TypeError) as error:  # of types that torch has not, too
-        raise ValueError(f"{directory / TENSORS} is no valid safetensors file: {error}") from error
+        raise UserError(f"{directory / TENSORS} is no valid safetensors file: {error}") from error
 
 
 def has_version_1(directory: Path) -> bool:
@@ -167,15 +168,15 @@ def _read_tensors(path: Path) -> tuple[bytes, str | None]:
             length = file.read(8)
             size = int.from_bytes(length, "little")
             if len(length) < 8 or size > min(LARGEST_HEADER, os.fstat(file.fileno()).st_size - 8):
-                raise ValueError(f"its header would have {size:,} bytes")
+                raise UserError(f"its header would have {size:,} bytes")
             header = file.read(size)
             metadata = of_type(parse_json(header), dict).get("__metadata__", {})
             text: str | None = of_type(of_type(metadata, dict).get(_METADATA), str, _NONE)
             return length + header + file.read(), text
     except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
     except ValueError as error:
-        raise ValueError(f"{path} is damaged: it is no safetensors file ({error})") from error
+        raise UserError(f"{path} is damaged: it is no safetensors file ({error})") from error
 
 
 def _parse(content: str | bytes, path: Path) -> dict[str, Any]:
@@ -184,13 +185,13 @@ def _parse(content: str | bytes, path: Path) -> dict[str, Any]:
         raw = of_type(parse_json(content), dict)
         version, checksum = of_type(raw["format_version"], int), of_type(raw["sha256"], str)
         if version < 1:
-            raise ValueError(f"format_version is {version}")
+            raise UserError(f"format_version is {version}")
         if not checksum.isascii() or len(checksum) != len(_BLANK):
-            raise ValueError(f"sha256 is {checksum!r}")
+            raise UserError(f"sha256 is {checksum!r}")
     except (KeyError, ValueError) as error:
-        raise ValueError(f"{path} is damaged: it cannot be read as an adapter description: {error!r}") from error
+        raise UserError(f"{path} is damaged: it cannot be read as an adapter description: {error!r}") from error
     if version > FORMAT_VERSION:
-        raise ValueError(
+        raise UserError(
             f"{path} has format_version {version}, newer than this package reads ({FORMAT_VERSION}); upgrade fourier_moe"
         )
     return raw
@@ -200,19 +201,19 @@ def _read_version_1(directory: Path, data: bytes) -> AdapterDescription:
     """Version 1: adapter.json alone has the description, with the SHA-256 of adapter.safetensors."""
     path, description = directory / TENSORS, directory / DESCRIPTION
     if not description.is_file():
-        raise ValueError(f"{path} is damaged or no adapter: there is no description in it, and no {DESCRIPTION} beside it")
+        raise UserError(f"{path} is damaged or no adapter: there is no description in it, and no {DESCRIPTION} beside it")
     raw = _parse(_read_bytes(description, LARGEST_HEADER), description)
     if not _is_version_1(raw):
-        raise ValueError(f"{path} is damaged: the description that format_version {raw['format_version']} has in it is missing")
+        raise UserError(f"{path} is damaged: the description that format_version {raw['format_version']} has in it is missing")
     if hashlib.sha256(data).hexdigest() != raw["sha256"]:
-        raise ValueError(f"{path} is damaged: its checksum differs from the one in {DESCRIPTION}")
+        raise UserError(f"{path} is damaged: its checksum differs from the one in {DESCRIPTION}")
     return description_of(raw, description)
 
 
 def _check_copy(path: Path, expected: bytes) -> None:
     """adapter.json may be missing, or left of a version 1 adapter when the save that replaced it was interrupted."""
     if path.is_file() and _read_bytes(path, LARGEST_HEADER) != expected and not has_version_1(path.parent):
-        raise ValueError(
+        raise UserError(
             f"{path} is damaged or edited: it is no copy of the description in {TENSORS}; delete it, and the adapter loads"
         )
 
@@ -229,7 +230,7 @@ def description_of(raw: Mapping[str, Any], source: str | Path) -> AdapterDescrip
     try:
         fingerprint = mapping_of(raw["backbone_fingerprint"], float, int)
         if not all(map(math.isfinite, fingerprint.values())):
-            raise ValueError("backbone_fingerprint has values that are not finite")
+            raise UserError("backbone_fingerprint has values that are not finite")
         return AdapterDescription(
             config=AdapterConfig.from_dict(of_type(raw["config"], dict)),
             backbone=of_type(raw["backbone"], str, _NONE),
@@ -246,7 +247,7 @@ def description_of(raw: Mapping[str, Any], source: str | Path) -> AdapterDescrip
         writer = str(raw.get("fourier_moe_version", __version__))[:20]
         by = f" written by fourier_moe {writer}, this is {__version__}" if writer != __version__ else ""
         reason = f"{error} is missing" if isinstance(error, KeyError) else error
-        raise ValueError(f"{source} cannot be read as an adapter description{by}: {reason}") from error
+        raise UserError(f"{source} cannot be read as an adapter description{by}: {reason}") from error
 
 
 def _modules(raw: Any) -> ModuleNames | None:
@@ -262,7 +263,7 @@ def _read_bytes(path: Path, largest: int) -> bytes:
         with path.open("rb") as file:
             content = file.read(largest + 1)
     except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
     if len(content) > largest:
-        raise ValueError(f"{path} is damaged: it has more than {largest:,} bytes")
+        raise UserError(f"{path} is damaged: it has more than {largest:,} bytes")
     return content

@@ -7,6 +7,7 @@ import os
 import re
 from pathlib import Path
 
+from fourier_moe.errors import UserError
 from fourier_moe.files.format import CARD, DESCRIPTION, TENSORS, read
 from fourier_moe.files.hub_files import HubError, Repository
 from fourier_moe.files.retrying import retry, status_of
@@ -33,7 +34,7 @@ def local_directory(path: str | os.PathLike[str]) -> Path:
         return Path(text).expanduser()
     match = _REPOSITORY.fullmatch(text.removeprefix(SCHEME))
     if match is None:
-        raise ValueError(f"adapter path {text!r} must be hf://owner/name or hf://owner/name@revision")
+        raise UserError(f"adapter path {text!r} must be hf://owner/name or hf://owner/name@revision")
     try:
         listing = Repository(match["id"], revision=match["revision"]).look_up(_log.warning)
         absent = [file for file in (TENSORS, DESCRIPTION) if file not in listing.sizes]
@@ -42,7 +43,7 @@ def local_directory(path: str | os.PathLike[str]) -> Path:
         return listing.fetch([TENSORS, DESCRIPTION], _log.warning)[0].parent
     except HubError as error:
         otherwise = "" if error.remedy else " (fetch it where there is a network, and give its directory)"
-        raise ValueError(f"{text} cannot be fetched: {error}{otherwise}") from error
+        raise UserError(f"{text} cannot be fetched: {error}{otherwise}") from error
 
 
 def check_repo_id(repo_id: str) -> None:
@@ -52,7 +53,7 @@ def check_repo_id(repo_id: str) -> None:
         ValueError: with its form.
     """
     if not re.fullmatch(_ID, repo_id):
-        raise ValueError(f"repo_id={repo_id!r} must be owner/name")
+        raise UserError(f"repo_id={repo_id!r} must be owner/name")
 
 
 def push_adapter(
@@ -92,7 +93,7 @@ def push_adapter(
     try:
         return retry(push, f"pushing to {repo_id}", _log.warning)
     except Exception as error:  # the hub's client raises errors of several libraries
-        raise ValueError(f"{directory} cannot be pushed to {repo_id}: {_refusal(error, repo_id)}") from error
+        raise UserError(f"{directory} cannot be pushed to {repo_id}: {_refusal(error, repo_id)}") from error
 
 
 def _refusal(error: Exception, repo_id: str) -> str:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from fourier_moe.errors import UserError
 from fourier_moe.files.retrying import Say, causes, retry, status_of
 from fourier_moe.files.writing import write_file
 
@@ -26,7 +27,7 @@ LOG_SECONDS = 20.0  # between two lines of progress in a log
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
-class HubError(RuntimeError):
+class HubError(UserError, RuntimeError):
     """What a repository could not give, in one line.
 
     Attributes:

@@ -10,6 +10,8 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
+from fourier_moe.errors import UserError
+
 LARGEST = 2**63  # no stored number is as large; Python's own have no end, and arithmetic with them may have none
 
 _T = TypeVar("_T")
@@ -27,9 +29,9 @@ def parse_json(text: str | bytes) -> Any:
         value = json.loads(text, object_pairs_hook=_unique)
         json.dumps(value, ensure_ascii=False).encode()
     except RecursionError as error:
-        raise ValueError("it is nested too deeply") from error
+        raise UserError("it is nested too deeply") from error
     except UnicodeError as error:
-        raise ValueError("it holds text that is no Unicode") from error
+        raise UserError("it holds text that is no Unicode") from error
     return value
 
 
@@ -41,7 +43,7 @@ def of_type(value: Any, *kinds: type[_T]) -> _T:
     """
     if type(value) not in kinds or (type(value) is int and not -LARGEST < value < LARGEST):
         names = " or ".join("null" if kind is types.NoneType else kind.__name__ for kind in kinds)
-        raise ValueError(f"{_short.repr(value)} where {names} was expected")
+        raise UserError(f"{_short.repr(value)} where {names} was expected")
     return value
 
 
@@ -74,13 +76,13 @@ def settings_of(kind: type[_T], values: Mapping[str, Any]) -> _T:
     hints = _hints(kind)
     for key, value in values.items():
         if key not in hints:
-            raise ValueError(f"{kind.__name__} has no setting {_short.repr(key)}")
+            raise UserError(f"{kind.__name__} has no setting {_short.repr(key)}")
         if not _fits(value, hints[key]):
-            raise ValueError(f"{kind.__name__}: {key}={_short.repr(value)} is no {_name(hints[key])}")
+            raise UserError(f"{kind.__name__}: {key}={_short.repr(value)} is no {_name(hints[key])}")
     try:
         return kind(**values)
     except (ArithmeticError, AttributeError, RecursionError, TypeError) as error:
-        raise ValueError(f"{kind.__name__}: {error}") from error
+        raise UserError(f"{kind.__name__}: {error}") from error
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -88,7 +90,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(result) < len(pairs):
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise ValueError(f"the key {_short.repr(twice)} is there twice")
+        raise UserError(f"the key {_short.repr(twice)} is there twice")
     return result
 
 

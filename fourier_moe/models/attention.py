@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from fourier_moe.errors import UserError
+
 FUSED_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -31,7 +33,7 @@ class _FusedWeightIsGone:
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        raise ValueError("in_proj_weight is gone after split_attention: use q_proj.weight, k_proj.weight, v_proj.weight")
+        raise UserError("in_proj_weight is gone after split_attention: use q_proj.weight, k_proj.weight, v_proj.weight")
 
 
 class _SplitAttention(nn.Module):
@@ -59,7 +61,7 @@ class _SplitAttention(nn.Module):
         shapes = [tuple(x.shape) for x in (query, key, value)]
         same_batch = query.shape[:1] == key.shape[:1] and key.shape[:2] == value.shape[:2]
         if not same_batch or any(len(shape) != 3 for shape in shapes):
-            raise ValueError(
+            raise UserError(
                 "query, key and value must be (batch, tokens, features) with one batch size, and as many values as "
                 f"keys; batch first they have the shapes {shapes}"
             )
@@ -117,9 +119,9 @@ class SplitMultiheadAttention(_SplitAttention):
             ValueError: on shapes or mask types that do not fit, on nested tensors, and on ``is_causal`` without mask.
         """
         if query.is_nested:
-            raise ValueError("split attention does not take nested tensors: pass padded tensors and key_padding_mask")
+            raise UserError("split attention does not take nested tensors: pass padded tensors and key_padding_mask")
         if is_causal and attn_mask is None:
-            raise ValueError("is_causal=True needs attn_mask, as in nn.MultiheadAttention; got attn_mask=None")
+            raise UserError("is_causal=True needs attn_mask, as in nn.MultiheadAttention; got attn_mask=None")
         batched = query.dim() == 3
         if not batched:
             query, key, value = (x.unsqueeze(0) for x in (query, key, value))
@@ -235,7 +237,7 @@ def fused_projection(module: Any, name: str) -> nn.Linear:
         ValueError: if the kind of attention is unknown.
     """
     if _kind(module) is None:
-        raise ValueError(f"{type(module).__name__} is no attention that can be split")
+        raise UserError(f"{type(module).__name__} is no attention that can be split")
     if name == "out_proj":
         weight = module.out_proj.weight
     elif module.in_proj_weight is not None:
@@ -257,7 +259,7 @@ def fuse_attention(split: nn.Module, fused: nn.Module) -> None:
         ValueError: if the two do not belong together.
     """
     if not isinstance(split, _SplitAttention) or _kind(fused) is not type(split):
-        raise ValueError(f"a {type(split).__name__} is no split {type(fused).__name__}")
+        raise UserError(f"a {type(split).__name__} is no split {type(fused).__name__}")
     projections = [split.q_proj, split.k_proj, split.v_proj]
     if fused.in_proj_weight is not None:
         fused.in_proj_weight = _joined([projection.weight for projection in projections])
@@ -293,7 +295,7 @@ def split_attention(module: nn.Module) -> nn.Module:
     kind = _kind(module)
     if kind is None:
         supported = "; ".join(f"{'.'.join(kind.replaces)}({', '.join(_arguments(kind))})" for kind in _KINDS)
-        raise ValueError(
+        raise UserError(
             f"cannot split attention of class {name}({', '.join(_arguments(type(module)))}). Supported, without "
             f"subclasses: {supported}. Rewrite it with {', '.join(FUSED_PROJECTIONS)} as nn.Linear, or leave it out of "
             "the target modules."
@@ -302,18 +304,18 @@ def split_attention(module: nn.Module) -> nn.Module:
     found = plain | module._parameters.keys() | module._buffers.keys() | module._modules.keys()
     expected = set(kind.attributes.split())
     if found != expected:
-        raise ValueError(
+        raise UserError(
             f"cannot split {name}: it has unknown attributes {sorted(found - expected)} and lacks "
             f"{sorted(expected - found)}. Remove what was added to the module, or use a library version known here."
         )
     refused = [option for option, is_on in kind.refuses.items() if is_on(module)]
     if refused:
-        raise ValueError(f"cannot split {name} with {', '.join(refused)}: switch it off, or choose other target modules")
+        raise UserError(f"cannot split {name} with {', '.join(refused)}: switch it off, or choose other target modules")
     out_proj = module.out_proj
     if type(out_proj) not in (nn.Linear, NonDynamicallyQuantizableLinear):
-        raise ValueError(f"cannot split {name}: out_proj is a {type(out_proj).__qualname__}, expected an nn.Linear")
+        raise UserError(f"cannot split {name}: out_proj is a {type(out_proj).__qualname__}, expected an nn.Linear")
     if any(getattr(owner, hooks) for owner in (module, out_proj) for hooks in _HOOKS):
-        raise ValueError(f"cannot split {name}: the split would lose its hooks, so register them afterwards")
+        raise UserError(f"cannot split {name}: the split would lose its hooks, so register them afterwards")
     return kind(module)
 
 
@@ -363,7 +365,7 @@ def _additive(mask: Tensor, name: str, dtype: torch.dtype, *shapes: tuple[int, .
     """A bool (True hides a key) or float mask of one of the ``shapes``, as a ``dtype`` mask to add to the scores."""
     if mask.shape not in shapes or not (mask.dtype == torch.bool or mask.is_floating_point()):
         expected = " or ".join(str(tuple(shape)) for shape in shapes)
-        raise ValueError(f"{name} has shape {tuple(mask.shape)} and {mask.dtype}, expected {expected}, bool or float")
+        raise UserError(f"{name} has shape {tuple(mask.shape)} and {mask.dtype}, expected {expected}, bool or float")
     if mask.dtype == torch.bool:
         return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, float("-inf"))
     return mask.to(dtype)

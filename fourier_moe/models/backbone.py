@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from fourier_moe.errors import UserError
+
 _SAMPLES, _VALUES = 8, 16  # parameters, and values of each: over whole matrices all initialisations look alike
 _TOLERANCE = 4e-3  # relative; rounding a backbone to bfloat16 changes a value by less than 2^-8
 _SMALLEST = 2**-24  # absolute; the step between float16's smallest numbers
@@ -112,7 +114,7 @@ def check_backbone(model: nn.Module, name: str | None, fingerprint: Mapping[str,
         same = same and (None in (name, present_name) or name == present_name)
     if not same:
         weights = "whose weights are others" if name == present_name else f"this model is {present_name!r}"
-        raise ValueError(f"{source} was trained on backbone {name!r}, {weights}; load the same pretrained weights")
+        raise UserError(f"{source} was trained on backbone {name!r}, {weights}; load the same pretrained weights")
 
 
 def _root_mean_square(tensor: Tensor) -> float:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from fourier_moe.config import AdapterConfig
+from fourier_moe.errors import UserError
 from fourier_moe.models.attention import FUSED_PROJECTIONS, is_fused_attention
 
 _ATTRIBUTE = "fourier_moe_module_names"
@@ -53,7 +54,7 @@ def names_by_config(model: nn.Module, config: AdapterConfig) -> ModuleNames:
     projections = _match(targets, _projection_names(model), "targets")
     outside = _outside(projections, heads)
     if projections and not outside:
-        raise ValueError(
+        raise UserError(
             f"targets match only {', '.join(sorted(projections)[:5])}, which head={list(config.head)} trains in full; "
             "name projections outside of the head"
         )
@@ -82,7 +83,7 @@ def names_by_file(model: nn.Module, config: AdapterConfig, stored: ModuleNames |
         stored = ModuleNames(tuple(_projections_of(model, keys, known)))
     missing = [name for name in (*stored.projections, *stored.heads) if name not in known]
     if missing:
-        raise ValueError(f"it adapts {missing[0]!r}, which this model has not")
+        raise UserError(f"it adapts {missing[0]!r}, which this model has not")
     heads |= set(stored.heads)
     projections |= set(stored.projections)
     for argument, entries, found in (("head", config.head, heads), ("targets", targets, projections)):

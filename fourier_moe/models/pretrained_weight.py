@@ -8,6 +8,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from fourier_moe.errors import UserError
+
 # Torch's products, by the names of their functions.
 _PRODUCTS = (
     *("linear", "bilinear", "matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "mv", "addmm", "addbmm", "addmv", "baddbmm"),
@@ -52,7 +54,7 @@ def check_is_called(model: nn.Module, name: str) -> None:
     owner = type(model.get_submodule(parent))
     reader = next(cls for cls in owner.__mro__ if "forward" in vars(cls))
     if child in _READERS.get(f"{reader.__module__}.{reader.__qualname__}", ()):
-        raise ValueError(
+        raise UserError(
             f"targets match {name!r}, but {owner.__name__} reads that projection's weight and does not call it, so that an "
             f"adapter would have no effect; {_REMEDY}"
         )
@@ -97,7 +99,7 @@ class PretrainedWeight(Tensor):
         tensors = [value for value in _flat([*args, *kwargs.values()]) if isinstance(value, Tensor)]
         first = next((tensor for tensor in tensors if type(tensor) is cls), None)
         if first is not None and name in _PRODUCTS:
-            raise ValueError(
+            raise UserError(
                 f"the model multiplies with the weight of {first.projection!r} itself ({name}) and does not call the "
                 f"projection, so that its adapter would have no effect; {_REMEDY}"
             )

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from fourier_moe.adapter import Adapter
+from fourier_moe.errors import UserError
 
 _METHODS = ("save_pretrained", "push_to_hub")  # of transformers, huggingface_hub's mixin, diffusers
 
@@ -46,7 +47,7 @@ class GuardedSaving:
                 "push_adapter; a model without adapters is what `train.py export` writes"
             )
             if kwargs.get("state_dict") is None and not self._is_checkpoint(*args, **kwargs):
-                raise ValueError(problem)
+                raise UserError(problem)
             warnings.warn(f"{problem}. This checkpoint is good for resuming with the same adapter only", stacklevel=2)
         return getattr(type(self.module), self.method)(self.module, *args, **kwargs)
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
 
+from fourier_moe.errors import UserError
 from fourier_moe.routing.statistics import TokenWeights
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 SHARED = threading.RLock()
 
 
-class NoTokensError(RuntimeError):
+class NoTokensError(UserError, RuntimeError):
     """A router's balance loss was asked for, and no forward pass used its projection inside a `recording`."""
 
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fourier_moe.errors import UserError
 from fourier_moe.routing.logits import logits
 from fourier_moe.routing.recording import SHARED, NoTokensError, Recorded, Recording, opened, recording_of
 from fourier_moe.routing.statistics import RouterStatistics, TokenWeights
@@ -115,7 +116,7 @@ class Router(nn.Module, ABC):
         tokens, weights = recording.tokens[self], recording.weights
         trains = torch.is_grad_enabled() and self.weight.requires_grad
         if trains and not all(recorded.probabilities.requires_grad for recorded in tokens):
-            raise ValueError(
+            raise UserError(
                 "the balance loss would train no router, because the forward pass ran without gradients: in reentrant "
                 "activation checkpointing, where use_reentrant=False is needed, or under torch.no_grad()"
             )
@@ -151,7 +152,7 @@ class Router(nn.Module, ABC):
             return
         mask = recording.token_mask
         if mask is not None and mask.shape != probabilities.shape[:-1]:
-            raise ValueError(
+            raise UserError(
                 f"token_mask has shape {tuple(mask.shape)}, but the adapted projection sees tokens of shape "
                 f"{tuple(probabilities.shape[:-1])}; give one true/false per token of the projection's input"
             )
@@ -159,7 +160,7 @@ class Router(nn.Module, ABC):
 
     def _replicate_for_data_parallel(self) -> Router:
         if recording_of(self) is not None:
-            raise ValueError(
+            raise UserError(
                 "torch.nn.DataParallel runs copies of the routers in threads of its own, where `recording` sees nothing; use "
                 "DistributedDataParallel"
             )

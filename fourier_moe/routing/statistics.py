@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from fourier_moe.errors import UserError
 from fourier_moe.routing.logits import without_autocast
 
 
@@ -173,7 +174,7 @@ class TokenWeights:
                 self._by_task[key] = torch.stack([mask_T if name == "" else torch.zeros_like(mask_T) for name in self.names])
             else:
                 if shape[:1] != self._rows.shape:
-                    raise ValueError(
+                    raise UserError(
                         f"tasks has {len(self._rows)} names, but the adapted projection sees tokens of shape {tuple(shape)}; "
                         "give one for each entry of the first dimension"
                     )

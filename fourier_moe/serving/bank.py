@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fourier_moe.adapter import Adapter
+from fourier_moe.errors import UserError
 from fourier_moe.files.adapter_files import put_on, stored_names
 from fourier_moe.files.format import AdapterDescription, read, tensors
 from fourier_moe.files.hub import local_directory
@@ -61,7 +62,7 @@ class AdapterBank:
 
     def __init__(self, model: nn.Module) -> None:
         if is_adapted(model) or adapters(model):
-            raise ValueError("model is adapted already; make the bank of a freshly loaded model")
+            raise UserError("model is adapted already; make the bank of a freshly loaded model")
         self.model = model.requires_grad_(False).eval()
         self._loaded: dict[str, _Loaded] = {}
         self._selection = Selection()
@@ -118,7 +119,7 @@ class AdapterBank:
             with CHOOSING:
                 self._check_known([name])
                 if name in self._selection.used():
-                    raise ValueError(f"{name!r} is active; activate another adapter, or None, first")
+                    raise UserError(f"{name!r} is active; activate another adapter, or None, first")
                 self._loaded = {other: loaded for other, loaded in self._loaded.items() if other != name}
             self._put_in(self._loaded)
             self._set_fused_kernels([*self._layers])
@@ -170,14 +171,14 @@ class AdapterBank:
 
     def _check_new(self, name: str) -> None:
         if not name or name in self._loaded:
-            raise ValueError(f"name={name!r} must be new and not empty; loaded: {', '.join(self.names) or 'none'}")
+            raise UserError(f"name={name!r} must be new and not empty; loaded: {', '.join(self.names) or 'none'}")
 
     def _check_known(self, names: Sequence[str | None]) -> None:
         if isinstance(names, str):
-            raise ValueError(f"names={names!r} must be a list with an adapter's name or None for each example")
+            raise UserError(f"names={names!r} must be a list with an adapter's name or None for each example")
         unknown = [name for name in names if name is not None and name not in self._loaded]
         if unknown:
-            raise ValueError(f"no adapter {unknown[0]!r} is loaded; loaded: {', '.join(self.names) or 'none'}")
+            raise UserError(f"no adapter {unknown[0]!r} is loaded; loaded: {', '.join(self.names) or 'none'}")
 
     def _adapt_aside(
         self, path: str | os.PathLike[str], description: AdapterDescription, state: Mapping[str, Tensor]
@@ -209,7 +210,7 @@ class AdapterBank:
                     inside = [part for part in (*two.adapters, *two.heads) if part.startswith(f"{head}.")]
                     inside += [head] * (head in two.adapters)
                     if inside:
-                        raise ValueError(
+                        raise UserError(
                             f"{owner!r} brings a {head} of its own, of which {guest!r} changes {inside[0]}; keep them apart"
                         )
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fourier_moe.adapter import Adapter, projection_shape
+from fourier_moe.errors import UserError
 from fourier_moe.models.pretrained_weight import PretrainedWeight
 from fourier_moe.serving.bank_selection import Selection
 
@@ -42,7 +43,7 @@ class BankLayer(nn.Module):
         return groups, before if before is after else {**before, **after}
 
     def _replicate_for_data_parallel(self) -> nn.Module:
-        raise ValueError("an AdapterBank serves in one process; torch.nn.DataParallel would part the examples from their names")
+        raise UserError("an AdapterBank serves in one process; torch.nn.DataParallel would part the examples from their names")
 
 
 class BankProjection(BankLayer):
@@ -147,7 +148,7 @@ class BankHead(BankLayer):
         for rows, output in outputs:
             if not isinstance(output, Tensor) or output.dim() < 2 or len(output) != len(rows):
                 shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-                raise ValueError(
+                raise UserError(
                     f"the head {self.name} gives {shape} for {len(rows)} examples; several adapters in one batch need a head "
                     "that gives a tensor (examples, ..., classes)"
                 )

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fourier_moe.errors import UserError
+
 
 class Choice:
     """What one thread or task has chosen: an adapter for each example, or one for all (None: the plain model).
@@ -36,7 +38,7 @@ class Choice:
         if self.names is None:
             return {self.everyone: None}
         if x.shape[0] != len(self.names):
-            raise ValueError(
+            raise UserError(
                 f"per_example names adapters for {len(self.names)} examples, but {layer} reads an input of shape "
                 f"{tuple(x.shape)}, whose first dimension must count them; name each example as often as the model repeats it "
                 "(generate: num_beams times), and leave projections out of targets that see no examples first"
@@ -88,7 +90,7 @@ class Selection:
             self._check_clear()
             return {self.active: None}
         if not choice.open:
-            raise ValueError(
+            raise UserError(
                 "this task or thread was started inside `per_example`, `using` or `disabled`, which has ended; keep it open "
                 "until the task is done, or choose in the task"
             )
@@ -127,7 +129,7 @@ class Selection:
     def _check_clear(self) -> None:
         """Code that starts a thread inside `per_example` must not silently get the adapter that is active outside of it."""
         if self.open_choices:
-            raise ValueError(
+            raise UserError(
                 "this thread has chosen no adapter, while another one has: choose here, by `with bank.per_example(names)`, "
                 "`bank.using(name)` or `bank.disabled()`; or start the thread with contextvars.copy_context().run, which hands "
                 "over the choice of the thread that starts it"

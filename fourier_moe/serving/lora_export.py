@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from fourier_moe.errors import UserError
 from fourier_moe.inject import adapter_config, adapters, head_modules
 from fourier_moe.models.attention import is_split_attention
 from fourier_moe.models.backbone import backbone_name
@@ -81,7 +82,7 @@ def export_loras(model: nn.Module, directory: Path) -> list[ProjectionExport]:
     layers = {name: layer for name, layer in adapters(model).items() if isinstance(layer, FourierMoELinear)}
     if not layers or len(layers) < len(adapters(model)):
         method = type(adapter_config(model)).__name__
-        raise ValueError(f"{method} has no spectral experts that could be written as LoRA; FourierMoEConfig has")
+        raise UserError(f"{method} has no spectral experts that could be written as LoRA; FourierMoEConfig has")
     exports = [ProjectionExport(name, layer.out_features, layer.in_features, [], []) for name, layer in layers.items()]
     num_experts = next(iter(layers.values())).router.num_experts
     for expert in range(num_experts):
@@ -89,7 +90,7 @@ def export_loras(model: nn.Module, directory: Path) -> list[ProjectionExport]:
         for export in exports:
             lora = loras[export.name]
             if not lora.difference <= LARGEST_DIFFERENCE:
-                raise ValueError(
+                raise UserError(
                     f"{export.name}: expert {expert} as LoRA differs from it by {lora.difference:.1e}, more than rounding"
                 )
             export.ranks.append(lora.rank)

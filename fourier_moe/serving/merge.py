@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from fourier_moe.errors import UserError
 from fourier_moe.models.quantization import is_quantized
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ def check_takes_update(base: nn.Module) -> None:
     weight: Any = base.weight
     if is_quantized(base) or not weight.is_floating_point() or type(weight.data) is not Tensor:
         kind = f"{type(base).__name__} with a weight of {type(weight.data).__name__}, {weight.dtype}"
-        raise ValueError(
+        raise UserError(
             f"the frozen projection is a {kind}: an update added to a quantised or sharded weight would be rounded away or has "
             "no place in it; load the pretrained model unquantised, in one process"
         )
@@ -60,7 +61,7 @@ def check_mergeable(adapters: Mapping[str, Adapter]) -> None:
                 adapter.merged()
             check_takes_update(adapter.base)
         except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
+            raise UserError(f"{name}: {error}") from error
 
 
 def merge_adapters(adapters: Mapping[str, Adapter], gates: Mapping[str, Tensor]) -> dict[nn.Module, nn.Module]:

@@ -16,6 +16,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from fourier_moe.errors import UserError
+
 # Up to this many positions the whole plane is enumerated; above it positions are proposed and accepted one by one.
 _ENUMERATION_LIMIT = 2**18
 _POSITIONS_AT_ONCE = 2**18  # positions whose weights are held at once when a band is measured, in whole rows
@@ -164,14 +166,14 @@ def draw_frequencies(
     total = count_positions(out_features, in_features, half_plane=half_plane)
     where = f"a {out_features} x {in_features} projection"
     if count > total:
-        raise ValueError(
+        raise UserError(
             f"num_coefficients asks for {count} frequencies per expert, but {where} has only {total}; "
             "lower num_coefficients, raise num_experts or leave this projection out of targets"
         )
     shape = (out_features, in_features)
     capacity = None if center is None or alone else band_capacity(*shape, center, bandwidth, half_plane, enough=count)
     if capacity is not None and count > capacity:
-        raise ValueError(
+        raise UserError(
             f"num_coefficients asks for {count} frequencies per expert, but the band of centre {center:.4g} and "
             f"bandwidth={bandwidth} holds only {int(capacity)} in {where}; lower num_coefficients, widen bandwidth, leave this "
             "projection out of targets, or use band_layout='cover', whose centres stay inside the plane"

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fourier_moe.adapter import Adapter, device_of
 from fourier_moe.config import FourierMoEConfig
+from fourier_moe.errors import UserError
 from fourier_moe.routing.router import TopKRouter
 from fourier_moe.serving.merge import with_update
 from fourier_moe.spectral.experts import SpectralExperts
@@ -46,7 +47,7 @@ class FourierMoELinear(Adapter):
         try:
             self.experts = SpectralExperts(self.in_features, self.out_features, config, generator=generator, device=device)
         except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
+            raise UserError(f"{name}: {error}") from error
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.base(x)
@@ -54,7 +55,7 @@ class FourierMoELinear(Adapter):
 
     def merged(self, gates: Tensor | None = None) -> nn.Module:
         if gates is None:
-            raise ValueError("FourierMoELinear routes every token on its own; give the gates to freeze")
+            raise UserError("FourierMoELinear routes every token on its own; give the gates to freeze")
         return with_update(self.base, self.experts.mixture(gates))
 
     def parameter_groups(self) -> Mapping[str, list[nn.Parameter]]:

@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from fourier_moe import FourierMoEConfig
+from fourier_moe.errors import UserError
 from fourier_moe.files.writing import write_file
 from lightning_modules.experiments.budget import Budget, adapter_parameters, match
 from lightning_modules.experiments.compare_report import format_table, method_labels, unfair_runs, write_csv
@@ -38,7 +39,7 @@ def compare(args: list[str]) -> list[Result]:
     names = options.adapters.split(",")
     overlays = {name: _overlay(name) for name in names}
     if len({cell_name(name) for name in names}) < len(names) or {OWN, FOURIER_MOE} <= overlays.keys():
-        raise ValueError(f"--adapters {options.adapters}: names must differ, results go to directories of these names")
+        raise UserError(f"--adapters {options.adapters}: names must differ, results go to directories of these names")
     budget = Budget.parse(options.match_parameters) if options.match_parameters else None
     output = Path(options.output or f"runs/compare/{Path(options.config[0]).stem}")
 
@@ -58,7 +59,7 @@ def compare(args: list[str]) -> list[Result]:
         metric = f"test/{options.metric}" if options.metric else results[0].main_metric
         missing = next((result for result in results if metric not in result.metrics), None)
         if missing:
-            raise ValueError(f"--metric {options.metric!r}: {missing.overlay} was tested for {', '.join(missing.metrics)}")
+            raise UserError(f"--metric {options.metric!r}: {missing.overlay} was tested for {', '.join(missing.metrics)}")
         parts = [*_report(results, metric, next(iter(grid)), notes, output), *parts]
     if budget:
         parts.append(f"Parameters matched to {options.match_parameters}:\n\n{sizes}")
@@ -114,7 +115,7 @@ def _overlay(name: str) -> list[str]:
     if not path.is_file():
         known = [file.stem for file in sorted(_OVERLAYS.glob("*.yaml"))]
         known += [f"ablations/{file.stem}" for file in sorted(Path("configs/ablations").glob("*.yaml"))]
-        raise ValueError(f"--adapters {name!r}: {path} not found; known: {', '.join([OWN, FOURIER_MOE, *known])}")
+        raise UserError(f"--adapters {name!r}: {path} not found; known: {', '.join([OWN, FOURIER_MOE, *known])}")
     return ["--config", str(path)]
 
 
@@ -132,7 +133,7 @@ def _sizes(cells: Mapping[str, Cell], budget: Budget | None) -> tuple[dict[str, 
     for name, cell in cells.items():
         try:
             if name == FOURIER_MOE and not isinstance(cell.adapter, FourierMoEConfig):
-                raise ValueError(f"the config's own adapter is {type(cell.adapter).__name__}; '{OWN}' takes whatever it is")
+                raise UserError(f"the config's own adapter is {type(cell.adapter).__name__}; '{OWN}' takes whatever it is")
             adapter = match(cell, budget) if budget else cell.adapter
             report = cell.try_out(adapter)
         except ValueError as error:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fourier_moe import push_adapter, save_adapter
+from fourier_moe.errors import UserError
 from fourier_moe.files.format import TENSORS
 from fourier_moe.files.hub import check_repo_id
 from fourier_moe.files.writing import new_directory
@@ -69,7 +70,7 @@ def export(args: list[str]) -> Path:
     output = Path(options.output or f"runs/export/{Path(options.config[0]).stem}/{options.format}")
     pushes_again = bool(options.push) and (output / TENSORS).is_file()
     if output.exists() and not pushes_again:
-        raise ValueError(f"--output {output} exists; give a new directory, or remove it first")
+        raise UserError(f"--output {output} exists; give a new directory, or remove it first")
     require_writable(output, "--output")
     if options.ckpt_path:
         options.ckpt_path = find_checkpoint(options.ckpt_path)
@@ -78,7 +79,7 @@ def export(args: list[str]) -> Path:
     cli = AdaptationCLI([*configs, *fit_args, *(f"--trainer.{word}" for word in alone)], run=False)
     if bool(options.ckpt_path) == bool(cli.model.adapter_path):
         if options.ckpt_path:
-            raise ValueError("--ckpt_path and --model.adapter_path are two sources; give one of them")
+            raise UserError("--ckpt_path and --model.adapter_path are two sources; give one of them")
         raise untrained("export")
     cli.trainer.callbacks, cli.trainer.loggers = [], []  # type: ignore[attr-defined] # nothing of a run is to be written
 
@@ -104,7 +105,7 @@ def _require_same_adapter(cli: AdaptationCLI, options: Any, output: Path) -> Non
         _write_adapter(cli, options, Path(folder))
         same = (Path(folder) / TENSORS).read_bytes() == (output / TENSORS).read_bytes()
     if not same:
-        raise ValueError(f"--output {output} holds another adapter; give a new directory, or remove it first")
+        raise UserError(f"--output {output} holds another adapter; give a new directory, or remove it first")
 
 
 def _load(cli: AdaptationCLI, ckpt_path: str | None) -> None:
@@ -173,7 +174,7 @@ def _write_merged(cli: AdaptationCLI, options: Any, directory: Path) -> tuple[st
         problems.append(f"{report.main_metric} by {report.drop:.2f} points (--max_drop {options.max_drop})")
     if problems and not options.force:
         print(f"\n{table}\n")
-        raise ValueError(f"the merged model differs too much: {', '.join(problems)}; --force writes it all the same")
+        raise UserError(f"the merged model differs too much: {', '.join(problems)}; --force writes it all the same")
     cli.model.task.save_model(directory, cli.model.class_names)
     facts = {name: value for name, value in asdict(report).items() if name != "gates"}
     return table, {**facts, "task": options.task, "drop": report.drop, "gates": report.gates}

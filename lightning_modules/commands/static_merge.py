@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fourier_moe import StatisticsReader, adapters, recording, routers
+from fourier_moe.errors import UserError
 from fourier_moe.serving.merge import check_mergeable, merge_adapters, swap, swapped
 from lightning_modules.adaptation import AdaptationModule
 from lightning_modules.tasks.base import Batch, Task, select
@@ -74,10 +75,10 @@ class OnBatches(L.Callback):
     def check(self) -> None:
         """Refuse to go on with nothing."""
         if not self.num_examples and self.task_name is None:
-            raise ValueError("the split has no examples to measure gates on; hold a part out, or give the other --split")
+            raise UserError("the split has no examples to measure gates on; hold a part out, or give the other --split")
         if not self.num_examples:
             tasks = ", ".join(name for name in self.known if name)
-            raise ValueError(f"--task {self.task_name!r} is in no batch; tasks of the data: {tasks or 'none are named'}")
+            raise UserError(f"--task {self.task_name!r} is in no batch; tasks of the data: {tasks or 'none are named'}")
 
 
 def merge(
@@ -120,7 +121,7 @@ def _main_metric(task: Task, metrics: Mapping[str, float], split: str, task_name
     for name in [*(f"{task_name}/{name}" for name in names), *names]:
         if name in metrics:
             return name
-    raise ValueError(f"the {split} set gave {', '.join(metrics) or 'nothing'}, and no {names[0]} to compare; has it labels?")
+    raise UserError(f"the {split} set gave {', '.join(metrics) or 'nothing'}, and no {names[0]} to compare; has it labels?")
 
 
 class _Prepare(L.Callback):

@@ -11,6 +11,7 @@ from torch import nn
 
 from fourier_moe import FourierMoEConfig, adapters
 from fourier_moe.adapter import Adapter
+from fourier_moe.errors import UserError
 from fourier_moe.files.writing import write_file
 from lightning_modules.callbacks import RouterLoad
 from lightning_modules.cli import AdaptationCLI
@@ -53,9 +54,9 @@ def sweep(args: list[str]) -> list[Result]:
     require_named_logger(resolved_config(cli))
     own = cli.model.adapter
     if not isinstance(own, FourierMoEConfig):
-        raise ValueError(f"sweep varies FourierMoE, and the config's adapter is {type(own).__name__}; leave its overlay out")
+        raise UserError(f"sweep varies FourierMoE, and the config's adapter is {type(own).__name__}; leave its overlay out")
     if options.study == "bandwidth" and not own.frequency_bias:
-        raise ValueError("bandwidth has no effect with frequency_bias=False; set frequency_bias to true")
+        raise UserError("bandwidth has no effect with frequency_bias=False; set frequency_bias to true")
     cli.model.configure_model()
     values = options.values.split(",") if options.values is not None else None
     settings, left_out = choose_settings(study, values, own, _trial(adapters(cli.model.model)))

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fourier_moe import AdapterConfig, InjectionReport
+from fourier_moe.errors import UserError
 from lightning_modules.experiments.preflight import Cell
 
 TOLERANCE = 0.2  # share of the budget by which an adapter may miss it
@@ -40,7 +41,7 @@ class Budget:
         except ValueError:
             amount = math.nan
         if not 0 < amount < math.inf:
-            raise ValueError(f"--match-parameters {text!r} must be a positive number such as 150000, or a percentage: 0.42%")
+            raise UserError(f"--match-parameters {text!r} must be a positive number such as 150000, or a percentage: 0.42%")
         return Budget(amount, text.endswith("%"))
 
     def parameters(self, report: InjectionReport) -> float:
@@ -73,7 +74,7 @@ def match(cell: Cell, budget: Budget) -> AdapterConfig:
     wanted = budget.parameters(cell.try_out(sized(1)))
     multiple, count = nearest(lambda number: adapter_parameters(cell.try_out(sized(number))), wanted)
     if abs(count - wanted) > TOLERANCE * wanted:
-        raise ValueError(
+        raise UserError(
             f"--match-parameters asks for {wanted:,.0f} parameters, and {type(adapter).__name__} comes no nearer than "
             f"{count:,} ({field}={multiple * step}); give another budget"
         )

@@ -15,7 +15,8 @@ from typing import Any
 
 from lightning.pytorch.callbacks import ModelCheckpoint, Timer
 
-from lightning_modules.cli import AdaptationCLI, user_mistake
+from fourier_moe.errors import UserError
+from lightning_modules.cli import AdaptationCLI, user_error
 from lightning_modules.evaluation_sets import each_loader, limit_of
 from lightning_modules.experiments.cells import read_cell, write_cell
 from lightning_modules.experiments.graded_examples import GradedExamples, GradedSet
@@ -100,7 +101,7 @@ def require_named_logger(config: Mapping[str, Any]) -> None:
     settings = logger.get("init_args", {}) if isinstance(logger, Mapping) else {}
     if not {"save_dir", "name"} <= settings.keys():
         found = logger["class_path"] if isinstance(logger, Mapping) else "several" if isinstance(logger, list) else logger
-        raise ValueError(
+        raise UserError(
             f"trainer.logger is {found}; compare and sweep tell their runs apart by a logger's save_dir and name, as one "
             "TensorBoardLogger or CSVLogger has them"
         )
@@ -135,7 +136,7 @@ def _run(overlay: str, seed: int, args: list[str], output: Path) -> Result:
     try:
         cli = AdaptationCLI([*args, "--seed_everything", str(seed), *logger], run=False)
     except SystemExit as error:
-        raise ValueError("the config does not parse, see the message above") from error
+        raise UserError("the config does not parse, see the message above") from error
     config = resolved_config(cli)
     cell = cell_file(output, overlay, seed)
     kept = read_cell(cell, config, cli.trainer.is_global_zero)
@@ -165,9 +166,7 @@ def _train_and_test(cli: AdaptationCLI, overlay: str, seed: int) -> tuple[Result
     graded = examples.gather(trainer)
     main_metric = f"test/{model.task.main_metric}"
     if main_metric not in metrics:
-        raise ValueError(
-            f"the test set gave {', '.join(metrics) or 'nothing'}, and no {main_metric} to compare; has it labels?"
-        )
+        raise UserError(f"the test set gave {', '.join(metrics) or 'nothing'}, and no {main_metric} to compare; has it labels?")
     best = _best_checkpoint(trainer.checkpoint_callbacks)
     best_metrics = None
     if best is not None:
@@ -211,7 +210,7 @@ def _merged(metrics_of_sets: list[Any]) -> dict[str, float]:
 
 def _describe(error: Exception) -> str:
     """One line; before it the traceback, unless the user knows what to do without."""
-    mistake = user_mistake(error)
+    mistake = user_error(error)
     if mistake is None:
         traceback.print_exception(error)
     text = " ".join(str(mistake or error).split())

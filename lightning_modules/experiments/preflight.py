@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from fourier_moe import AdapterConfig, InjectionReport, inject
+from fourier_moe.errors import UserError
 from lightning_modules.cli import AdaptationCLI
 from lightning_modules.experiments.grid import require_named_logger, resolved_config
 from lightning_modules.optimization import Optimization
@@ -78,7 +79,7 @@ def parse_grid(grid: Mapping[str, Sequence[str]], metric: str | None = None) -> 
 def raise_together(problems: Sequence[str]) -> None:
     """One error for the problems of several cells; none without problems."""
     if problems:
-        raise ValueError("nothing was run; " + "; ".join(problems))
+        raise UserError("nothing was run; " + "; ".join(problems))
 
 
 def _parse(words: Sequence[str], metric: str | None, outlines: dict[str, tuple[nn.Module, list[str]]]) -> Cell:
@@ -89,11 +90,11 @@ def _parse(words: Sequence[str], metric: str | None, outlines: dict[str, tuple[n
             cli = AdaptationCLI([*words, "--seed_everything", "0"], run=False)
     except SystemExit as error:
         message = " ".join(errors.getvalue().partition("error: ")[2].split())
-        raise ValueError(re.sub(r" Trying to parse.*", "", message) or "the config does not parse") from error
+        raise UserError(re.sub(r" Trying to parse.*", "", message) or "the config does not parse") from error
     model, config = cli.model, resolved_config(cli)
     require_named_logger(config)
     if model.optimization is None:
-        raise ValueError("optimization is missing; fit needs the learning rates of what it trains")
+        raise UserError("optimization is missing; fit needs the learning rates of what it trains")
     names: list[str] = [*(getattr(cli.datamodule, "class_names", None) or ())]
     num_classes = len(names) or model.num_classes
     key = json.dumps([config["model"]["task"], num_classes], sort_keys=True)
@@ -101,7 +102,7 @@ def _parse(words: Sequence[str], metric: str | None, outlines: dict[str, tuple[n
         built = model.task.build(num_classes, names or [f"class {index}" for index in range(num_classes or 0)])
         known = list(model.task.new_metrics())
         if metric and metric.rpartition("/")[2] not in known:
-            raise ValueError(f"--metric {metric!r} is no metric of the task; known: {', '.join(map(str, known))}")
+            raise UserError(f"--metric {metric!r} is no metric of the task; known: {', '.join(map(str, known))}")
         outlines[key] = outline(built), [*model.task.head_names]
     return Cell(model.adapter, model.optimization, *outlines[key], config)
 

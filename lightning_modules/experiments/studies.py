@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from fourier_moe import FourierMoEConfig
+from fourier_moe.errors import UserError
 
 ABLATIONS = Path("configs/ablations")
 FULL = "full"  # the ablations' baseline: the config as it is
@@ -97,7 +98,7 @@ class NumericStudy(Study):
             number = self._number(value)
         except ValueError as error:
             kind = "a whole number" if self._number is int else "a number"
-            raise ValueError(f"{self.axis}: {value!r} is not {kind}") from error
+            raise UserError(f"{self.axis}: {value!r} is not {kind}") from error
         label = f"{number}" if self._number is int else f"{number:g}"
         return [
             Setting("_".join(filter(None, (*self.axis.split(), label, series))), label, fields, series)
@@ -119,9 +120,7 @@ class Ablations(Study):
             return [Setting(FULL, FULL)]
         path = Path(value) if value.endswith(".yaml") else ABLATIONS / f"{value}.yaml"
         if not path.is_file():
-            raise ValueError(
-                f"variant: {value!r} is not one of {', '.join(self.default_values(own))} or the path of an overlay"
-            )
+            raise UserError(f"variant: {value!r} is not one of {', '.join(self.default_values(own))} or the path of an overlay")
         overlay = yaml.safe_load(path.read_text(encoding="utf-8"))
         fields = overlay.get("model", {}).get("adapter", {}).get("init_args", {})
         return [Setting(path.stem, path.stem.replace("_", " "), fields, overlay=path)]
@@ -213,9 +212,9 @@ def choose_settings(
             else:
                 fitting.append(setting)
         if values is not None and not fitting:
-            raise ValueError(f"--values {value!r} does not fit {study.axis} {'; '.join(problems)}")
+            raise UserError(f"--values {value!r} does not fit {study.axis} {'; '.join(problems)}")
         left_out += [f"{study.axis} {problem}" for problem in problems]
         chosen |= {setting.name: setting for setting in fitting}
     if not chosen:
-        raise ValueError(f"no value of the study fits this config, give --values: {'; '.join(left_out)}")
+        raise UserError(f"no value of the study fits this config, give --values: {'; '.join(left_out)}")
     return list(chosen.values()), left_out

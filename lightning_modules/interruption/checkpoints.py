@@ -19,6 +19,7 @@ import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_warn
 
+from fourier_moe.errors import UserError
 from fourier_moe.files.writing import write_file
 
 _MARK = b"fourier_moe sha256 "
@@ -59,7 +60,7 @@ class CheckedCheckpointIO(TorchCheckpointIO):
             RuntimeError: if the file cannot be written (a full disk, no permission); what was at `path` is still there.
         """
         if storage_options is not None:
-            raise ValueError(f"storage_options={storage_options!r} must be None")
+            raise UserError(f"storage_options={storage_options!r} must be None")
         content = _with_checksum(checkpoint)
         if "://" in str(path):  # an object store, which shows whole objects only
             with fsspec.open(str(path), "wb") as file:
@@ -69,7 +70,7 @@ class CheckedCheckpointIO(TorchCheckpointIO):
             write_file(Path(path), content)
         except OSError as error:
             step, cause = checkpoint.get("global_step"), os.strerror(error.errno) if error.errno else error
-            raise RuntimeError(
+            raise UserError(
                 f"checkpoint {path} of step {step} cannot be written: {cause}; earlier checkpoints are as they were. "
                 "Make room there, then resume with --ckpt_path RUN_DIRECTORY, which takes the newest intact one"
             ) from error
@@ -86,7 +87,7 @@ class CheckedCheckpointIO(TorchCheckpointIO):
             ValueError: if the file is damaged, or holds other things than tensors and plain values.
         """
         if weights_only is False:
-            raise ValueError("weights_only=False would run code from a checkpoint; leave it out or set it to True")
+            raise UserError("weights_only=False would run code from a checkpoint; leave it out or set it to True")
         return read_checkpoint(path, map_location)
 
 
@@ -96,7 +97,7 @@ def read_checkpoint(path: str | os.PathLike[str], map_location: Any = "cpu") -> 
         content = file.read()
     problem = _problem(content)
     if problem:
-        raise ValueError(f"checkpoint {path} is damaged ({problem}); {_advice(Path(path))}")
+        raise UserError(f"checkpoint {path} is damaged ({problem}); {_advice(Path(path))}")
     if not content[:-64].endswith(_MARK):
         rank_zero_warn(
             f"checkpoint {path} has no checksum (an older version or another program wrote it): damage goes unnoticed"
@@ -104,7 +105,7 @@ def read_checkpoint(path: str | os.PathLike[str], map_location: Any = "cpu") -> 
     try:
         return torch.load(io.BytesIO(content), map_location=map_location, weights_only=True)
     except pickle.UnpicklingError as error:
-        raise ValueError(
+        raise UserError(
             f"checkpoint {path} holds more than tensors and plain values; reading it could run code and is refused"
         ) from error
 
@@ -174,7 +175,7 @@ def require_writable(directory: Path, option: str) -> None:
         with tempfile.TemporaryFile(dir=there) as file:
             file.write(b"0")
     except OSError as error:
-        raise ValueError(
+        raise UserError(
             f"{directory} cannot be written to ({there}: {error.strerror}); choose another directory with {option} DIR"
         ) from error
 

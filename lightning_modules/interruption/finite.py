@@ -9,6 +9,8 @@ import lightning as L
 from torch import Tensor
 from torch.optim import Optimizer
 
+from fourier_moe.errors import UserError
+
 
 def require_finite_loss(module: L.LightningModule, losses: Mapping[str, Tensor], batch: Mapping[str, Any]) -> None:
     """Stop all processes before a loss that is nan or infinite reaches a weight.
@@ -26,7 +28,7 @@ def require_finite_loss(module: L.LightningModule, losses: Mapping[str, Tensor],
         return
     place = f"the loss is not finite at step {module.global_step} of epoch {module.current_epoch}"
     if not own:
-        raise ValueError(f"{place} on another process, whose message names the cause")
+        raise UserError(f"{place} on another process, whose message names the cause")
     values = ", ".join(f"{name} loss {float(loss):g}" for name, loss in losses.items())
     ids = ", ".join(map(str, list(batch["id"])[:4]))
     weights = _not_finite((name, weight) for name, weight in module.named_parameters() if weight.requires_grad)
@@ -35,7 +37,7 @@ def require_finite_loss(module: L.LightningModule, losses: Mapping[str, Tensor],
         if weights
         else f"all trained weights are finite, so look at the batch (ids {ids}, ...)"
     )
-    raise ValueError(f"{place}: {values}; {cause}; {_advice(trainer.optimizers if trainer else [])}")
+    raise UserError(f"{place}: {values}; {cause}; {_advice(trainer.optimizers if trainer else [])}")
 
 
 def require_finite_weights(trainer: L.Trainer, state: Mapping[str, Tensor]) -> None:
@@ -46,7 +48,7 @@ def require_finite_weights(trainer: L.Trainer, state: Mapping[str, Tensor]) -> N
     """
     names = _not_finite(state.items())
     if names:
-        raise ValueError(
+        raise UserError(
             f"no checkpoint is written at step {trainer.global_step} of epoch {trainer.current_epoch}, since these trained "
             f"weights are not finite: {names}; {_advice(trainer.optimizers)}"
         )

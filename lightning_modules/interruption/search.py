@@ -8,6 +8,7 @@ import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from fourier_moe.errors import UserError
 from lightning_modules.interruption.checkpoints import is_intact, newest_intact, position, positions
 
 
@@ -27,21 +28,21 @@ def find_checkpoint(name: str, *others: Path, to_resume: bool = False) -> str:
     if path.is_file():
         place = position(path)
         if to_resume and place is not None and not place.whole:
-            raise ValueError(
+            raise UserError(
                 f"ckpt_path={name!r} holds weights only (save_weights_only), and training cannot go on without the optimiser's "
                 "state; give a whole checkpoint"
             )
         return name
     if not path.exists():
         near = ", ".join(sorted(str(file) for file in path.parent.glob("*.ckpt"))) or "none"
-        raise ValueError(f"ckpt_path={name!r} does not exist; checkpoints beside it: {near}")
+        raise UserError(f"ckpt_path={name!r} does not exist; checkpoints beside it: {near}")
     _require_one_run(path)
     newest, problems = newest_intact(path, *others, to_resume=to_resume)
     for problem in problems:
         rank_zero_warn(f"damaged checkpoint left out: {problem}")
     if newest is None:
         whole = "whole " if to_resume else ""
-        raise ValueError(
+        raise UserError(
             f"ckpt_path={name!r} is a directory without an intact checkpoint; a {whole}.ckpt file in or below it is needed"
         )
     rank_zero_info(f"newest intact checkpoint of {path}: {newest}")
@@ -83,7 +84,7 @@ def require_nothing_ahead(directories: list[Path], ckpt_path: str | None) -> Non
     place = position(newest) if newest else None
     if newest is not None and place is not None and place.step > step:
         begins = f"goes on from step {step} ({ckpt_path})" if ckpt_path else "begins anew"
-        raise ValueError(
+        raise UserError(
             f"{newest} is of step {place.step}, and this run, which {begins}, would write beside it. Go on from the newest "
             f"with --ckpt_path {newest.parent}, give another --trainer.logger.init_args.version, or move the checkpoints away"
         )
@@ -99,4 +100,4 @@ def _require_one_run(directory: Path) -> None:
         steps[run] = max(steps.get(run, 0), place.step if place else 0)
     if len(steps) > 1:
         found = ", ".join(f"{run} (step {step})" for run, step in sorted(steps.items()))
-        raise ValueError(f"ckpt_path={str(directory)!r} holds checkpoints of {len(steps)} runs; name one of them: {found}")
+        raise UserError(f"ckpt_path={str(directory)!r} holds checkpoints of {len(steps)} runs; name one of them: {found}")

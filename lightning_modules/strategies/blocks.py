@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from fourier_moe import Adapter
+from fourier_moe.errors import UserError
 
 
 def transformer_blocks(model: nn.Module) -> list[nn.Module]:
@@ -40,7 +41,7 @@ def checkpoint_activations(model: nn.Module) -> None:
     """
     blocks = transformer_blocks(model)
     if not blocks:
-        raise ValueError(
+        raise UserError(
             f"activation_checkpointing=True recomputes transformer blocks, and {type(model).__name__} has no list of them; "
             "set it to false"
         )

@@ -17,6 +17,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from fourier_moe import AdapterConfig
+from fourier_moe.errors import UserError
 from fourier_moe.models.backbone import keep_fingerprint, kept_fingerprint
 from lightning_modules.strategies.blocks import transformer_blocks
 
@@ -49,7 +50,7 @@ class ShardedBaseStrategy(ModelParallelStrategy):
         timeout: timedelta | None = default_pg_timeout,
     ) -> None:
         if tensor_parallel_size != 1:
-            raise ValueError(
+            raise UserError(
                 f"tensor_parallel_size={tensor_parallel_size} must be 1: adapters need the whole input of their projection"
             )
         super().__init__("auto", 1, False, process_group_backend, timeout)
@@ -76,7 +77,7 @@ class ShardedBaseStrategy(ModelParallelStrategy):
         finally:
             of_first = self.broadcast(str(problem) if problem else None)
             if of_first and not problem:
-                raise ValueError(f"the first process could not build the model: {of_first}")
+                raise UserError(f"the first process could not build the model: {of_first}")
 
     def setup(self, trainer: L.Trainer) -> None:
         assert self.lightning_module is not None
@@ -121,24 +122,24 @@ def check_strategy(strategy: Strategy, adapter: AdapterConfig, quantization: str
     name = type(strategy).__name__
     if isinstance(strategy, ShardedBaseStrategy):
         if adapter.trains_backbone():
-            raise ValueError(
+            raise UserError(
                 f"trainer.strategy={name} shards frozen weights, and {type(adapter).__name__} trains them all; use "
                 "configs/strategies/ddp.yaml, or another adapter"
             )
         if quantization is not None:
-            raise ValueError(
+            raise UserError(
                 f"trainer.strategy={name} cannot shard weights with quantization={quantization!r}; use "
                 "configs/strategies/ddp.yaml, or quantization null"
             )
     elif isinstance(strategy, ModelParallelStrategy):
-        raise ValueError(f"trainer.strategy={name} would split projections among the devices of a node by default; {_OVERLAY}")
+        raise UserError(f"trainer.strategy={name} would split projections among the devices of a node by default; {_OVERLAY}")
     elif isinstance(strategy, FSDPStrategy):
-        raise ValueError(
+        raise UserError(
             f"trainer.strategy={name} (FSDP1) flattens frozen and trained weights into one, keeps gradients for both, cannot "
             f"clip them by norm in Lightning, and gathers the whole model for every checkpoint; {_OVERLAY}"
         )
     elif isinstance(strategy, DeepSpeedStrategy):
-        raise ValueError(f"trainer.strategy={name} writes checkpoints of its own that nothing else here can read; {_OVERLAY}")
+        raise UserError(f"trainer.strategy={name} writes checkpoints of its own that nothing else here can read; {_OVERLAY}")
 
 
 def shard_frozen(model: nn.Module, mesh: DeviceMesh, device: torch.device) -> None:

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
+from fourier_moe.errors import UserError
+
 Batch = Mapping[str, Any]
 
 
@@ -142,7 +144,7 @@ class Task(nn.Module, ABC):
         Raises:
             ValueError: if the batch lacks what it takes.
         """
-        raise ValueError(f"{type(self).__name__} has no logits to compare a merged model by; implement Task.logits")
+        raise UserError(f"{type(self).__name__} has no logits to compare a merged model by; implement Task.logits")
 
     def save_model(self, directory: Path, class_names: Sequence[str] | None) -> None:
         """Write the whole model, without adapters, as a directory that the model's own library loads without this package.
@@ -150,7 +152,7 @@ class Task(nn.Module, ABC):
         Raises:
             ValueError: if there is no such format.
         """
-        raise ValueError(f"{type(self).__name__} has no format for a whole model; implement Task.save_model")
+        raise UserError(f"{type(self).__name__} has no format for a whole model; implement Task.save_model")
 
     def token_mask(self, batch: Batch) -> Tensor | None:
         """True for real tokens, false for padding, as (batch, length); None if the task pads nothing."""

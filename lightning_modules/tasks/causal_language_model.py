@@ -12,6 +12,7 @@ from torch import Tensor
 from torchmetrics import MeanMetric, MetricCollection
 from transformers import PreTrainedModel
 
+from fourier_moe.errors import UserError
 from lightning_modules.tasks.backbones.hugging_face import (
     check_model,
     check_vocabulary,
@@ -74,7 +75,7 @@ class CausalLanguageModel(Task):
         super().__init__()
         check_model(model, dtype, quantization)
         if scoring not in ("generate", "likelihood"):
-            raise ValueError(f"scoring={scoring!r} must be 'generate' or 'likelihood'")
+            raise UserError(f"scoring={scoring!r} must be 'generate' or 'likelihood'")
         self.model_name, self.dtype, self.quantization, self.tiny = model, dtype, quantization, tiny
         self.tokenizer_name = tokenizer or tokenizer_name(model, tiny)
         self.evaluation, self.scoring, self.generate_in_validation = evaluation, scoring, generate_in_validation
@@ -114,7 +115,7 @@ class CausalLanguageModel(Task):
             if self._grades and self.scoring == "likelihood":
                 _require_choices(batch)
             elif not self._grades and "labels" not in batch:
-                raise ValueError(
+                raise UserError(
                     f"validation of {batch['benchmark'][0].name} needs known responses, which it has not; set "
                     "model.task.generate_in_validation to true, or leave the set out of data.validation_sets"
                 )
@@ -134,7 +135,7 @@ class CausalLanguageModel(Task):
     def logits(self, batch: Batch) -> Tensor:
         """Of the positions that predict a token of the known response (tokens, vocabulary)."""
         if "labels" not in batch:
-            raise ValueError("a merged model is compared on known responses, and this set has none; use --split val")
+            raise UserError("a merged model is compared on known responses, and this set has none; use --split val")
         return label_logits(self.model, **padded_right(batch, "input_ids", "labels"))[0]
 
     def save_model(self, directory: Path, class_names: Sequence[str] | None) -> None:
@@ -251,6 +252,6 @@ def _row(written: tuple[str, float | None], id_: str, benchmark: Any, prompt: st
 def _require_choices(batch: Batch) -> None:
     for benchmark, choices in zip(batch["benchmark"], batch["choices"], strict=True):
         if not choices:
-            raise ValueError(
+            raise UserError(
                 f"scoring='likelihood' compares choices, and {benchmark.name} has none; use scoring='generate' for it"
             )

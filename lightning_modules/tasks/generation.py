@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from fourier_moe.errors import UserError
+
 
 @dataclass(frozen=True)
 class GenerationSettings:
@@ -31,7 +33,7 @@ class GenerationSettings:
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "num_beams"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be 1 or more")
+                raise UserError(f"{name}={getattr(self, name)} must be 1 or more")
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
+from fourier_moe.errors import UserError
 from fourier_moe.models.attention import fuse_attention, is_split_attention
 from lightning_modules.tasks.backbones.open_clip import check_model, fetch_weights, load_open_clip, save_open_clip
 from lightning_modules.tasks.base import Batch, Evaluation, Task, without_autocast
@@ -35,7 +36,7 @@ class ImageClassifier(nn.Module):
         size = getattr(self.backbone, "image_size", None)
         size = (size, size) if isinstance(size, int) else size  # open_clip's ResNets have one number
         if size is not None and tuple(images.shape[-2:]) != tuple(size):
-            raise ValueError(
+            raise UserError(
                 f"images are {images.shape[-2]} x {images.shape[-1]}, {self.backbone_name} takes {size[0]} x {size[1]}; set "
                 f"data.init_args.image_size={size[0]}, or model.task.init_args.image_size={images.shape[-1]}"
             )
@@ -92,9 +93,9 @@ class ImageClassification(Task):
         super().__init__()
         check_model(model, pretrained)
         if head not in ("linear", "zero_shot"):
-            raise ValueError(f"head={head!r} must be 'linear' or 'zero_shot'")
+            raise UserError(f"head={head!r} must be 'linear' or 'zero_shot'")
         if not templates or any("{}" not in template for template in templates):
-            raise ValueError(f"templates={list(templates)!r} must be prompts with {{}} in the class name's place")
+            raise UserError(f"templates={list(templates)!r} must be prompts with {{}} in the class name's place")
         self.model_name, self.pretrained = model, pretrained
         self.head_kind, self.templates = head, tuple(templates)
         self.image_size, self.tiny = image_size, tiny
@@ -122,7 +123,7 @@ class ImageClassification(Task):
         """
         num_classes = num_classes or len(class_names or ())
         if not num_classes:
-            raise ValueError("num_classes is unknown; give data with classes, or the adapter file that keeps them")
+            raise UserError("num_classes is unknown; give data with classes, or the adapter file that keeps them")
         zero_shot = self.head_kind == "zero_shot"
         clip = load_open_clip(
             self.model_name, self.pretrained, image_size=self.image_size, tiny=self.tiny, needs_text=zero_shot
@@ -131,7 +132,7 @@ class ImageClassification(Task):
         head: nn.Module
         if zero_shot:
             if class_names is None:
-                raise ValueError("head='zero_shot' needs class names, and neither data nor adapter file has them")
+                raise UserError("head='zero_shot' needs class names, and neither data nor adapter file has them")
             head = self._zero_shot_head(clip, class_names)
         elif isinstance(getattr(backbone, "proj", None), nn.Parameter):
             head = nn.Linear(backbone.proj.shape[0], num_classes)

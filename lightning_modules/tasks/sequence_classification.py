@@ -16,6 +16,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from datamodules.shared.tokenizers import load_tokenizer
+from fourier_moe.errors import UserError
 from lightning_modules.tasks.backbones.hugging_face import (
     check_model,
     check_vocabulary,
@@ -77,7 +78,7 @@ class SequenceClassification(Task):
         check_model(model, dtype, quantization)
         unknown = set(metrics) - {"accuracy", "f1", "matthews"}
         if unknown:
-            raise ValueError(f"metrics={list(metrics)} must be some of accuracy, f1, matthews")
+            raise UserError(f"metrics={list(metrics)} must be some of accuracy, f1, matthews")
         self.model_name, self.dtype, self.quantization, self.tiny = model, dtype, quantization, tiny
         self.tokenizer_name = tokenizer or tokenizer_name(model, tiny)
         self._knows_tokenizer = tokenizer is not None
@@ -100,7 +101,7 @@ class SequenceClassification(Task):
         """
         self.num_classes = num_classes or len(class_names or ())
         if not self.num_classes:
-            raise ValueError("num_classes is unknown; give data with classes, or the adapter file that keeps them")
+            raise UserError("num_classes is unknown; give data with classes, or the adapter file that keeps them")
         tokenizer = load_fitting_tokenizer(self.tokenizer_name, self.model_name, self.tiny) if self._knows_tokenizer else None
         model = load_sequence_classifier(num_labels=self.num_classes, **self.arguments())
         if tokenizer is not None:

@@ -9,6 +9,7 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim import AdamW
 
+from fourier_moe.errors import UserError
 from lightning_modules.optimization import Optimization
 
 
@@ -80,7 +81,7 @@ def planned_steps(trainer: L.Trainer) -> int:
     """
     steps = trainer.estimated_stepping_batches  # loads the training set if nobody has asked for it yet
     if steps in (-1, float("inf")):
-        raise ValueError("the number of optimiser steps is unknown, and the schedule needs it; set trainer.max_steps")
+        raise UserError("the number of optimiser steps is unknown, and the schedule needs it; set trainer.max_steps")
     num_batches, max_epochs = trainer.num_training_batches, trainer.max_epochs
     if max_epochs in (-1, None) or num_batches == float("inf"):
         return int(steps)  # max_steps

@@ -16,6 +16,8 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.utilities import rank_zero_info
 
+from fourier_moe.errors import UserError
+
 _REFUSED: dict[type[Callback], str] = {
     StochasticWeightAveraging: "copies the module before its model is built, and would average nothing; use "
     "lightning.pytorch.callbacks.EMAWeightAveraging or WeightAveraging",
@@ -37,7 +39,7 @@ def check_callbacks(trainer: L.Trainer) -> None:
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         for refused, reason in _REFUSED.items():
             if isinstance(callback, refused):
-                raise ValueError(f"trainer.callbacks has {type(callback).__name__}, which {reason}")
+                raise UserError(f"trainer.callbacks has {type(callback).__name__}, which {reason}")
 
 
 def without_use(callbacks: list[Callback], logger: bool, checkpointing: bool) -> list[Callback]:

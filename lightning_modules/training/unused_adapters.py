@@ -7,6 +7,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim import Optimizer
 
 from fourier_moe import adapters
+from fourier_moe.errors import UserError
 from fourier_moe.inject import without_gradient
 
 
@@ -32,7 +33,7 @@ class UnusedAdapters(L.Callback):
             return
         self._unused &= set(without_gradient(pl_module))
         if self._unused == self._all:
-            raise ValueError(
+            raise UserError(
                 f"no adapter has a gradient after the first backward pass: the model did not call {_some(self._unused)}; "
                 "choose targets that its forward pass uses"
             )

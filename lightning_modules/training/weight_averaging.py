@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import AveragedModel
 
+from fourier_moe.errors import UserError
+
 
 class WeightAverage(L.Callback):
     """Average what is trained; validate, write and end with the average. It stands in for a WeightAveraging callback.
@@ -34,7 +36,7 @@ class WeightAverage(L.Callback):
         own = {name for cls in type(rule).__mro__ if cls not in WeightAveraging.__mro__ for name in vars(cls)}
         hooks = sorted(name for name in own - {"should_update"} if hasattr(Callback, name) and not name.startswith("__"))
         if hooks:
-            raise ValueError(
+            raise UserError(
                 f"{type(rule).__name__} overrides {', '.join(hooks)}; of WeightAveraging only should_update can be overridden"
             )
         self.rule = rule
@@ -153,7 +155,7 @@ def attach_weight_average(trainer: L.Trainer) -> WeightAverage | None:
     if not found:
         return None
     if len(found) > 1:
-        raise ValueError(f"trainer.callbacks has {len(found)} WeightAveraging callbacks; keep one")
+        raise UserError(f"trainer.callbacks has {len(found)} WeightAveraging callbacks; keep one")
     own = WeightAverage(found[0].rule if isinstance(found[0], WeightAverage) else found[0])
     callbacks.remove(found[0])
     callbacks.insert(0, own)
@@ -170,7 +172,7 @@ def check_resumed(trainer: L.Trainer, checkpoint: dict[str, Any], average: Weigh
     if trainer.state.fn != "fit" or not averaged:
         return
     if average is None:
-        raise ValueError(
+        raise UserError(
             "the checkpoint is of a run with weight averaging; add its callback (EMAWeightAveraging) to trainer.callbacks, or "
             "begin a new run from its average with --model.adapter_path"
         )

@@ -7,7 +7,7 @@ import pytest
 from support import hub_repositories
 
 from fourier_moe import describe_adapter
-from lightning_modules.cli import user_mistake
+from lightning_modules.cli import user_error
 
 CLIP, CARS, ROBERTA, GLUE = (
     "timm/vit_base_patch32_clip_224.openai",
@@ -115,6 +115,6 @@ def test_what_the_hub_refuses_is_one_line_with_what_to_do(served, run, no_traini
         served.fail(f"{name}", fault, times=99)
     with pytest.raises((ValueError, RuntimeError), match=expected) as error:
         run(*COMMANDS[command], *ONE_STEP)
-    assert user_mistake(error.value) is error.value
+    assert user_error(error.value) is error.value
     assert "\n" not in str(error.value)
     assert not any(path.endswith(".parquet") for path in served.fetched())

@@ -14,7 +14,7 @@ from torch import nn
 
 from fourier_moe import FourierMoEConfig, describe_adapter, inject
 from lightning_modules import AdaptationModule
-from lightning_modules.cli import user_mistake
+from lightning_modules.cli import user_error
 
 DEMO = ("--config", "configs/demo.yaml")
 SMOKE = ("--config", "configs/smoke.yaml")
@@ -78,7 +78,7 @@ def test_command_that_needs_an_adapter_says_so_in_one_line(run, monkeypatch, cap
     )
     with pytest.raises(ValueError) as caught:
         run(command, *DEMO)
-    line = str(user_mistake(caught.value))
+    line = str(user_error(caught.value))
     assert line.startswith(f"{command} needs a trained adapter: give --model.adapter_path DIR")
     assert "\n" not in line
     assert list(tmp_path.rglob("*.csv")) == []
@@ -105,34 +105,34 @@ def test_error_that_torch_raises_below_a_line_of_ours_is_no_mistake_of_the_user(
     error = caught(layer, torch.zeros(3, 7))
     files = [entry.filename for entry in traceback.extract_tb(error.__traceback__)]
     assert any("fourier_moe/spectral/layer.py" in file for file in files)
-    assert user_mistake(error) is None
+    assert user_error(error) is None
 
 
 def test_error_of_ours_is_a_mistake_of_the_user_through_whatever_was_raised_from_it():
     ours = caught(lambda: FourierMoEConfig(targets=[], num_coefficients=16))
-    assert user_mistake(ours) is ours
+    assert user_error(ours) is ours
 
     def raised_from(cause):
         raise RuntimeError("instantiation failed") from cause
 
     wrapped = caught(raised_from, caught(raised_from, ours))
-    assert user_mistake(wrapped) is ours
+    assert user_error(wrapped) is ours
     foreign = caught(int, "x")
-    assert user_mistake(caught(raised_from, foreign)) is None
-    assert user_mistake(caught(raised_from, ValueError("never raised"))) is None
-    assert user_mistake(ValueError("never raised")) is None
-    assert user_mistake(None) is None
+    assert user_error(caught(raised_from, foreign)) is None
+    assert user_error(caught(raised_from, ValueError("never raised"))) is None
+    assert user_error(ValueError("never raised")) is None
+    assert user_error(None) is None
 
 
 def test_error_that_ours_was_raised_from_is_not_the_one_shown(tmp_path):
     (tmp_path / "adapter.safetensors").write_bytes(b"\1" + bytes(7) + b"{")
     error = caught(describe_adapter, tmp_path)
     assert isinstance(error.__cause__, json.JSONDecodeError)
-    assert user_mistake(error) is error
+    assert user_error(error) is error
     layer = caught(
         inject, nn.ModuleDict({"q_proj": nn.Linear(4, 4)}), FourierMoEConfig(targets=["q_proj"], num_coefficients=64)
     )
-    assert str(user_mistake(layer)).startswith("q_proj: num_coefficients asks for")
+    assert str(user_error(layer)).startswith("q_proj: num_coefficients asks for")
 
 
 def test_missing_adapter_is_one_line_and_no_traceback_in_the_real_process(tmp_path):

@@ -10,6 +10,7 @@ from datamodules.instructions.dataset import Example
 from datamodules.instructions.mixture.mixing import Source
 from datamodules.instructions.records import Record, read_records
 from datamodules.instructions.source import Files
+from fourier_moe.errors import UserError
 
 
 def load_examples(source: Source, files: Files, *, is_train: bool) -> list[Example]:
@@ -38,6 +39,6 @@ def load_examples(source: Source, files: Files, *, is_train: bool) -> list[Examp
 def _check_answer(record: Record, benchmark: Benchmark, where: str) -> None:
     choices = benchmark.choices(record.instruction)
     if choices and record.answer not in choices:
-        raise ValueError(f"{where}: the answer '{record.answer}' is not among the question's choices, {', '.join(choices)}")
+        raise UserError(f"{where}: the answer '{record.answer}' is not among the question's choices, {', '.join(choices)}")
     if not benchmark.rule.is_answer(record.answer):
-        raise ValueError(f"{where}: the answer '{record.answer}' is not {benchmark.rule.expected}, as in {benchmark.name}")
+        raise UserError(f"{where}: the answer '{record.answer}' is not {benchmark.rule.expected}, as in {benchmark.name}")

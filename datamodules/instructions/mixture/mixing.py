@@ -11,7 +11,7 @@ from pathlib import Path
 from datamodules.instructions.benchmarks import Benchmark, TrainSet
 from datamodules.instructions.dataset import Example
 from datamodules.shared.json_items import SUFFIXES
-from fourier_moe.errors import printable
+from fourier_moe.errors import UserError, printable
 
 HELD_OUT = "held_out"  # name of the evaluation set that is taken out of the training examples
 
@@ -56,18 +56,18 @@ def train_sources(train: Mapping[str, float] | Sequence[str] | str, train_sets: 
     weights = dict(train) if isinstance(train, Mapping) else dict.fromkeys(names, 1.0)
     known = {row.name: row for row in train_sets}
     if not names:
-        raise ValueError(f"train is empty; {choices(known)}")
+        raise UserError(f"train is empty; {choices(known)}")
     sources = []
     for name in names:
         weight = weights[name]
         if not (isinstance(weight, int | float) and weight > 0 and math.isfinite(weight)):
-            raise ValueError(f"train: the weight of '{name}' must be a positive number, got {weight!r}")
+            raise UserError(f"train: the weight of '{name}' must be a positive number, got {weight!r}")
         if name in known:
             sources.append(Source(name, known[name].file, count=known[name].count, weight=weight))
         elif _is_path(name):
             sources.append(_own("train", name, weight))
         else:
-            raise ValueError(f"train: '{name}' is unknown; {choices(known)}")
+            raise UserError(f"train: '{name}' is unknown; {choices(known)}")
     _check_names("train", sources)
     return sources
 
@@ -86,10 +86,10 @@ def evaluation_sources(argument: str, names: Sequence[str], benchmarks: Mapping[
         elif _is_path(name):
             sources.append(_own(argument, name))
         else:
-            raise ValueError(f"{argument}: '{name}' is unknown; {choices(benchmarks)}")
+            raise UserError(f"{argument}: '{name}' is unknown; {choices(benchmarks)}")
     _check_names(argument, sources)
     if argument == "validation_sets" and HELD_OUT in {source.name for source in sources}:
-        raise ValueError(f"validation_sets: '{HELD_OUT}' is what the examples held out of train are called; rename the file")
+        raise UserError(f"validation_sets: '{HELD_OUT}' is what the examples held out of train are called; rename the file")
     return sources
 
 
@@ -100,7 +100,7 @@ def hold_out(examples: Sequence[Example], size: int, seed: int) -> tuple[list[Ex
         ValueError: nothing would be left to train on.
     """
     if size >= len(examples):
-        raise ValueError(f"validation_size={size} would hold out all {len(examples)} training examples; give a smaller number")
+        raise UserError(f"validation_size={size} would hold out all {len(examples)} training examples; give a smaller number")
     held_out = set(random.Random(seed).sample(range(len(examples)), size))
     kept = [example for index, example in enumerate(examples) if index not in held_out]
     return kept, [examples[index] for index in sorted(held_out)]
@@ -119,9 +119,9 @@ def choices(known: Iterable[str]) -> str:
 def _own(argument: str, name: str, weight: float = 1.0) -> Source:
     path = Path(name).expanduser()
     if path.is_dir():
-        raise ValueError(f"{argument}: '{name}' is a directory; give the path of a JSON file in it")
+        raise UserError(f"{argument}: '{name}' is a directory; give the path of a JSON file in it")
     if not path.is_file():
-        raise ValueError(f"{argument}: there is no file '{name}'")
+        raise UserError(f"{argument}: there is no file '{name}'")
     return Source(printable(path.stem), str(path), own=True, weight=weight)
 
 
@@ -129,4 +129,4 @@ def _check_names(argument: str, sources: Sequence[Source]) -> None:
     names = [source.name for source in sources]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise ValueError(f"{argument}: '{twice[0]}' is there more than once; every set needs a name of its own")
+        raise UserError(f"{argument}: '{twice[0]}' is there more than once; every set needs a name of its own")

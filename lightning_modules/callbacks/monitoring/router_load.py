@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from fourier_moe import RouterStatistics, StatisticsReader
+from fourier_moe.errors import UserError
 from fourier_moe.inject import adapter_config
 from lightning_modules.adaptation import AdaptationModule
 from lightning_modules.callbacks.monitoring.load_report import load_map, task_table, write_layers, write_tasks
@@ -58,10 +59,10 @@ class RouterLoad(L.Callback):
     ) -> None:
         for name, steps in (("every_n_steps", every_n_steps), ("heat_map_every_n_steps", heat_map_every_n_steps)):
             if steps is not None and steps < 1:
-                raise ValueError(f"{name}={steps} must be 1 or more, or null")
+                raise UserError(f"{name}={steps} must be 1 or more, or null")
         for name, share in (("dead_below", dead_below), ("collapse_below", collapse_below)):
             if not 0 <= share < 1:
-                raise ValueError(f"{name}={share} must be 0 or more and less than 1; 0 never warns")
+                raise UserError(f"{name}={share} must be 0 or more and less than 1; 0 never warns")
         self.every_n_steps = every_n_steps
         self.detailed = detailed
         self.heat_map_every_n_steps = heat_map_every_n_steps

@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from fourier_moe import FourierMoEConfig, FourierMoELinear, SpectralExperts, adapters
+from fourier_moe.errors import UserError
 from fourier_moe.inject import adapter_config
 from lightning_modules.adaptation import AdaptationModule
 from lightning_modules.callbacks.monitoring.logged import log_now, logged_step, show_figures, tensorboards
@@ -65,9 +66,9 @@ class SpectralOccupancy(L.Callback):
     ) -> None:
         for name, steps in (("every_n_steps", every_n_steps), ("images_every_n_steps", images_every_n_steps)):
             if steps is not None and steps < 1:
-                raise ValueError(f"{name}={steps} must be 1 or more, or null")
+                raise UserError(f"{name}={steps} must be 1 or more, or null")
         if layers is not None and (isinstance(layers, str) or not layers):
-            raise ValueError(f"layers={layers!r} must be a list of names, or null for the first, the middle and the last")
+            raise UserError(f"layers={layers!r} must be a list of names, or null for the first, the middle and the last")
         self.every_n_steps = every_n_steps
         self.images_every_n_steps = images_every_n_steps
         self.detailed = detailed
@@ -93,7 +94,7 @@ class SpectralOccupancy(L.Callback):
         unknown = [layer for layer in self.layers or () if layer not in names]
         if unknown:
             known = ", ".join(names[:3]) + (f", ... ({len(names)})" if len(names) > 3 else "")
-            raise ValueError(f"layers names {unknown[0]!r}, which is not adapted; adapted are: {known}")
+            raise UserError(f"layers names {unknown[0]!r}, which is not adapted; adapted are: {known}")
         self._shown = list(self.layers or dict.fromkeys([names[0], names[len(names) // 2], names[-1]]))
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import lightning as L
 import torch
 
+from fourier_moe.errors import UserError
 from lightning_modules.adaptation import AdaptationModule
 from lightning_modules.callbacks.monitoring.logged import log_now
 
@@ -36,7 +37,7 @@ class Throughput(L.Callback):
 
     def __init__(self, every_n_steps: int | None = None) -> None:
         if every_n_steps is not None and every_n_steps < 1:
-            raise ValueError(f"every_n_steps={every_n_steps} must be 1 or more, or null")
+            raise UserError(f"every_n_steps={every_n_steps} must be 1 or more, or null")
         self.every_n_steps = every_n_steps
         self._device = torch.device("cpu")
         self._started: float | None = None  # when the interval began, moved on by what does not count

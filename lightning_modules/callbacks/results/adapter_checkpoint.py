@@ -8,6 +8,7 @@ from typing import Any, Literal
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from fourier_moe.errors import UserError
 from lightning_modules.adaptation import AdaptationModule
 from lightning_modules.run_directory import run_directory
 
@@ -31,7 +32,7 @@ class AdapterCheckpoint(L.Callback):
 
     def __init__(self, monitor: str = "val/accuracy", mode: Literal["max", "min"] = "max") -> None:
         if mode not in ("max", "min"):
-            raise ValueError(f"mode={mode!r} must be 'max' or 'min'")
+            raise UserError(f"mode={mode!r} must be 'max' or 'min'")
         self.monitor, self.mode = monitor, mode
         self.best: float | None = None
         self._last: tuple[int, float] | None = None  # step and value of the newest validation
@@ -49,7 +50,7 @@ class AdapterCheckpoint(L.Callback):
             return
         if self.monitor not in trainer.callback_metrics:
             known = ", ".join(sorted(trainer.callback_metrics))
-            raise ValueError(f"AdapterCheckpoint: monitor={self.monitor!r} is not logged; logged: {known}")
+            raise UserError(f"AdapterCheckpoint: monitor={self.monitor!r} is not logged; logged: {known}")
         self._check(trainer)
         value = float(trainer.callback_metrics[self.monitor])
         self._last = trainer.global_step, value
@@ -69,7 +70,7 @@ class AdapterCheckpoint(L.Callback):
         last = f"last {self.monitor} {self._last[1]:.4f}" if self._last and validated else "last, not validated"
         rank_zero_info(f"Adapter written: {best}{last}: {directory / 'adapter_last'}")
         if self._lost is not None:
-            raise ValueError(
+            raise UserError(
                 f"the best adapter of the first {self._lost} steps is lost: {directory} was deleted or moved during the run; "
                 "only what is named above was written since"
             )
@@ -103,5 +104,5 @@ class AdapterCheckpoint(L.Callback):
                 problem, cause = f"the adapter of step {trainer.global_step} was not written: {error}", error
         problem = trainer.strategy.broadcast(problem)  # all ranks stop, not one while the others wait for it
         if problem:
-            raise ValueError(problem) from cause
+            raise UserError(problem) from cause
         self._written |= name == "adapter"

@@ -10,6 +10,7 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 
+from fourier_moe.errors import UserError
 from fourier_moe.files.writing import replace_files
 from fourier_moe.models.backbone import backbone_name
 from lightning_modules.adaptation import AdaptationModule
@@ -127,7 +128,7 @@ class EvaluationReport(L.Callback):
                 problem = _not_writable(output, error)
         opened, problem = trainer.strategy.broadcast((opened, problem))
         if problem:
-            raise ValueError(problem)
+            raise UserError(problem)
         assert opened is not None
         self._finished, note = opened
         if note:
@@ -195,7 +196,7 @@ class EvaluationReport(L.Callback):
                 output = place(output, record, named=bool(self.directory))
                 replace_files(output, {name: [content.encode()] for name, content in files.items()})
         except OSError as error:
-            raise ValueError(_not_writable(output, error)) from error
+            raise UserError(_not_writable(output, error)) from error
         if self._writer is not None:
             self._unfinished.remove()
         other = f"; {self._output} holds the results of another evaluation" if output != self._output else ""

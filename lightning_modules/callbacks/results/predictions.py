@@ -15,6 +15,7 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 
+from fourier_moe.errors import UserError
 from fourier_moe.files.writing import replacing
 from lightning_modules.adaptation import AdaptationModule
 from lightning_modules.callbacks.results.sealed_rows import user_key
@@ -56,7 +57,7 @@ class PredictionsWriter(L.Callback):
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, AdaptationModule)
         if isinstance(pl_module.task, CausalLanguageModel):
-            raise ValueError(
+            raise UserError(
                 "PredictionsWriter writes probabilities of classes, and a language model has none; use EvaluationReport"
             )
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
@@ -102,7 +103,7 @@ class PredictionsWriter(L.Callback):
             try:
                 self._rows.append(dataloader_idx, self._inputs, [_line(row, pl_module.class_names) for row in own])
             except OSError as error:
-                raise ValueError(
+                raise UserError(
                     f"predictions cannot be written ({error.strerror}); make room and give the same command again"
                 ) from error
         self._seen += 1
@@ -130,7 +131,7 @@ class PredictionsWriter(L.Callback):
                 pass
             problem = trainer.strategy.broadcast(problem)  # else the others would wait for the one that failed
             if problem is not None:
-                raise ValueError(problem)
+                raise UserError(problem)
             rank_zero_info(f"Predictions written: {path} ({count} rows)")
         trainer.strategy.barrier()
         self._rows.remove()
@@ -158,7 +159,7 @@ class PredictionsWriter(L.Callback):
         if problems or rows is None:
             if rows is not None:
                 rows.close()
-            raise ValueError(problems[0])
+            raise UserError(problems[0])
         return rows
 
     def _directory(self, trainer: L.Trainer, module: AdaptationModule) -> Path:

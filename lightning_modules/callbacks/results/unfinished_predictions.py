@@ -16,6 +16,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from fourier_moe.errors import UserError
 from lightning_modules.callbacks.results.sealed_rows import SealedRows
 from lightning_modules.evaluation_sets import each_loader
 
@@ -165,6 +166,6 @@ def _lock(file: BinaryIO, path: Path) -> None:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        raise ValueError(f"another process is making the same predictions, in '{path}'; wait for it or stop it") from error
+        raise UserError(f"another process is making the same predictions, in '{path}'; wait for it or stop it") from error
     except OSError:
         return

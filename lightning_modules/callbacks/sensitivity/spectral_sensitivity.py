@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fourier_moe import Adapter, FourierMoEConfig, adapters, is_quantized
 from fourier_moe.analysis.sensitivity import Sensitivity, dense_gradients, measure
+from fourier_moe.errors import UserError
 from lightning_modules.adaptation import AdaptationModule
 from lightning_modules.callbacks.sensitivity.sensitivity_report import FROZEN, GRADIENT, UPDATE, SensitivityReport, gradient_of
 from lightning_modules.run_directory import run_directory
@@ -61,11 +62,11 @@ class SpectralSensitivity(L.Callback):
             ("num_bins", num_bins, 2),
         ):
             if value < least:
-                raise ValueError(f"{name}={value} must be at least {least}")
+                raise UserError(f"{name}={value} must be at least {least}")
         if not memory_gib > 0:
-            raise ValueError(f"memory_gib={memory_gib} must be positive")
+            raise UserError(f"memory_gib={memory_gib} must be positive")
         if full_weights is not None and not Path(full_weights).is_file():
-            raise ValueError(f"full_weights={full_weights!r} does not exist; give a checkpoint or a safetensors file")
+            raise UserError(f"full_weights={full_weights!r} does not exist; give a checkpoint or a safetensors file")
         self.num_batches, self.permutations, self.num_bins = num_batches, permutations, num_bins
         self.memory_gib, self.full_weights, self.directory, self.stop = memory_gib, full_weights, directory, stop
         self.report: SensitivityReport | None = None
@@ -73,9 +74,9 @@ class SpectralSensitivity(L.Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         assert isinstance(pl_module, AdaptationModule)
         if not isinstance(pl_module.adapter, FourierMoEConfig):
-            raise ValueError(f"SpectralSensitivity needs a FourierMoEConfig adapter, got {type(pl_module.adapter).__name__}")
+            raise UserError(f"SpectralSensitivity needs a FourierMoEConfig adapter, got {type(pl_module.adapter).__name__}")
         if trainer.world_size > 1:
-            raise ValueError(f"SpectralSensitivity runs on one device, got {trainer.world_size}; set trainer.devices to 1")
+            raise UserError(f"SpectralSensitivity runs on one device, got {trainer.world_size}; set trainer.devices to 1")
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, AdaptationModule)
@@ -176,7 +177,7 @@ def _frozen_weight(adapter: Adapter) -> Tensor | None:
 def _update(name: str, full: Tensor, frozen: Tensor) -> Tensor:
     if full.shape != frozen.shape or torch.equal(full, frozen):
         problem = "is unchanged" if full.shape == frozen.shape else f"is {tuple(full.shape)}, not {tuple(frozen.shape)}"
-        raise ValueError(f"full_weights: the weight of {name} {problem}; give the weights after full fine-tuning of this model")
+        raise UserError(f"full_weights: the weight of {name} {problem}; give the weights after full fine-tuning of this model")
     return full - frozen
 
 
@@ -200,5 +201,5 @@ def _full_weights(path: str, projections: Mapping[str, nn.Module]) -> dict[str, 
         elif fused is not None and last in ("q_proj", "k_proj", "v_proj"):
             weights[name] = fused.chunk(3)[("q_proj", "k_proj", "v_proj").index(last)]
         else:
-            raise ValueError(f"full_weights={path!r} has no {name}.weight; give the weights of a fully fine-tuned model")
+            raise UserError(f"full_weights={path!r} has no {name}.weight; give the weights of a fully fine-tuned model")
     return weights

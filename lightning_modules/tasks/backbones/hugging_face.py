@@ -26,6 +26,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import logging as transformers_logging
 
 from datamodules.shared.tokenizers import BYTES, is_path, load_tokenizer
+from fourier_moe.errors import UserError
 from fourier_moe.files.hub_files import HubError, Repository
 from lightning_modules.tasks.backbones.hub_models import model_files
 from lightning_modules.tasks.backbones.quantization import check_quantization, prepare_training, quantization_config
@@ -44,9 +45,9 @@ def check_model(model: str, dtype: str, quantization: str | None = None) -> None
             package that is not installed.
     """
     if is_path(model) and not (Path(model).expanduser() / "config.json").is_file():
-        raise ValueError(f"model={model!r} has no config.json; give a name on the hub, or a Hugging Face model's directory")
+        raise UserError(f"model={model!r} has no config.json; give a name on the hub, or a Hugging Face model's directory")
     if dtype not in DTYPES:
-        raise ValueError(f"dtype={dtype!r} must be one of {', '.join(DTYPES)}")
+        raise UserError(f"dtype={dtype!r} must be one of {', '.join(DTYPES)}")
     check_quantization(quantization)
 
 
@@ -76,7 +77,7 @@ def load_fitting_tokenizer(name: str, model: str, tiny: bool) -> PreTrainedToken
     ids, size = own.get_vocab(), len(own)
     others = [token for token, id_ in tokenizer.get_vocab().items() if id_ < size and ids.get(token) != id_]
     if others:
-        raise ValueError(
+        raise UserError(
             f"tokenizer={name!r} is another model's: {len(others):,} of its {len(tokenizer):,} tokens have other ids in the "
             f"tokenizer of model={model!r}; leave tokenizer null for the model's own"
         )
@@ -91,7 +92,7 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, name: str, model: PreTr
     """
     known = len(cast(nn.Embedding, model.get_input_embeddings()).weight)
     if len(tokenizer) > known:
-        raise ValueError(
+        raise UserError(
             f"tokenizer={name!r} has {len(tokenizer):,} tokens, model={model_name!r} knows {known:,}; leave tokenizer null for "
             "the model's own"
         )
@@ -233,7 +234,7 @@ def _not_loaded(model: str, error: Exception) -> ValueError:
 def _check_continues_text(model: str, config: PretrainedConfig) -> None:
     """transformers turns an encoder such as BERT into a language model that was never trained to be one."""
     if config.architectures and not set(config.architectures) & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()):
-        raise ValueError(
+        raise UserError(
             f"model={model!r} is a {', '.join(config.architectures)}, which does not continue text; CausalLanguageModel needs "
             "a decoder such as LlamaForCausalLM"
         )
@@ -249,7 +250,7 @@ def _check_complete(model: str, loaded: PreTrainedModel, missing: Collection[str
     if may_have_new_head and all(name.startswith(f"{body}pooler.") for name in random):
         rank_zero_warn(f"model={model!r}: {share}: its pooler is random and stays so")  # trained without one, as RoBERTa was
     else:
-        raise ValueError(f"model={model!r} is incomplete or damaged: {share}")
+        raise UserError(f"model={model!r} is incomplete or damaged: {share}")
 
 
 def _tiny_config(model: str, **options: Any) -> PretrainedConfig:
@@ -260,7 +261,7 @@ def _tiny_config(model: str, **options: Any) -> PretrainedConfig:
         name = model.lower()
         model_type = max((kind for kind in CONFIG_MAPPING if kind in name), key=len, default="")
     if not model_type:
-        raise ValueError(f"tiny=True cannot tell the architecture of model={model!r} from its name; give its directory")
+        raise UserError(f"tiny=True cannot tell the architecture of model={model!r} from its name; give its directory")
     config = CONFIG_MAPPING[model_type]()
     sizes = {
         "hidden_size": 256,

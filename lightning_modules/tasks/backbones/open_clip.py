@@ -15,6 +15,7 @@ from open_clip.factory import load_checkpoint, load_state_dict
 from safetensors.torch import save_file
 from torch import nn
 
+from fourier_moe.errors import UserError
 from fourier_moe.files.hub_files import HubError
 from lightning_modules.tasks.backbones.hub_models import fetch_open_clip
 from lightning_modules.tasks.backbones.quiet import quiet
@@ -35,10 +36,10 @@ def check_model(model: str, pretrained: str | None) -> None:
     """
     if model.endswith(".json"):
         if not Path(model).is_file():
-            raise ValueError(f"model={model!r} looks like the path of an open_clip model config, but there is no such file")
+            raise UserError(f"model={model!r} looks like the path of an open_clip model config, but there is no such file")
     elif model not in open_clip.list_models():
         near = difflib.get_close_matches(model, open_clip.list_models(), n=5, cutoff=0.4)
-        raise ValueError(
+        raise UserError(
             f"model={model!r} is no open_clip model; near names: {', '.join(near) or 'none'}; open_clip.list_models() has all "
             "(or give the path of an open_clip model config, ending in .json)"
         )
@@ -47,7 +48,7 @@ def check_model(model: str, pretrained: str | None) -> None:
     tags = [] if model.endswith(".json") else open_clip.list_pretrained_tags_by_model(model)
     if pretrained not in tags:
         near = difflib.get_close_matches(pretrained, tags, n=5, cutoff=0.3)
-        raise ValueError(
+        raise UserError(
             f"pretrained={pretrained!r} is neither a file nor a tag of open_clip model {model!r}; "
             f"tags: {', '.join(near + [tag for tag in tags if tag not in near]) or 'none'}"
         )
@@ -62,7 +63,7 @@ def _check_activation(model: str, tag: str) -> None:
         return
     other = f"{model}-quickgelu" if weights_quick else model.removesuffix("-quickgelu")
     if other != model and other in open_clip.list_models():
-        raise ValueError(
+        raise UserError(
             f"pretrained={tag!r} of model={model!r} was trained with {'QuickGELU' if weights_quick else 'GELU'}, this model "
             f"computes {'QuickGELU' if model_quick else 'GELU'}; use model={other!r}"
         )
@@ -113,7 +114,7 @@ def fetch_weights(model: str, pretrained: str | None, *, look_up: bool = True) -
     try:
         fetch_open_clip(model, pretrained, look_up=look_up)
     except HubError as error:
-        raise ValueError(
+        raise UserError(
             f"the weights pretrained={pretrained!r} of model={model!r} cannot be fetched ({error}). "
             "Without a network: give the path of a weights file as model.task.init_args.pretrained, or fill the Hugging "
             "Face cache (HF_HOME) on a machine that has one and copy it"
@@ -148,7 +149,7 @@ def _register(model: str) -> tuple[str, dict[str, Any]]:
 def _tiny(config: dict[str, Any], model: str) -> dict[str, Any]:
     vision, text = copy.deepcopy(config["vision_cfg"]), copy.deepcopy(config["text_cfg"])
     if not isinstance(vision.get("layers"), int) or "hf_model_name" in text:
-        raise ValueError(f"tiny=True needs a CLIP with a plain vision transformer, model={model!r} is none")
+        raise UserError(f"tiny=True needs a CLIP with a plain vision transformer, model={model!r} is none")
     vision.update(layers=2, width=256, head_width=64)
     text.update(layers=1, width=64, heads=2)
     return {"embed_dim": 32, "vision_cfg": vision, "text_cfg": text}
@@ -159,16 +160,16 @@ def _load_file(clip: nn.Module, path: str, needs_text: bool) -> nn.Module:
     try:
         state = load_state_dict(path)
     except Exception as error:  # each file format has its own
-        raise ValueError(f"pretrained={path!r} cannot be read as a weights file: {_first_line(error)}") from error
+        raise UserError(f"pretrained={path!r} cannot be read as a weights file: {_first_line(error)}") from error
     try:
         if any(key.startswith("visual.") for key in state):
             load_checkpoint(clip, path)
         elif needs_text:
-            raise ValueError(f"pretrained={path!r} holds a vision tower only; head='zero_shot' needs CLIP's text tower, too")
+            raise UserError(f"pretrained={path!r} holds a vision tower only; head='zero_shot' needs CLIP's text tower, too")
         else:
             clip.visual.load_state_dict(state)  # type: ignore[union-attr]
     except RuntimeError as error:
-        raise ValueError(f"pretrained={path!r} does not fit the model: {_first_line(error, lines=3)}") from error
+        raise UserError(f"pretrained={path!r} does not fit the model: {_first_line(error, lines=3)}") from error
     return clip
 
 

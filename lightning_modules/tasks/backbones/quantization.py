@@ -9,6 +9,8 @@ from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.utils import is_bitsandbytes_available
 
+from fourier_moe.errors import UserError
+
 # What each is called in transformers. nf4 also quantises its own scale factors, as QLoRA does (arXiv 2305.14314).
 QUANTIZATIONS: dict[str, dict[str, Any]] = {
     "int8": {"load_in_8bit": True},
@@ -28,9 +30,9 @@ def check_quantization(quantization: str | None) -> None:
     if quantization is None:
         return
     if quantization not in QUANTIZATIONS:
-        raise ValueError(f"quantization={quantization!r} must be one of {', '.join(QUANTIZATIONS)}, or null")
+        raise UserError(f"quantization={quantization!r} must be one of {', '.join(QUANTIZATIONS)}, or null")
     if not is_bitsandbytes_available(_VERSION):
-        raise ValueError(f"quantization={quantization!r} needs bitsandbytes {_VERSION} or newer: pip install -e '.[quantized]'")
+        raise UserError(f"quantization={quantization!r} needs bitsandbytes {_VERSION} or newer: pip install -e '.[quantized]'")
 
 
 def quantization_config(quantization: str, skeleton: PreTrainedModel) -> BitsAndBytesConfig:

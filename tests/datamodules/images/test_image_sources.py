@@ -6,6 +6,7 @@ from support.hub_server import Repository
 from datamodules import ImageDataModule
 from datamodules.images import data_module
 from datamodules.images.source import SOURCES, HubSource, find_source
+from fourier_moe.errors import UserError
 
 HUB_NAMES = [name for name, source in SOURCES.items() if isinstance(source, HubSource)]
 
@@ -104,7 +105,7 @@ def test_own_validation_split_of_the_hub_is_used(hub):
 
 def test_hub_data_set_with_other_classes_than_the_table_says_is_an_error(hub):
     hub.datasets["tanganke/dtd"] = hub_repositories.image_repository(3)
-    with pytest.raises(RuntimeError, match=r"'dtd' has 3 classes on the hub .* where 47 are expected"):
+    with pytest.raises(UserError, match=r"'dtd' has 3 classes on the hub .* where 47 are expected"):
         module("dtd").setup("fit")
 
 

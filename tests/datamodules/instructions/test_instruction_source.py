@@ -9,6 +9,7 @@ from datamodules.instructions import source
 from datamodules.instructions.benchmarks import COMMONSENSE, COMMONSENSE_TRAIN, MATH, MATH_TRAIN
 from datamodules.instructions.source import BLOB_IDS, LocalFiles, PinnedFiles, blob_id
 from datamodules.shared.user_cache import default_cache_directory
+from fourier_moe.errors import UserError
 
 FILE = "dataset/boolq/test.json"
 CONTENT = b'[{"instruction": "?"}]'
@@ -104,7 +105,7 @@ def test_a_dropped_transfer_is_resumed_where_the_server_can(server, tmp_path, ra
 def test_a_transfer_that_keeps_breaking_off_is_not_called_another_file(server, tmp_path):
     server.faults = ["drop"] * 9
     server.ranges = False
-    with pytest.raises(RuntimeError, match=r"be fetched .*ended after 5 of 22 bytes\).*--data.base_url.*--data.directory"):
+    with pytest.raises(UserError, match=r"be fetched .*ended after 5 of 22 bytes\).*--data.base_url.*--data.directory"):
         PinnedFiles(tmp_path).get(FILE)
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
@@ -117,11 +118,11 @@ def test_a_mirror_is_asked_instead(server, tmp_path, monkeypatch):
 
 def test_a_missing_file_and_no_network_name_the_way_out(server, tmp_path):
     server.answers.clear()
-    with pytest.raises(RuntimeError, match=r"dataset/boolq/test.json cannot be fetched .*404.* give --data.directory"):
+    with pytest.raises(UserError, match=r"dataset/boolq/test.json cannot be fetched .*404.* give --data.directory"):
         PinnedFiles(tmp_path).get(FILE)
     server.shutdown()
     server.server_close()
-    with pytest.raises(RuntimeError, match=r"cannot be fetched .*refused.* give --data.directory"):
+    with pytest.raises(UserError, match=r"cannot be fetched .*refused.* give --data.directory"):
         PinnedFiles(tmp_path).get(FILE)
 
 

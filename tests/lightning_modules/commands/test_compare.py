@@ -13,7 +13,7 @@ import torch
 import lightning_modules.experiments.compare_plots
 import lightning_modules.experiments.grid
 from lightning_modules import AdaptationModule
-from lightning_modules.cli import user_mistake
+from lightning_modules.cli import user_error
 from lightning_modules.experiments.compare_report import format_table, unfair_runs
 from lightning_modules.experiments.graded_examples import load_examples
 from lightning_modules.experiments.grid import Result
@@ -339,7 +339,7 @@ def test_what_does_not_fit_is_one_message_before_any_run(compare, words, message
         compare(*words)
     assert re.search(message, str(error.value))
     assert "\n" not in str(error.value)
-    assert user_mistake(error.value) is error.value
+    assert user_error(error.value) is error.value
 
 
 @pytest.mark.usefixtures("_no_run")

@@ -21,7 +21,7 @@ import lightning_modules.commands.export
 import train
 from fourier_moe import StatisticsReader, adapters, load_adapter, recording, save_adapter
 from fourier_moe.models.attention import split_attention
-from lightning_modules.cli import AdaptationCLI, user_mistake
+from lightning_modules.cli import AdaptationCLI, user_error
 from lightning_modules.commands.static_merge import _record, _squares, merge
 from lightning_modules.tasks.backbones.open_clip import load_open_clip
 
@@ -195,7 +195,7 @@ def test_merge_beyond_a_limit_is_refused_after_the_table_and_nothing_is_written(
 ):
     with pytest.raises(ValueError, match=message) as error:
         export("merged", *DEMO, *adapter_of(demo), *limits)
-    assert user_mistake(error.value) is error.value
+    assert user_error(error.value) is error.value
     assert "relative rms difference of the logits" in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == []
 
@@ -339,7 +339,7 @@ def test_task_that_no_batch_names_is_refused_with_the_known_ones(tmp_path):
 def test_missing_source_is_one_line(export, words, message):
     with pytest.raises(Exception, match=message) as error:
         export("adapter", *DEMO, *words)
-    assert "\n" not in str(user_mistake(error.value))
+    assert "\n" not in str(user_error(error.value))
 
 
 def test_two_sources_are_refused(demo, export):
@@ -376,7 +376,7 @@ def test_name_on_the_hub_and_output_are_checked_before_anything_is_loaded(export
     output = str(tmp_path / "file" / "x")
     with pytest.raises(ValueError, match=r"file/x cannot be written to .*choose another directory with --output") as error:
         main("export", "--format", "lora", "--output", output, *DEMO, "--model.adapter_path", "nowhere")
-    assert user_mistake(error.value) is error.value
+    assert user_error(error.value) is error.value
 
 
 def test_existing_output_is_kept(demo, export, tmp_path):

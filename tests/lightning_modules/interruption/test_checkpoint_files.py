@@ -12,7 +12,8 @@ import lightning as L
 import pytest
 import torch
 
-from lightning_modules.cli import user_mistake
+from fourier_moe.errors import UserError
+from lightning_modules.cli import user_error
 from lightning_modules.interruption import (
     CheckedCheckpointIO,
     checkpoints,
@@ -68,7 +69,7 @@ def test_no_flipped_byte_is_read_silently_and_torch_would_read_most(file):
         file.write_bytes(damaged)
         with pytest.raises(ValueError, match=r"last\.ckpt is damaged .*no intact one beside it") as error:
             read_checkpoint(file)
-        assert user_mistake(error.value) is error.value
+        assert user_error(error.value) is error.value
         try:
             torch.load(file, weights_only=True)
             unnoticed_by_torch += 1
@@ -187,7 +188,7 @@ def test_directory_of_several_runs_is_refused_with_their_steps(tmp_path):
     message = rf"2 runs; name one of them: {tmp_path}/version_0 \(step 312\), {tmp_path}/version_1 \(step 40\)"
     with pytest.raises(ValueError, match=message) as error:
         find_checkpoint(str(tmp_path))
-    assert user_mistake(error.value) is error.value
+    assert user_error(error.value) is error.value
 
 
 def test_writing_beside_checkpoints_of_later_steps_is_refused(tmp_path):
@@ -232,9 +233,9 @@ def test_full_disk_leaves_the_file_before_and_no_other(file, monkeypatch, call):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, call, full)
-    with pytest.raises(RuntimeError, match=r"last\.ckpt of step 8 cannot be written: No space left on device") as error:
+    with pytest.raises(UserError, match=r"last\.ckpt of step 8 cannot be written: No space left on device") as error:
         save(file, {"global_step": 8})
-    assert user_mistake(error.value) is error.value
+    assert user_error(error.value) is error.value
     monkeypatch.undo()
     assert same(read_checkpoint(file))
     assert [path.name for path in file.parent.iterdir()] == ["last.ckpt"]

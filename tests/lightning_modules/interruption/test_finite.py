@@ -6,7 +6,7 @@ import torch
 from support.killed_runs import fit, in_two_processes
 
 from lightning_modules import AdaptationModule
-from lightning_modules.cli import user_mistake
+from lightning_modules.cli import user_error
 from lightning_modules.interruption import read_checkpoint
 
 
@@ -31,7 +31,7 @@ class SpoilImage(L.Callback):
 def mistake(tmp_path, *callbacks):
     with pytest.raises(ValueError) as error:
         fit(tmp_path, *callbacks, num_workers=0, accumulate_grad_batches=1, max_epochs=1)
-    assert user_mistake(error.value) is error.value
+    assert user_error(error.value) is error.value
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -58,7 +58,7 @@ def test_bad_example_of_one_of_two_processes_ends_both_before_a_weight_is_touche
     logs = [(tmp_path / f"log_{rank}.txt").read_text() for rank in range(2)]
     assert statuses == [70, 70], logs
     assert (
-        "ValueError: the loss is not finite at step 2 of epoch 0 on another process, whose message names the cause" in logs[0]
+        "UserError: the loss is not finite at step 2 of epoch 0 on another process, whose message names the cause" in logs[0]
     )
     assert "at step 2 of epoch 0: task loss nan" in logs[1]
     state = read_checkpoint(tmp_path / "newest.ckpt")

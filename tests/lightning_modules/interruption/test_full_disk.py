@@ -13,7 +13,7 @@ from support.killed_runs import At, in_process, same
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 import train
-from lightning_modules.cli import user_mistake
+from lightning_modules.cli import user_error
 from lightning_modules.interruption import read_checkpoint, write_error
 
 
@@ -110,7 +110,7 @@ def test_command_line_says_it_in_one_line_whichever_logger_meets_it(run, monkeyp
     words = ("--trainer.logger", f"lightning.pytorch.loggers.{logger}", "--trainer.logger.name", "demo")
     with pytest.raises(OSError, match="No space left on device") as error:
         train.main(["fit", "--config", "configs/demo.yaml", *words, "--trainer.logger.save_dir", str(tmp_path)])
-    assert user_mistake(error.value) is error.value
+    assert user_error(error.value) is error.value
     assert "Traceback" not in capsys.readouterr().err
     (interrupted,) = tmp_path.rglob("interrupted.ckpt")
     assert read_checkpoint(interrupted)["global_step"] > 0
@@ -124,4 +124,4 @@ def test_error_of_the_disk_is_found_through_whatever_was_raised_from_it():
     assert write_error(FileNotFoundError(errno.ENOENT, "no such file")) is None
     assert write_error(ValueError("other")) is None
     assert write_error(None) is None
-    assert user_mistake(FileNotFoundError(errno.ENOENT, "no such file")) is None
+    assert user_error(FileNotFoundError(errno.ENOENT, "no such file")) is None

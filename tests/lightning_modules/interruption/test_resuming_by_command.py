@@ -8,7 +8,7 @@ import pytest
 from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
 
 from lightning_modules import AdaptationModule
-from lightning_modules.cli import AdaptationCLI, user_mistake
+from lightning_modules.cli import AdaptationCLI, user_error
 from lightning_modules.interruption import CheckedCheckpointIO
 
 DEMO = ("--config", "configs/demo.yaml")
@@ -85,7 +85,7 @@ def test_directory_that_cannot_be_written_is_refused_before_model_and_data(main,
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="cannot be written to") as error:
         main("fit", *DEMO, "--trainer.logger.init_args.save_dir", str(tmp_path / "file"))
-    assert user_mistake(error.value) is error.value
+    assert user_error(error.value) is error.value
 
 
 def test_loading_code_cannot_be_asked_for(run, no_training):
