@@ -65,7 +65,7 @@ class Adapter(nn.Module, ABC):
             gates: for a method that routes, the gate (E,) of every expert, the same for all tokens.
 
         Raises:
-            ValueError: if the method has no merge, or the weight cannot take an update (quantised, sharded).
+            UserError: if the method has no merge, or the weight cannot take an update (quantised, sharded).
         """
         raise UserError(f"{type(self).__name__}: this method has no merge into a weight")
 
@@ -88,7 +88,7 @@ def projection_shape(module: nn.Module) -> tuple[int, int]:
     """(in_features, out_features) of a linear projection: torch's Linear and its quantised kin, or transformers' Conv1D.
 
     Raises:
-        ValueError: if the module is no linear projection.
+        UserError: if the module is no linear projection.
     """
     for names in (("in_features", "out_features"), ("nx", "nf")):
         sizes = tuple(getattr(module, name, None) for name in names)

@@ -13,7 +13,7 @@ def refuse(config: Any, problems: Sequence[str]) -> None:
     """Raise one error for all problems of a config; none without problems.
 
     Raises:
-        ValueError: naming the config's class.
+        UserError: naming the config's class.
     """
     if problems:
         raise UserError(f"{type(config).__name__}: {'; '.join(problems)}")

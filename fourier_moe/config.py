@@ -50,7 +50,7 @@ class AdapterConfig:
         """Adapt `model` in place and freeze everything else.
 
         Raises:
-            ValueError: if a head matches nothing, or the model cannot be adapted this way.
+            UserError: if a head matches nothing, or the model cannot be adapted this way.
         """
         raise NotImplementedError
 
@@ -67,7 +67,7 @@ class AdapterConfig:
         """Inverse of `to_dict`; the class is looked up among those imported, so that a file never makes us import code.
 
         Raises:
-            ValueError: for an unknown class, or values that it refuses.
+            UserError: for an unknown class, or values that it refuses.
         """
         known: dict[str, type[AdapterConfig]] = {kind.__name__: kind for kind in _subclasses(AdapterConfig)}
         name = values.get("class") if isinstance(values, Mapping) else None
@@ -180,7 +180,7 @@ class FourierMoEConfig(ProjectionAdapterConfig):
             in frequency no longer means near in the weight.
 
     Raises:
-        ValueError: for an impossible value, naming it and what would be valid.
+        UserError: for an impossible value, naming it and what would be valid.
     """
 
     num_coefficients: int

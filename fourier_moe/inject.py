@@ -99,7 +99,7 @@ def inject(model: nn.Module, config: AdapterConfig, *, names: ModuleNames | None
         A report that prints as a table.
 
     Raises:
-        ValueError: if the model is adapted already, a target or head matches nothing (near names are listed), or nothing would
+        UserError: if the model is adapted already, a target or head matches nothing (near names are listed), or nothing would
             be trained. The model is then left as it was.
     """
     if is_adapted(model) or adapters(model):
@@ -127,7 +127,7 @@ def adapter_config(model: nn.Module) -> AdapterConfig:
     """The config that `inject` adapted this model with.
 
     Raises:
-        ValueError: if the model is not adapted.
+        UserError: if the model is not adapted.
     """
     if not is_adapted(model):
         raise UserError(f"{type(model).__name__} is not adapted; call inject(model, config) or load_adapter(model, path) first")
@@ -194,7 +194,7 @@ def head_modules(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Module
     """The modules that are trained in full beside the adapters, by name.
 
     Raises:
-        ValueError: if an entry of config.head matches nothing.
+        UserError: if an entry of config.head matches nothing.
     """
     names = kept_module_names(model) or names_by_config(model, AdapterConfig(head=config.head))
     return {name: model.get_submodule(name) for name in names.heads}
@@ -266,7 +266,7 @@ def projection_sizes(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[
     """(in_features, out_features) of projections, also of those inside of a fused attention.
 
     Raises:
-        ValueError: naming what is no linear projection.
+        UserError: naming what is no linear projection.
     """
     present = {name for name, _ in model.named_modules(remove_duplicate=False)}
     sizes = {}

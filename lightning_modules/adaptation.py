@@ -94,7 +94,7 @@ class AdaptationModule(L.LightningModule):
         batch_losses: of the last training batch.
 
     Raises:
-        ValueError: if adapter_path holds no adapter.
+        UserError: if adapter_path holds no adapter.
     """
 
     def __init__(
@@ -364,7 +364,7 @@ class AdaptationModule(L.LightningModule):
         """Refuse a checkpoint of another model or adapter; let configured learning rates win over remembered ones.
 
         Raises:
-            ValueError: naming what differs.
+            UserError: naming what differs.
         """
         raw = checkpoint.get("adaptation")
         if not isinstance(raw, dict):
@@ -379,9 +379,9 @@ class AdaptationModule(L.LightningModule):
             self.optimization.override(checkpoint)
 
 
-def untrained(command: str) -> ValueError:
+def untrained(command: str) -> UserError:
     """What to say when `command` is asked for with nothing trained."""
-    return ValueError(
+    return UserError(
         f"{command} needs a trained adapter: give --model.adapter_path DIR (what fit wrote to RUN/adapter) or --ckpt_path FILE"
     )
 

@@ -97,7 +97,7 @@ def set_names(loaders: Any) -> list[str | None]:
     """The names of the sets that a DataModule's loaders read; a single loader's has none.
 
     Raises:
-        ValueError: if there are several without names.
+        UserError: if there are several without names.
     """
     if isinstance(loaders, Mapping):
         return [str(name) for name in loaders]

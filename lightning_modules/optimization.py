@@ -73,7 +73,7 @@ class Optimization:
         """AdamW over the trained parameters of an adapted model, in groups named experts, router, adapter, head, backbone.
 
         Raises:
-            ValueError: if trained parameters have no group, or a group no parameters.
+            UserError: if trained parameters have no group, or a group no parameters.
         """
         groups, method = [], type(config).__name__
         for kind, parameters in _trained_parameters(model, config).items():

@@ -40,7 +40,7 @@ class RunDirectory(L.Callback):
             numbered: give a run without a logger `<default_root_dir>/lightning_logs/version_<k>`, not `default_root_dir`.
 
         Raises:
-            ValueError: if it cannot be written.
+            UserError: if it cannot be written.
         """
         if self.path is None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self.path = _claim(trainer, numbered)
@@ -53,7 +53,7 @@ class RunDirectory(L.Callback):
         """Keep other runs out until training ends.
 
         Raises:
-            ValueError: if another run is in the directory.
+            UserError: if another run is in the directory.
         """
         if self._lock is None and self.path is not None and _is_first(trainer):
             try:
@@ -103,7 +103,7 @@ def require_no_run(directory: Path) -> None:
     """Refuse to begin a run where another one has left its work.
 
     Raises:
-        ValueError: naming what is there.
+        UserError: naming what is there.
     """
     found = [directory / name for name in ("adapter", "adapter_last")] + sorted(directory.rglob("*.ckpt"))
     there = [path for path in found if path.exists()]

@@ -187,7 +187,7 @@ def find_task(name: str) -> tuple[str, GlueTask]:
     """Key and row of a task; SST-2 and sst2 are the same.
 
     Raises:
-        ValueError: There is no such row; names like it are suggested.
+        UserError: There is no such row; names like it are suggested.
     """
     key = name.lower().replace("-", "")
     if key not in TASKS:

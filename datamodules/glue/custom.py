@@ -34,7 +34,7 @@ class OwnSentences(GlueSource):
         task: Its description, as of a task of GLUE.
 
     Raises:
-        ValueError: A file or a column is missing, a file or a line of it cannot be read, a sentence or a label is empty, labels
+        UserError: A file or a column is missing, a file or a line of it cannot be read, a sentence or a label is empty, labels
             differ in spelling only, a label is not among train's, or there are fewer than two classes.
     """
 

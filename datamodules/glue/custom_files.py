@@ -26,7 +26,7 @@ def read_rows(path: Path, needed: Collection[str]) -> Iterator[tuple[str, Mappin
         needed: Columns by which the delimiter of a .csv file is recognised.
 
     Raises:
-        ValueError: The file is not such a file, has a column twice, or a row has too few or too many fields.
+        UserError: The file is not such a file, has a column twice, or a row has too few or too many fields.
     """
     if path.suffix.lower() in JSON_SUFFIXES:
         for where, item in read_items(path):

@@ -75,7 +75,7 @@ class GlueDataModule(L.LightningDataModule):
         synthetic: Generate a tiny data set and read that, for trying things out without data.
 
     Raises:
-        ValueError: An argument is invalid, or the directory holds nothing of the task.
+        UserError: An argument is invalid, or the directory holds nothing of the task.
     """
 
     def __init__(
@@ -176,7 +176,7 @@ class GlueDataModule(L.LightningDataModule):
         """Loads what the stage needs, once.
 
         Raises:
-            ValueError: The tokenizer cannot be loaded or does not take max_length tokens, a split is missing or has no
+            UserError: The tokenizer cannot be loaded or does not take max_length tokens, a split is missing or has no
                 examples, or a line or label cannot be read.
             RuntimeError: The hub cannot be reached.
         """

@@ -21,7 +21,7 @@ def open_directory(directory: Path, name: str, task: GlueTask) -> GlueSource:
         task: Its row of the table.
 
     Raises:
-        ValueError: The directory is missing or holds nothing of this task.
+        UserError: The directory is missing or holds nothing of this task.
     """
     layouts = (
         f"{task.folder}'s files train.tsv and dev*.tsv, or the hub's train-*.parquet and validation*.parquet, there or in a "

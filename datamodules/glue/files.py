@@ -56,7 +56,7 @@ def read_tsv(
         accept: Whether a row, given by column, belongs to the split.
 
     Raises:
-        ValueError: A column is missing, a line has too few or too many fields or an unknown label, or there are no lines.
+        UserError: A column is missing, a line has too few or too many fields or an unknown label, or there are no lines.
     """
     layout = task.tsv
     assert layout is not None, "data of one's own has no official files"

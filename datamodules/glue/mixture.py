@@ -59,7 +59,7 @@ class GlueMixtureDataModule(L.LightningDataModule):
         synthetic: Generate tiny data sets and read those. Not for ``own``.
 
     Raises:
-        ValueError: An argument is invalid, or a directory holds nothing of its task.
+        UserError: An argument is invalid, or a directory holds nothing of its task.
     """
 
     def __init__(

@@ -46,7 +46,7 @@ def find_parquet_files(folder: Path, task: GlueTask) -> dict[str, list[Path]]:
     """The parquet files that there are, by split.
 
     Raises:
-        ValueError: Some of the numbered parts of a split are missing.
+        UserError: Some of the numbered parts of a split are missing.
     """
     files = {split: sorted(folder.glob(f"{split}-[0-9]*-of-[0-9]*.parquet")) for split in task.all_splits}
     for split, paths in files.items():
@@ -66,7 +66,7 @@ def read_table(table: pa.Table, task: GlueTask, split: str, where: str) -> Examp
         where: What to call the table in errors.
 
     Raises:
-        ValueError: A column is missing, a sentence is missing, a label is unknown, or there are no rows.
+        UserError: A column is missing, a sentence is missing, a label is unknown, or there are no rows.
     """
     is_test = split.startswith(TEST)
     needed = task.sentences if is_test else (*task.sentences, "label")

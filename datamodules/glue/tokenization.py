@@ -54,7 +54,7 @@ def tokenize(
         cache_directory: Gets a file, or already has it.
 
     Raises:
-        ValueError: The cache directory cannot be written to.
+        UserError: The cache directory cannot be written to.
     """
     key = cache_key(tokenizer, max_length, *examples.sentences)
     columns = load_or_make(cache_directory, key, lambda: _tokenize(examples, tokenizer, max_length))

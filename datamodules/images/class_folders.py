@@ -12,7 +12,7 @@ def find_split_folders(directory: Path) -> dict[str, Path]:
     """The folders of ``directory`` that are splits, by split; upper or lower case does not matter.
 
     Raises:
-        ValueError: Two folders are the same split, such as ``val`` and ``validation``.
+        UserError: Two folders are the same split, such as ``val`` and ``validation``.
     """
     folders: dict[str, Path] = {}
     for split, names in SPLIT_NAMES.items():
@@ -35,7 +35,7 @@ class ClassFolders(ImageCollection):
         folders: The folder of each split.
 
     Raises:
-        ValueError: A split has no class folders, a class folder has no images, a class has no train folder, or its name is
+        UserError: A split has no class folders, a class folder has no images, a class has no train folder, or its name is
             not UTF-8.
     """
 

@@ -47,7 +47,7 @@ def check_classes(classes: Mapping[str, Iterable[str]], origin: str) -> None:
         origin: What the data set is called in the error.
 
     Raises:
-        ValueError: A class of the validation or the test split has no train images, or a name is not UTF-8.
+        UserError: A class of the validation or the test split has no train images, or a name is not UTF-8.
     """
     not_text = sorted({name for names in classes.values() for name in names if not _is_text(name)})
     if not_text:

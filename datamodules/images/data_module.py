@@ -62,7 +62,7 @@ class ImageDataModule(L.LightningDataModule):
         synthetic: Generate a tiny data set of 4 classes and read that, for trying things out without data.
 
     Raises:
-        ValueError: An argument is invalid, or the directory is missing, incomplete or inconsistent.
+        UserError: An argument is invalid, or the directory is missing, incomplete or inconsistent.
     """
 
     def __init__(
@@ -154,7 +154,7 @@ class ImageDataModule(L.LightningDataModule):
         """Downloads the data set, if it comes from the hub and this run needs it.
 
         Raises:
-            ValueError: The batches of the workers do not fit into shared memory.
+            UserError: The batches of the workers do not fit into shared memory.
             RuntimeError: The hub cannot be reached.
         """
         predicts_files = self.trainer is not None and self.trainer.predicting and self._predict_directory is not None
@@ -169,7 +169,7 @@ class ImageDataModule(L.LightningDataModule):
         "fit" checks the images of the test split, too.
 
         Raises:
-            ValueError: Image files are broken, a class to be evaluated has no train images, or there are no images.
+            UserError: Image files are broken, a class to be evaluated has no train images, or there are no images.
             RuntimeError: The hub cannot be reached.
         """
         missing = [split for split in _SPLITS_OF_STAGE[stage] if split not in self._datasets]

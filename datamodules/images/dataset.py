@@ -35,7 +35,7 @@ class ImageSplit(ABC):
         """The encoded image and the name by which an error should call it."""
 
     def check(self, indices: Sequence[int]) -> None:
-        """Raises ValueError if any of these images is found to be broken. By default nothing is looked at."""
+        """Raises UserError if any of these images is found to be broken. By default nothing is looked at."""
         return
 
 

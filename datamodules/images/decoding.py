@@ -55,7 +55,7 @@ def open_image(file: IO[bytes], name: str) -> Image.Image:
 
     Raises:
         UnusableImageError: if the image has more than `PIL.Image.MAX_IMAGE_PIXELS` pixels, or values of no known range.
-        ValueError: if it is of none of `FORMATS`, or broken.
+        UserError: if it is of none of `FORMATS`, or broken.
     """
     try:
         image = Image.open(file, formats=FORMATS)
@@ -89,7 +89,7 @@ def decode_rgb(content: bytes, name: str) -> Image.Image:
 
     Raises:
         UnusableImageError: see `open_image`.
-        ValueError: if the image cannot be decoded completely.
+        UserError: if the image cannot be decoded completely.
     """
     image = open_image(io.BytesIO(content), name)
     try:
@@ -113,8 +113,8 @@ def _too_large(name: str) -> UnusableImageError:
     )
 
 
-def _broken(name: str, error: Exception) -> ValueError:
-    return ValueError(
+def _broken(name: str, error: Exception) -> UserError:
+    return UserError(
         f"image '{printable(name)}' cannot be decoded ({error}): the file is truncated or corrupt; download it again or "
         "delete it"
     )

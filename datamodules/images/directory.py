@@ -21,7 +21,7 @@ def open_directory(directory: Path, cache_dir: Path | None = None) -> ImageColle
         cache_dir: Where ``datasets`` keeps its copy of parquet files; None for its default.
 
     Raises:
-        ValueError: The directory or one of its splits is missing, or what it holds is not usable.
+        UserError: The directory or one of its splits is missing, or what it holds is not usable.
     """
     if not directory.is_dir():
         raise UserError(f"directory '{directory}' does not exist; expected a directory with {LAYOUTS}")

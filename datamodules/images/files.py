@@ -48,7 +48,7 @@ def find_files(directory: Path) -> FoundFiles:
     A link is not followed to a folder inside of ``directory`` or that holds ``directory``, and no folder is read twice.
 
     Raises:
-        ValueError: A folder cannot be listed.
+        UserError: A folder cannot be listed.
     """
     root = directory.resolve()
     images: list[Path] = []
@@ -106,7 +106,7 @@ def read_file(path: Path) -> bytes:
     """The content of a regular file. A pipe would never end, and neither would some devices.
 
     Raises:
-        ValueError: It cannot be read, or is something else.
+        UserError: It cannot be read, or is something else.
     """
     problem = _reading_problem(path)
     if problem:
@@ -124,7 +124,7 @@ def check_usable(paths: Iterable[Path]) -> None:
     complete, and their headers are read. Anything else is decoded, and the decoder decides.
 
     Raises:
-        ValueError: At least one file is truncated, corrupt, too large to decode, of values without a known range, or not a
+        UserError: At least one file is truncated, corrupt, too large to decode, of values without a known range, or not a
             regular file; the first five of each kind are named.
     """
     with ThreadPoolExecutor() as pool:

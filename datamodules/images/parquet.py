@@ -33,7 +33,7 @@ class LoadedTables(ImageCollection):
         origin: Where the tables come from, in words.
 
     Raises:
-        ValueError: No or several image or label columns, or a class without train rows.
+        UserError: No or several image or label columns, or a class without train rows.
     """
 
     def __init__(self, tables: Mapping[str, datasets.Dataset], origin: str) -> None:
@@ -63,7 +63,7 @@ class ParquetFiles(ImageCollection):
         revision: The commit of the hub's data set that they are from; None for other files.
 
     Raises:
-        ValueError: An unreadable file, no or several image or label columns, or a class without train rows.
+        UserError: An unreadable file, no or several image or label columns, or a class without train rows.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ def find_parquet_files(directory: Path) -> dict[str, list[Path]]:
     A file belongs to the split whose name its own begins with, in upper or lower case.
 
     Raises:
-        ValueError: Some of the numbered parts of a split (``train-00000-of-00002.parquet``) are missing, a split comes under
+        UserError: Some of the numbered parts of a split (``train-00000-of-00002.parquet``) are missing, a split comes under
             two names (``val.parquet`` and ``dev.parquet``), or ``datasets`` could not read the path.
     """
     for folder in (directory, directory / "data"):

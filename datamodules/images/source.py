@@ -211,7 +211,7 @@ def find_source(name: str) -> ImageSource:
     """Looks up a row of the table.
 
     Raises:
-        ValueError: There is no such row; names like it are suggested.
+        UserError: There is no such row; names like it are suggested.
     """
     if name not in SOURCES:
         near = difflib.get_close_matches(name, SOURCES)

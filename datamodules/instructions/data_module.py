@@ -65,7 +65,7 @@ class InstructionDataModule(L.LightningDataModule):
         synthetic: Generate tiny files in the official layout and read those.
 
     Raises:
-        ValueError: An argument is invalid.
+        UserError: An argument is invalid.
     """
 
     benchmarks: ClassVar[Mapping[str, Benchmark]] = {}
@@ -174,7 +174,7 @@ class InstructionDataModule(L.LightningDataModule):
         """Reads, checks and tokenises what the stage needs, once. "fit" checks the test sets, too.
 
         Raises:
-            ValueError: A file is missing or malformed, or max_length is too small for the prompt.
+            UserError: A file is missing or malformed, or max_length is too small for the prompt.
             RuntimeError: Files or tokenizer cannot be fetched.
         """
         inventory, files = self._inventory, self._open()

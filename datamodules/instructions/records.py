@@ -34,7 +34,7 @@ def read_records(path: Path, *, needs_answer: bool) -> list[Record]:
         needs_answer: whether `answer` must be there; else a missing one is the whole output.
 
     Raises:
-        ValueError: naming file and record, if it is not such a file, or has no records.
+        UserError: naming file and record, if it is not such a file, or has no records.
     """
     records = []
     for where, item in read_items(path):

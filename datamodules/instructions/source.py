@@ -76,7 +76,7 @@ class LocalFiles(Files):
         """Where the file lies.
 
         Raises:
-            ValueError: it is not there.
+            UserError: it is not there.
         """
         found = self._find(file)
         if found is None:
@@ -111,7 +111,7 @@ class PinnedFiles(Files):
 
         Raises:
             RuntimeError: it cannot be fetched.
-            ValueError: what was fetched is another file.
+            UserError: what was fetched is another file.
         """
         path = self._cache / file
         if not self.has(file):

@@ -48,7 +48,7 @@ class InstructionTokenizer:
             gets up to half of the room. Prompts alone are never cut: an answer to half a question says nothing.
 
     Raises:
-        ValueError: the tokenizer does not tell where in the text its tokens stand.
+        UserError: the tokenizer does not tell where in the text its tokens stand.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, style: PromptStyle, max_length: int) -> None:
@@ -68,7 +68,7 @@ class InstructionTokenizer:
         """Training prompts with responses, at most `max_length` tokens each.
 
         Raises:
-            ValueError: `max_length` has no room beside the style's own words.
+            UserError: `max_length` has no room beside the style's own words.
         """
         for texts in self._batches(records):
             for head, question, tail, response in self._tokenize(texts):

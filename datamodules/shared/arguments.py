@@ -9,7 +9,7 @@ def require(name: str, value: object, valid: bool, expected: str) -> None:
     """Refuse an argument that is not valid.
 
     Raises:
-        ValueError: naming the argument, what is expected and what it is.
+        UserError: naming the argument, what is expected and what it is.
     """
     if not valid:
         raise UserError(f"{name} must be {expected}, got {value}")
@@ -22,7 +22,7 @@ def require_one_origin(directory: str | None, synthetic: bool, revision: str | N
         revision: of the hub's data set.
 
     Raises:
-        ValueError: if two of them are asked for.
+        UserError: if two of them are asked for.
     """
     if revision is not None and (directory is not None or synthetic):
         other = f"directory '{directory}'" if directory is not None else "synthetic"

@@ -99,7 +99,7 @@ def require_shared_memory(num_workers: int, batch_size: int, num_examples: int, 
         num_processes: training processes on this machine.
 
     Raises:
-        ValueError: what to set.
+        UserError: what to set.
     """
     if not num_workers or not SHARED_MEMORY.is_dir():
         return

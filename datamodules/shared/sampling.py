@@ -39,7 +39,7 @@ class ShuffledSampler(Sampler[Any]):
         generator: For the DataLoader, which would otherwise draw from the run's own.
 
     Raises:
-        ValueError: An argument does not fit the data set, or the weights add up to less than one example.
+        UserError: An argument does not fit the data set, or the weights add up to less than one example.
     """
 
     def __init__(
@@ -194,7 +194,7 @@ def hold_out(labels: Sequence[int], fraction: float, seed: int) -> tuple[list[in
         Indices of the train examples and of the validation examples, both ascending, the latter at least one.
 
     Raises:
-        ValueError: No class has an example to spare.
+        UserError: No class has an example to spare.
     """
     generator = torch.Generator().manual_seed(seed)
     members: dict[int, list[int]] = {}

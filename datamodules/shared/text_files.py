@@ -14,7 +14,7 @@ def read_text(path: Path) -> str:
     """The text of a file in UTF-8, with or without a byte-order mark; line ends stay as they are.
 
     Raises:
-        ValueError: The file cannot be read, is not UTF-8, or holds NUL characters.
+        UserError: The file cannot be read, is not UTF-8, or holds NUL characters.
     """
     try:
         content = path.read_bytes()
@@ -30,16 +30,16 @@ def read_text(path: Path) -> str:
     return text
 
 
-def not_utf8(path: Path) -> ValueError:
+def not_utf8(path: Path) -> UserError:
     """What to say of a file that cannot be decoded: where it is not UTF-8, and what it may be instead."""
     content = path.read_bytes()
     if content.startswith(_UTF_16):
-        return ValueError(f"'{path}' is not UTF-8 text but UTF-16; save the file as UTF-8")
+        return UserError(f"'{path}' is not UTF-8 text but UTF-16; save the file as UTF-8")
     try:
         content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line, byte = _line(content, error.start), content[error.start]
-        return ValueError(
+        return UserError(
             f"'{path}' is not UTF-8 text: line {line} has the byte 0x{byte:02x}, as in Windows-1252; save the file as UTF-8"
         )
     raise AssertionError("it is UTF-8")

@@ -31,7 +31,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
             models; 384 ids).
 
     Raises:
-        ValueError: if there is none of that name here, or it cannot be fetched or read.
+        UserError: if there is none of that name here, or it cannot be fetched or read.
     """
     if name == BYTES:
         return ByT5Tokenizer()
@@ -76,7 +76,7 @@ def check_max_length(max_length: int, tokenizer: PreTrainedTokenizerBase, name: 
     """Check that the tokenizer's model takes texts of so many tokens.
 
     Raises:
-        ValueError: if it does not.
+        UserError: if it does not.
     """
     if max_length > tokenizer.model_max_length:
         raise UserError(

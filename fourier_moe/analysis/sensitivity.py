@@ -112,7 +112,7 @@ def dense_gradients(
         (M, N) by name, float32 or the activations' float64, on their device.
 
     Raises:
-        ValueError: if the loss depends on no output of some projection.
+        UserError: if the loss depends on no output of some projection.
     """
     calls: list[tuple[str, Tensor, Tensor]] = []
     sums: dict[str, Tensor] = {}

@@ -37,7 +37,7 @@ class FFTMoEConfig(RoutedConfig):
         balance_weight: lambda, weight of the load-balancing loss, which is summed over the adapted projections.
 
     Raises:
-        ValueError: for an impossible value, naming it and what would be valid.
+        UserError: for an impossible value, naming it and what would be valid.
     """
 
     top_k: int = 2

@@ -67,7 +67,7 @@ class LoRADashConfig(LowRankConfig):
         start: optimiser steps before they are chosen.
 
     Raises:
-        ValueError: for an impossible value, naming it and what would be valid.
+        UserError: for an impossible value, naming it and what would be valid.
     """
 
     num_directions: int = 8
@@ -116,7 +116,7 @@ class MELoRAConfig(LowRankConfig):
         num_blocks: n, which divides the projection's two sizes.
 
     Raises:
-        ValueError: for an impossible value, naming it and what would be valid.
+        UserError: for an impossible value, naming it and what would be valid.
     """
 
     num_blocks: int = 2

@@ -27,7 +27,7 @@ class PeftLinear(Adapter):
         name: the projection's name in its model, for messages.
 
     Raises:
-        ValueError: if peft has no such adapter for this kind of projection.
+        UserError: if peft has no such adapter for this kind of projection.
     """
 
     def __init__(self, base: nn.Module, config: PeftConfig, name: str) -> None:

@@ -59,7 +59,7 @@ class LoRAConfig(PeftConfig):
         dropout: dropout on the input of A.
 
     Raises:
-        ValueError: for an impossible value, naming it and what would be valid.
+        UserError: for an impossible value, naming it and what would be valid.
     """
 
     r: int = 8
@@ -111,7 +111,7 @@ class FourierFTConfig(PeftConfig):
         scaling: factor of the update; with the inverse transform's 1/(in out) its effect depends on the projection's size.
 
     Raises:
-        ValueError: for an impossible value, naming it and what would be valid.
+        UserError: for an impossible value, naming it and what would be valid.
     """
 
     num_coefficients: int = 1000
@@ -150,7 +150,7 @@ class PEANuTConfig(PeftConfig):
         scaling: factor of the update.
 
     Raises:
-        ValueError: for an impossible value, naming it and what would be valid.
+        UserError: for an impossible value, naming it and what would be valid.
     """
 
     r: int = 32

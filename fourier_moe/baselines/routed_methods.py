@@ -35,7 +35,7 @@ class MoLoRAConfig(BalancedLoRAConfig):
         normalize_gates: divide the K gates of a token by their sum (always off for top_k = 1).
 
     Raises:
-        ValueError: for an impossible value, naming it and what would be valid.
+        UserError: for an impossible value, naming it and what would be valid.
     """
 
     top_k: int = 2
@@ -71,7 +71,7 @@ class GOATConfig(MoLoRAConfig):
             learning rate of full fine-tuning over that of the experts. The authors' scripts use alpha.
 
     Raises:
-        ValueError: for an impossible value, naming it and what would be valid.
+        UserError: for an impossible value, naming it and what would be valid.
     """
 
     rho: float = 10.0
@@ -121,7 +121,7 @@ class AdaMoLEConfig(BalancedLoRAConfig):
             expert, and is then the base's alone.
 
     Raises:
-        ValueError: for an impossible value, naming it and what would be valid.
+        UserError: for an impossible value, naming it and what would be valid.
     """
 
     max_threshold: float | None = None
@@ -148,7 +148,7 @@ class HydraLoRAConfig(RoutedLoRAConfig):
         r: rank of the shared A and of every B.
 
     Raises:
-        ValueError: for an impossible value, naming it and what would be valid.
+        UserError: for an impossible value, naming it and what would be valid.
     """
 
     r: int = 4

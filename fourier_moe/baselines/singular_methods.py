@@ -69,7 +69,7 @@ class KaSAConfig(SingularLoRAConfig):
         gamma: weight of the penalty that keeps A and B orthogonal.
 
     Raises:
-        ValueError: for an impossible value, or a peft that has no KaSA.
+        UserError: for an impossible value, or a peft that has no KaSA.
     """
 
     beta: float = 1e-4

@@ -37,7 +37,7 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """Everything an adapted model has beyond the pretrained one: positions, coefficients, routers, head.
 
     Raises:
-        ValueError: if the model is not adapted.
+        UserError: if the model is not adapted.
     """
     config = adapter_config(model)
     state = model.state_dict()
@@ -76,7 +76,7 @@ def save_adapter(
         The directory.
 
     Raises:
-        ValueError: if the model is not adapted, or the adapter holds values that are not finite.
+        UserError: if the model is not adapted, or the adapter holds values that are not finite.
         OSError: with the path, if it cannot be written; the old adapter is kept.
     """
     config = adapter_config(model)
@@ -122,7 +122,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> AdapterDescr
         path: the directory that `save_adapter` wrote, or `hf://owner/name[@revision]` on the Hugging Face hub.
 
     Raises:
-        ValueError: if there is no adapter, a damaged one, or one for another backbone, shape or config.
+        UserError: if there is no adapter, a damaged one, or one for another backbone, shape or config.
     """
     directory = local_directory(path)
     description, data = read(directory)
@@ -138,7 +138,7 @@ def put_on(model: nn.Module, source: str, description: AdapterDescription, state
         state: the stored tensors, by their names in `adapter_state_dict`.
 
     Raises:
-        ValueError: if it does not fit; the model is then as it was.
+        UserError: if it does not fit; the model is then as it was.
     """
     check_values(source, state)
     with unchanged_on_error(model):
@@ -154,7 +154,7 @@ def stored_names(model: nn.Module, source: str, description: AdapterDescription,
     """The modules of a fresh model that a stored adapter belongs to; arguments as in `put_on`.
 
     Raises:
-        ValueError: if the model has not all of them.
+        UserError: if the model has not all of them.
     """
     try:
         return names_by_file(model, description.config, description.modules, state)
@@ -166,7 +166,7 @@ def describe_adapter(path: str | os.PathLike[str]) -> AdapterDescription:
     """What an adapter says of itself; no model is needed. `path` as in `load_adapter`.
 
     Raises:
-        ValueError: if there is no adapter, a damaged one, or one of a newer format.
+        UserError: if there is no adapter, a damaged one, or one of a newer format.
     """
     return read(local_directory(path))[0]
 
@@ -187,7 +187,7 @@ def check_fit(
         config: stored with them, as are the name and fingerprint of the backbone.
 
     Raises:
-        ValueError: naming what differs.
+        UserError: naming what differs.
     """
     difference = adapter_config(model).difference(config)
     if difference:
@@ -215,7 +215,7 @@ def check_values(source: str, state: Mapping[str, Tensor]) -> None:
     """Refuse tensors that are no adapter's, whatever it is.
 
     Raises:
-        ValueError: naming the first that is not finite, or of a type that adapters never have.
+        UserError: naming the first that is not finite, or of a type that adapters never have.
     """
     for key, value in state.items():
         if value.dtype not in (*_FLOATS, *_INTEGERS):
@@ -231,7 +231,7 @@ def check_stored(source: str, config: AdapterConfig, sizes: Mapping[str, tuple[i
         sizes: (in_features, out_features) of every projection to adapt, by name.
 
     Raises:
-        ValueError: naming what differs.
+        UserError: naming what differs.
     """
     if not isinstance(config, ProjectionAdapterConfig) or not sizes:
         return

@@ -73,7 +73,7 @@ def encode(description: AdapterDescription, state: Mapping[str, Tensor]) -> tupl
         state: contiguous tensors on the CPU, no two of one memory.
 
     Raises:
-        ValueError: if the description could not be read again, because of its size or of a value of a wrong type.
+        UserError: if the description could not be read again, because of its size or of a value of a wrong type.
     """
     fields = {
         "sha256": _BLANK,
@@ -109,7 +109,7 @@ def read(directory: Path) -> tuple[AdapterDescription, bytes]:
         What it says, and the contents of adapter.safetensors, for `tensors`.
 
     Raises:
-        ValueError: naming the file, if there is none, it is damaged, or of a newer version.
+        UserError: naming the file, if there is none, it is damaged, or of a newer version.
     """
     path = directory / TENSORS
     if not path.is_file():
@@ -135,7 +135,7 @@ def tensors(data: bytes, directory: Path) -> dict[str, Tensor]:
     """The tensors in what `read` gave.
 
     Raises:
-        ValueError: if they cannot be read.
+        UserError: if they cannot be read.
     """
     try:
         return parse_safetensors(data)
@@ -225,7 +225,7 @@ def description_of(raw: Mapping[str, Any], source: str | Path) -> AdapterDescrip
         source: where they are from, for the message.
 
     Raises:
-        ValueError: if a field is missing, of another type, or impossible.
+        UserError: if a field is missing, of another type, or impossible.
     """
     try:
         fingerprint = mapping_of(raw["backbone_fingerprint"], float, int)

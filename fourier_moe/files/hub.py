@@ -27,7 +27,7 @@ def local_directory(path: str | os.PathLike[str]) -> Path:
             cache has them; the revision is a branch, tag or commit.
 
     Raises:
-        ValueError: if the hub has no such repository or revision, or it cannot be reached.
+        UserError: if the hub has no such repository or revision, or it cannot be reached.
     """
     text = os.fspath(path)
     if not text.startswith(SCHEME):
@@ -50,7 +50,7 @@ def check_repo_id(repo_id: str) -> None:
     """Refuse what is no name of a repository.
 
     Raises:
-        ValueError: with its form.
+        UserError: with its form.
     """
     if not re.fullmatch(_ID, repo_id):
         raise UserError(f"repo_id={repo_id!r} must be owner/name")
@@ -72,7 +72,7 @@ def push_adapter(
         The path to load it by, `hf://owner/name@commit`.
 
     Raises:
-        ValueError: if there is no adapter, a damaged one, or the hub refuses it.
+        UserError: if there is no adapter, a damaged one, or the hub refuses it.
     """
     check_repo_id(repo_id)
     description, _ = read(Path(directory))

@@ -23,7 +23,7 @@ def parse_json(text: str | bytes) -> Any:
     """JSON without duplicate keys and unpaired surrogates.
 
     Raises:
-        ValueError: in one line, for whatever is wrong.
+        UserError: in one line, for whatever is wrong.
     """
     try:
         value = json.loads(text, object_pairs_hook=_unique)
@@ -39,7 +39,7 @@ def of_type(value: Any, *kinds: type[_T]) -> _T:
     """The value, if it is of one of these types itself: True is no int here.
 
     Raises:
-        ValueError: naming both.
+        UserError: naming both.
     """
     if type(value) not in kinds or (type(value) is int and not -LARGEST < value < LARGEST):
         names = " or ".join("null" if kind is types.NoneType else kind.__name__ for kind in kinds)
@@ -51,7 +51,7 @@ def mapping_of(value: Any, *kinds: type[_T]) -> dict[str, _T]:
     """A mapping of texts to values of these types.
 
     Raises:
-        ValueError: naming the first wrong one.
+        UserError: naming the first wrong one.
     """
     return {of_type(key, str): of_type(item, *kinds) for key, item in of_type(value, dict).items()}
 
@@ -60,7 +60,7 @@ def sequence_of(value: Any, kind: type[_T]) -> list[_T]:
     """A list of values of this type.
 
     Raises:
-        ValueError: naming the first wrong one.
+        UserError: naming the first wrong one.
     """
     return [of_type(item, kind) for item in of_type(value, list)]
 
@@ -71,7 +71,7 @@ def settings_of(kind: type[_T], values: Mapping[str, Any]) -> _T:
     Fields of types that are not known here are left to the class.
 
     Raises:
-        ValueError: for unknown and missing fields, wrong types, and whatever the class refuses.
+        UserError: for unknown and missing fields, wrong types, and whatever the class refuses.
     """
     hints = _hints(kind)
     for key, value in values.items():

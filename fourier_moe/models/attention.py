@@ -116,7 +116,7 @@ class SplitMultiheadAttention(_SplitAttention):
             The output in the layout of ``query``, and the weights or None.
 
         Raises:
-            ValueError: on shapes or mask types that do not fit, on nested tensors, and on ``is_causal`` without mask.
+            UserError: on shapes or mask types that do not fit, on nested tensors, and on ``is_causal`` without mask.
         """
         if query.is_nested:
             raise UserError("split attention does not take nested tensors: pass padded tensors and key_padding_mask")
@@ -185,7 +185,7 @@ class SplitOpenClipAttention(_SplitAttention):
             The output, (N, L, E).
 
         Raises:
-            ValueError: on shapes or mask types that do not fit.
+            UserError: on shapes or mask types that do not fit.
         """
         if attn_mask is not None and attn_mask.dtype == torch.bool:
             attn_mask = ~attn_mask
@@ -234,7 +234,7 @@ def fused_projection(module: Any, name: str) -> nn.Linear:
     """The projection of this name that a split would give, on the meta device.
 
     Raises:
-        ValueError: if the kind of attention is unknown.
+        UserError: if the kind of attention is unknown.
     """
     if _kind(module) is None:
         raise UserError(f"{type(module).__name__} is no attention that can be split")
@@ -256,7 +256,7 @@ def fuse_attention(split: nn.Module, fused: nn.Module) -> None:
     """Put the projections' weights of a split attention back into the fused module that it was made of, or another like it.
 
     Raises:
-        ValueError: if the two do not belong together.
+        UserError: if the two do not belong together.
     """
     if not isinstance(split, _SplitAttention) or _kind(fused) is not type(split):
         raise UserError(f"a {type(split).__name__} is no split {type(fused).__name__}")
@@ -289,7 +289,7 @@ def split_attention(module: nn.Module) -> nn.Module:
         The split module; put it where ``module`` was.
 
     Raises:
-        ValueError: if the class is none of these, or has an option, attribute or hook that the split would lose.
+        UserError: if the class is none of these, or has an option, attribute or hook that the split would lose.
     """
     name = f"{type(module).__module__}.{type(module).__qualname__}"
     kind = _kind(module)

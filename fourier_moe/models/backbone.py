@@ -105,7 +105,7 @@ def check_backbone(model: nn.Module, name: str | None, fingerprint: Mapping[str,
         source: what it was stored in, for the message.
 
     Raises:
-        ValueError: naming both backbones.
+        UserError: naming both backbones.
     """
     present, present_name = kept_fingerprint(model).values, backbone_name(model)
     common = [key for key in fingerprint if key in present]

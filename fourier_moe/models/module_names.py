@@ -47,7 +47,7 @@ def names_by_config(model: nn.Module, config: AdapterConfig) -> ModuleNames:
     """What a config's `targets` and `head` match.
 
     Raises:
-        ValueError: if an entry matches nothing (near names are listed), or targets match nothing outside of the head.
+        UserError: if an entry matches nothing (near names are listed), or targets match nothing outside of the head.
     """
     heads = _match(config.head, _module_names(model), "head", by_suffix=False)
     targets: Sequence[str] = getattr(config, "targets", ())
@@ -72,7 +72,7 @@ def names_by_file(model: nn.Module, config: AdapterConfig, stored: ModuleNames |
         keys: the names of its tensors.
 
     Raises:
-        ValueError: if the model has no such modules.
+        UserError: if the model has no such modules.
     """
     known = _projection_names(model)
     targets: Sequence[str] = getattr(config, "targets", ())
@@ -127,11 +127,11 @@ def _named(entry: str, names: Iterable[str], *, by_suffix: bool) -> set[str]:
     return {name for name in names if name == entry or (by_suffix and name.endswith(end))}
 
 
-def _no_match(argument: str, entry: str, names: Sequence[str]) -> ValueError:
+def _no_match(argument: str, entry: str, names: Sequence[str]) -> UserError:
     last_parts = sorted({part for name in names if not (part := name.rpartition(".")[2]).isdigit()})
     near = difflib.get_close_matches(entry, [*last_parts, *names], n=5, cutoff=0.5)
     meant = f"near names: {', '.join(near)}" if near else f"its modules are called: {', '.join(last_parts[:30])}"
-    return ValueError(f"{argument} entry {entry!r} matches no module of the model; {meant}")
+    return UserError(f"{argument} entry {entry!r} matches no module of the model; {meant}")
 
 
 def _projections_of(model: nn.Module, keys: Iterable[str], known: dict[str, int]) -> set[str]:

@@ -48,7 +48,7 @@ def check_is_called(model: nn.Module, name: str) -> None:
     """Refuse a projection of which it is known that the module around it reads its weight and never calls it.
 
     Raises:
-        ValueError: naming both.
+        UserError: naming both.
     """
     parent, _, child = name.rpartition(".")
     owner = type(model.get_submodule(parent))

@@ -38,7 +38,7 @@ class GuardedSaving:
         """Save.
 
         Raises:
-            ValueError: if the module is adapted and it is no training checkpoint.
+            UserError: if the module is adapted and it is no training checkpoint.
         """
         if any(isinstance(module, Adapter) for module in self.module.modules()):
             problem = (

@@ -104,7 +104,7 @@ class Router(nn.Module, ABC):
 
         Raises:
             NoTokensError: outside of `recording`, or when no forward in it has used the projection.
-            ValueError: if a gradient is wanted, and the forward has run without.
+            UserError: if a gradient is wanted, and the forward has run without.
         """
         recording = recording_of(self)
         if recording is None or not recording.tokens[self]:
@@ -270,7 +270,7 @@ def recording(model: nn.Module, token_mask: Tensor | None = None, tasks: Sequenc
             no tasks apart.
 
     Raises:
-        ValueError: if token_mask or tasks does not fit the projections' inputs.
+        UserError: if token_mask or tasks does not fit the projections' inputs.
     """
     found = list(routers(model).values())
     with SHARED:

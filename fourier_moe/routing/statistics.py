@@ -165,7 +165,7 @@ class TokenWeights:
         """The same for each task, 0 for the tokens of other tasks (S, T).
 
         Raises:
-            ValueError: if there is not one task per example.
+            UserError: if there is not one task per example.
         """
         shape, device, dtype = key = _like(probabilities)
         if key not in self._by_task:

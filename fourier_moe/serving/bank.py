@@ -57,7 +57,7 @@ class AdapterBank:
         model: the pretrained model, without adapters; its modules are replaced in place, and put back by `unload`.
 
     Raises:
-        ValueError: if the model is adapted already.
+        UserError: if the model is adapted already.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -86,7 +86,7 @@ class AdapterBank:
         """Add an adapter, `path` as in `load_adapter`, under a name of your choice; it does nothing before it is chosen.
 
         Raises:
-            ValueError: for an empty name or one in use, a path that `load_adapter` refuses, or an adapter that changes the
+            UserError: for an empty name or one in use, a path that `load_adapter` refuses, or an adapter that changes the
                 pretrained weights (full fine-tuning, PiSSA), which the others share.
         """
         self._check_new(name)
@@ -113,7 +113,7 @@ class AdapterBank:
         """Forget an adapter. After the last one the model is as it was given, frozen.
 
         Raises:
-            ValueError: if it is not loaded, or chosen at the moment.
+            UserError: if it is not loaded, or chosen at the moment.
         """
         with self._changing:
             with CHOOSING:
@@ -131,7 +131,7 @@ class AdapterBank:
         (`encode_image`) and generation, which is many passes, change over: choose by `using` where threads serve.
 
         Raises:
-            ValueError: if it is not loaded.
+            UserError: if it is not loaded.
         """
         with CHOOSING:
             self._check_known([name])
@@ -145,7 +145,7 @@ class AdapterBank:
         """While open, all examples get this adapter, None the plain model, in this thread or task alone.
 
         Raises:
-            ValueError: if it is not loaded.
+            UserError: if it is not loaded.
         """
         return self._choose(None, name)
 
@@ -156,7 +156,7 @@ class AdapterBank:
         as often: `generate` with beams reads each example num_beams times in a row.
 
         Raises:
-            ValueError: if one is not loaded; in the forward pass, if a layer reads another number of examples.
+            UserError: if one is not loaded; in the forward pass, if a layer reads another number of examples.
         """
         return self._choose(names)
 
@@ -264,9 +264,9 @@ class AdapterBank:
             self._fused_kernels = {}
 
 
-def _changes_base(path: str | os.PathLike[str], description: AdapterDescription) -> ValueError:
+def _changes_base(path: str | os.PathLike[str], description: AdapterDescription) -> UserError:
     method = type(description.config).__name__
-    return ValueError(f"adapter {path} is {method}, which changes the pretrained weights that all adapters of a bank share")
+    return UserError(f"adapter {path} is {method}, which changes the pretrained weights that all adapters of a bank share")
 
 
 def _head_like(head: nn.Module, name: str, shapes: Mapping[str, torch.Size]) -> nn.Module:

@@ -83,7 +83,7 @@ class Selection:
         """The rows of each adapter in a layer's input (examples, ...), int64; None where one adapter has them all.
 
         Raises:
-            ValueError: if the input's first dimension does not count the examples, or it is unclear what this thread wants.
+            UserError: if the input's first dimension does not count the examples, or it is unclear what this thread wants.
         """
         choice = self._own()
         if choice is None:

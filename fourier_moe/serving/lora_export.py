@@ -77,7 +77,7 @@ def export_loras(model: nn.Module, directory: Path) -> list[ProjectionExport]:
         One line per projection.
 
     Raises:
-        ValueError: if the adapter has no spectral experts, or a LoRA differs from its expert by more than rounding.
+        UserError: if the adapter has no spectral experts, or a LoRA differs from its expert by more than rounding.
     """
     layers = {name: layer for name, layer in adapters(model).items() if isinstance(layer, FourierMoELinear)}
     if not layers or len(layers) < len(adapters(model)):

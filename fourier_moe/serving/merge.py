@@ -21,7 +21,7 @@ def check_takes_update(base: nn.Module) -> None:
     """Refuse a projection whose weight is no plain floating-point tensor.
 
     Raises:
-        ValueError: naming the reason.
+        UserError: naming the reason.
     """
     weight: Any = base.weight
     if is_quantized(base) or not weight.is_floating_point() or type(weight.data) is not Tensor:
@@ -37,7 +37,7 @@ def with_update(base: nn.Module, update: Tensor) -> nn.Module:
     """A copy of a projection with `update` (out_features, in_features) added to its weight, rounded once to the weight's dtype.
 
     Raises:
-        ValueError: if the weight is quantised or sharded.
+        UserError: if the weight is quantised or sharded.
     """
     check_takes_update(base)
     merged: Any = copy.deepcopy(base)
@@ -51,7 +51,7 @@ def check_mergeable(adapters: Mapping[str, Adapter]) -> None:
     """Refuse what `merged` of one of the adapters will refuse, without computing anything.
 
     Raises:
-        ValueError: naming the projection.
+        UserError: naming the projection.
     """
     from fourier_moe.adapter import Adapter
 

@@ -29,7 +29,7 @@ class SpectralExperts(nn.Module):
         scaling: alpha.
 
     Raises:
-        ValueError: if an expert's band has too few positions in a plane of this shape.
+        UserError: if an expert's band has too few positions in a plane of this shape.
     """
 
     frequencies: Tensor

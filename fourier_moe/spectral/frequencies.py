@@ -161,7 +161,7 @@ def draw_frequencies(
         int32 tensor (count, 2) of signed (u, v), ordered by (u, v).
 
     Raises:
-        ValueError: if the plane or the band has fewer positions than asked for.
+        UserError: if the plane or the band has fewer positions than asked for.
     """
     total = count_positions(out_features, in_features, half_plane=half_plane)
     where = f"a {out_features} x {in_features} projection"

@@ -15,7 +15,7 @@ def analyze(args: list[str]) -> SensitivityReport:
 
     Raises:
         SystemExit: with status 2 for a wrong command line.
-        ValueError: see SpectralSensitivity.
+        UserError: see SpectralSensitivity.
     """
     parser = argparse.ArgumentParser(
         prog="train.py analyze",

@@ -33,7 +33,7 @@ def compare(args: list[str]) -> list[Result]:
 
     Raises:
         SystemExit: with status 2 for a wrong command line; with 1, at the end, if a run failed.
-        ValueError: before any run, if one does not parse, does not fit its model, or cannot have the budget.
+        UserError: before any run, if one does not parse, does not fit its model, or cannot have the budget.
     """
     options, fit_args = _parse(args)
     names = options.adapters.split(",")
@@ -126,7 +126,7 @@ def _sizes(cells: Mapping[str, Cell], budget: Budget | None) -> tuple[dict[str, 
         The words for `fit` that set the sizes, and a table of what will be trained.
 
     Raises:
-        ValueError: one message with what does not fit.
+        UserError: one message with what does not fit.
     """
     words: dict[str, list[str]] = {}
     rows, problems = [], []

@@ -36,7 +36,7 @@ def export(args: list[str]) -> Path:
 
     Raises:
         SystemExit: with status 2 for a wrong command line.
-        ValueError: if there is nothing to export, it has no such format, or a merge changes the model too much.
+        UserError: if there is nothing to export, it has no such format, or a merge changes the model too much.
     """
     parser = argparse.ArgumentParser(
         prog="train.py export",

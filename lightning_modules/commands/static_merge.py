@@ -89,7 +89,7 @@ def merge(
     Reads the split twice: for the mean gates of every projection, and to compare logits and metrics with and without adapters.
 
     Raises:
-        ValueError: if the adapter or the base cannot be merged, the split is empty, or nothing belongs to the task.
+        UserError: if the adapter or the base cannot be merged, the split is empty, or nothing belongs to the task.
     """
     run = {"val": trainer.validate, "test": trainer.test}[split]
     gates: dict[str, Tensor] = {}

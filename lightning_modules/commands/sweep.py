@@ -28,7 +28,7 @@ def sweep(args: list[str]) -> list[Result]:
 
     Raises:
         SystemExit: with status 2 for a wrong command line; with 1, at the end, if a run failed.
-        ValueError: before any run, if the config's adapter is not FourierMoE or a value does not fit config or model.
+        UserError: before any run, if the config's adapter is not FourierMoE or a value does not fit config or model.
     """
     parser = argparse.ArgumentParser(
         prog="train.py sweep",

@@ -33,7 +33,7 @@ class Budget:
         """`0.42%` or `150000`.
 
         Raises:
-            ValueError: if it is neither, or not positive.
+            UserError: if it is neither, or not positive.
         """
         number = text.removesuffix("%").replace("_", "").replace(",", "")
         try:
@@ -60,7 +60,7 @@ def match(cell: Cell, budget: Budget) -> AdapterConfig:
     A method without such a field stays as it is.
 
     Raises:
-        ValueError: if the adapter fits the model with no value at all, or nothing comes within TOLERANCE of the budget.
+        UserError: if the adapter fits the model with no value at all, or nothing comes within TOLERANCE of the budget.
     """
     adapter = cell.adapter
     field, step = adapter.size_field, adapter.size_step
@@ -86,10 +86,10 @@ def nearest(count: Callable[[int], int], wanted: float) -> tuple[int, int]:
 
     Args:
         count: rises with its argument, nearly in proportion beyond a constant, from 1 up to some largest argument above which
-            it raises ValueError. It is called a handful of times.
+            it raises UserError. It is called a handful of times.
 
     Raises:
-        ValueError: what `count(1)` raises.
+        UserError: what `count(1)` raises.
     """
     low, low_count, slope = 1, count(1), 0.0
     high, high_count = math.inf, math.inf

@@ -95,7 +95,7 @@ def require_named_logger(config: Mapping[str, Any]) -> None:
     """Refuse a config whose runs could not be given directories by name.
 
     Raises:
-        ValueError: naming the logger.
+        UserError: naming the logger.
     """
     logger = config["trainer"]["logger"]
     settings = logger.get("init_args", {}) if isinstance(logger, Mapping) else {}

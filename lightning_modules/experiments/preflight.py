@@ -44,7 +44,7 @@ class Cell:
         """Inject an adapter into a copy of the outline, which costs no memory and little time, and group what is trained.
 
         Raises:
-            ValueError: if the adapter does not fit the model, or the optimisation does not fit the adapter.
+            UserError: if the adapter does not fit the model, or the optimisation does not fit the adapter.
         """
         model, adapter = copy.deepcopy(self.outline), dataclasses.replace(adapter, head=self.head_names)
         report = inject(model, adapter)
@@ -62,7 +62,7 @@ def parse_grid(grid: Mapping[str, Sequence[str]], metric: str | None = None) -> 
         metric: test metric that every task has to have.
 
     Raises:
-        ValueError: one message with what is wrong in any of the command lines.
+        UserError: one message with what is wrong in any of the command lines.
     """
     cells: dict[str, Cell] = {}
     outlines: dict[str, tuple[nn.Module, list[str]]] = {}

@@ -46,7 +46,7 @@ class Setting:
         """The config's adapter with the change.
 
         Raises:
-            ValueError: from FourierMoEConfig, if the change does not fit the rest of it.
+            UserError: from FourierMoEConfig, if the change does not fit the rest of it.
         """
         return dataclasses.replace(own, **self.fields)
 
@@ -66,7 +66,7 @@ class Study:
         raise NotImplementedError
 
     def settings(self, value: str, own: FourierMoEConfig) -> list[Setting]:
-        """The settings of one value, which may be several: a value that is no such value at all raises ValueError."""
+        """The settings of one value, which may be several: a value that is no such value at all raises UserError."""
         raise NotImplementedError
 
 
@@ -192,13 +192,13 @@ def choose_settings(
 
     Args:
         values: None for the study's own.
-        try_out: raises ValueError for an adapter that the model cannot have.
+        try_out: raises UserError for an adapter that the model cannot have.
 
     Returns:
         The settings, and one line for each that was left out.
 
     Raises:
-        ValueError: if one of `values` does not fit at all, or nothing remains.
+        UserError: if one of `values` does not fit at all, or nothing remains.
     """
     chosen: dict[str, Setting] = {}
     left_out: list[str] = []

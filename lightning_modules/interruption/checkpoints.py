@@ -84,7 +84,7 @@ class CheckedCheckpointIO(TorchCheckpointIO):
         """Check the file, then read it; code in it is never run.
 
         Raises:
-            ValueError: if the file is damaged, or holds other things than tensors and plain values.
+            UserError: if the file is damaged, or holds other things than tensors and plain values.
         """
         if weights_only is False:
             raise UserError("weights_only=False would run code from a checkpoint; leave it out or set it to True")
@@ -168,7 +168,7 @@ def require_writable(directory: Path, option: str) -> None:
         option: which one it comes from, for the message.
 
     Raises:
-        ValueError: if that fails.
+        UserError: if that fails.
     """
     there = next(path for path in (directory.absolute(), *directory.absolute().parents) if path.exists())
     try:

@@ -20,7 +20,7 @@ def require_finite_loss(module: L.LightningModule, losses: Mapping[str, Tensor],
         batch: its examples' ids are named.
 
     Raises:
-        ValueError: on every process, with step, cause and advice.
+        UserError: on every process, with step, cause and advice.
     """
     own = not all(bool(loss.isfinite()) for loss in losses.values())
     trainer = module._trainer  # None where someone calls training_step alone
@@ -44,7 +44,7 @@ def require_finite_weights(trainer: L.Trainer, state: Mapping[str, Tensor]) -> N
     """Keep the last good checkpoint: one with weights that are nan or infinite is not written.
 
     Raises:
-        ValueError: naming step and weights.
+        UserError: naming step and weights.
     """
     names = _not_finite(state.items())
     if names:

@@ -20,7 +20,7 @@ def find_checkpoint(name: str, *others: Path, to_resume: bool = False) -> str:
         to_resume: whether training is to go on from it, which weights alone do not allow.
 
     Raises:
-        ValueError: if there is none, or if the directory holds checkpoints of several runs.
+        UserError: if there is none, or if the directory holds checkpoints of several runs.
     """
     path = Path(name)
     if "://" in name:
@@ -74,7 +74,7 @@ def require_nothing_ahead(directories: list[Path], ckpt_path: str | None) -> Non
         ckpt_path: what it goes on from; None if it begins anew.
 
     Raises:
-        ValueError: naming the one that is ahead.
+        UserError: naming the one that is ahead.
     """
     start = position(Path(ckpt_path)) if ckpt_path and Path(ckpt_path).is_file() and is_intact(Path(ckpt_path)) else None
     if ckpt_path and start is None:

@@ -37,7 +37,7 @@ def checkpoint_activations(model: nn.Module) -> None:
     own. Names of modules and parameters stay as they are.
 
     Raises:
-        ValueError: if the model has no blocks.
+        UserError: if the model has no blocks.
     """
     blocks = transformer_blocks(model)
     if not blocks:

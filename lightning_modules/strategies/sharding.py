@@ -40,7 +40,7 @@ class ShardedBaseStrategy(ModelParallelStrategy):
         timeout: how long a process waits for the others, the first one's loading included.
 
     Raises:
-        ValueError: for another tensor_parallel_size.
+        UserError: for another tensor_parallel_size.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class ShardedBaseStrategy(ModelParallelStrategy):
         """Where configure_model builds: with weights in host memory, or as shapes only (see `without_weights`).
 
         Raises:
-            ValueError: if the first process fails; without its weights the others would wait for them in vain.
+            UserError: if the first process fails; without its weights the others would wait for them in vain.
         """
         problem = None
         try:
@@ -117,7 +117,7 @@ def check_strategy(strategy: Strategy, adapter: AdapterConfig, quantization: str
         quantization: of the task's frozen weights, None if there is none.
 
     Raises:
-        ValueError: naming the strategy, the reason and what to use.
+        UserError: naming the strategy, the reason and what to use.
     """
     name = type(strategy).__name__
     if isinstance(strategy, ShardedBaseStrategy):

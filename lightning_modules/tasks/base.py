@@ -94,7 +94,7 @@ class Task(nn.Module, ABC):
         """Fetch what `build` reads from a network, so that it fails before the data are fetched. By default nothing.
 
         Raises:
-            ValueError: if it cannot be fetched, with what to do.
+            UserError: if it cannot be fetched, with what to do.
         """
         return
 
@@ -110,7 +110,7 @@ class Task(nn.Module, ABC):
         """Before anything is read of this split's sets, one loader each.
 
         Raises:
-            ValueError: if this task cannot score one of them.
+            UserError: if this task cannot score one of them.
         """
 
     @abstractmethod
@@ -142,7 +142,7 @@ class Task(nn.Module, ABC):
         """What the model says before any decision, (rows, classes): of examples, or of tokens. Exports compare it.
 
         Raises:
-            ValueError: if the batch lacks what it takes.
+            UserError: if the batch lacks what it takes.
         """
         raise UserError(f"{type(self).__name__} has no logits to compare a merged model by; implement Task.logits")
 
@@ -150,7 +150,7 @@ class Task(nn.Module, ABC):
         """Write the whole model, without adapters, as a directory that the model's own library loads without this package.
 
         Raises:
-            ValueError: if there is no such format.
+            UserError: if there is no such format.
         """
         raise UserError(f"{type(self).__name__} has no format for a whole model; implement Task.save_model")
 

@@ -55,7 +55,7 @@ class CausalLanguageModel(Task):
         finished: `output` and `loss` of examples by id, from an interrupted evaluation; they are graded, not answered again.
 
     Raises:
-        ValueError: for an unknown scoring, dtype or quantization, a missing package, or a directory without a model.
+        UserError: for an unknown scoring, dtype or quantization, a missing package, or a directory without a model.
     """
 
     main_metric = "accuracy"
@@ -96,7 +96,7 @@ class CausalLanguageModel(Task):
         """Load the model and its tokenizer; see Task.
 
         Raises:
-            ValueError: if one of them cannot be loaded, or the tokenizer is another model's.
+            UserError: if one of them cannot be loaded, or the tokenizer is another model's.
         """
         self.tokenizer = load_fitting_tokenizer(self.tokenizer_name, self.model_name, self.tiny)
         self.model = load_causal_language_model(**self.arguments())
@@ -107,7 +107,7 @@ class CausalLanguageModel(Task):
         """Look at the first example of every set; see Task.
 
         Raises:
-            ValueError: if `scoring` is likelihood and a benchmark has no choices, or a set of validation has neither known
+            UserError: if `scoring` is likelihood and a benchmark has no choices, or a set of validation has neither known
                 responses nor may be answered.
         """
         for loader in loaders:
@@ -169,7 +169,7 @@ class CausalLanguageModel(Task):
             label tokens of the known response, in nats, or None.
 
         Raises:
-            ValueError: if `scoring` is likelihood and a benchmark has no choices.
+            UserError: if `scoring` is likelihood and a benchmark has no choices.
         """
         wanted = self._unfinished(batch)
         answers = dict(zip(wanted, self._answer(select(batch, wanted)), strict=True)) if wanted else {}

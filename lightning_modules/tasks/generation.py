@@ -24,7 +24,7 @@ class GenerationSettings:
         num_beams: 1 for greedy decoding; LLM-Adapters' numbers were made with 4.
 
     Raises:
-        ValueError: if one of them is below 1.
+        UserError: if one of them is below 1.
     """
 
     max_new_tokens: int = 32

@@ -74,7 +74,7 @@ class ImageClassification(Task):
         tiny: replace the tower by an untrained one of 2 layers and width 256 (configs/smoke.yaml).
 
     Raises:
-        ValueError: for an unknown model, tag or path, or a template without `{}`.
+        UserError: for an unknown model, tag or path, or a template without `{}`.
     """
 
     head_names = ("head",)
@@ -119,7 +119,7 @@ class ImageClassification(Task):
         """Load tower and head; see Task.
 
         Raises:
-            ValueError: if the number of classes is unknown, or class names are missing for the zero-shot head.
+            UserError: if the number of classes is unknown, or class names are missing for the zero-shot head.
         """
         num_classes = num_classes or len(class_names or ())
         if not num_classes:

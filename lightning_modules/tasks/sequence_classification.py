@@ -59,7 +59,7 @@ class SequenceClassification(Task):
             command line takes the data's.
 
     Raises:
-        ValueError: for an unknown metric, dtype or quantization, a missing package, or a directory without a model.
+        UserError: for an unknown metric, dtype or quantization, a missing package, or a directory without a model.
     """
 
     main_metric = "accuracy"
@@ -97,7 +97,7 @@ class SequenceClassification(Task):
         """Load the model with a new head; see Task.
 
         Raises:
-            ValueError: if the number of classes is unknown, the model cannot be loaded, or the tokenizer is another model's.
+            UserError: if the number of classes is unknown, the model cannot be loaded, or the tokenizer is another model's.
         """
         self.num_classes = num_classes or len(class_names or ())
         if not self.num_classes:

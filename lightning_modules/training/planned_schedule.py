@@ -26,7 +26,7 @@ class PlannedSchedule:
         scheduler: for Lightning, which lets it advance after every step.
 
     Raises:
-        ValueError: if the number of steps is unknown.
+        UserError: if the number of steps is unknown.
     """
 
     def __init__(self, optimization: Optimization, optimizer: AdamW, trainer: L.Trainer) -> None:
@@ -77,7 +77,7 @@ def planned_steps(trainer: L.Trainer) -> int:
         trainer: between two epochs, at the start of training or before.
 
     Raises:
-        ValueError: if the training set has no length, or there is no end, and max_steps does not say when to stop.
+        UserError: if the training set has no length, or there is no end, and max_steps does not say when to stop.
     """
     steps = trainer.estimated_stepping_batches  # loads the training set if nobody has asked for it yet
     if steps in (-1, float("inf")):

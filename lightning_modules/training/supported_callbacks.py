@@ -34,7 +34,7 @@ def check_callbacks(trainer: L.Trainer) -> None:
     """Refuse callbacks that would fail or do nothing.
 
     Raises:
-        ValueError: with the reason, and what to use.
+        UserError: with the reason, and what to use.
     """
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         for refused, reason in _REFUSED.items():

@@ -29,7 +29,7 @@ class WeightAverage(L.Callback):
         rule: when and how to average; its arguments and `should_update` are used, and nothing else of it.
 
     Raises:
-        ValueError: if `rule` overrides other methods.
+        UserError: if `rule` overrides other methods.
     """
 
     def __init__(self, rule: WeightAveraging) -> None:
@@ -148,7 +148,7 @@ def attach_weight_average(trainer: L.Trainer) -> WeightAverage | None:
     """Put a WeightAverage in the place of the trainer's WeightAveraging callback, before all others, for a new training.
 
     Raises:
-        ValueError: if there are several.
+        UserError: if there are several.
     """
     callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     found = [callback for callback in callbacks if isinstance(callback, (WeightAveraging, WeightAverage))]
@@ -166,7 +166,7 @@ def check_resumed(trainer: L.Trainer, checkpoint: dict[str, Any], average: Weigh
     """Refuse to train on from an averaged checkpoint without averaging: its weights are not those of its optimiser.
 
     Raises:
-        ValueError: naming what to do.
+        UserError: naming what to do.
     """
     averaged = "WeightAverage" in checkpoint.get("callbacks", {}) or "averaging_state" in checkpoint
     if trainer.state.fn != "fit" or not averaged:

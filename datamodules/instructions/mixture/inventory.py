@@ -38,7 +38,7 @@ class Inventory:
         """The examples of all sources, for role train, validation or test.
 
         Raises:
-            ValueError: a file is missing or malformed.
+            UserError: a file is missing or malformed.
         """
         examples: list[Example] = []
         for source in sources:

@@ -19,7 +19,7 @@ def load_examples(source: Source, files: Files, *, is_train: bool) -> list[Examp
     Where the source says no benchmark, every answer's form decides how it is graded.
 
     Raises:
-        ValueError: the file is missing or malformed, or a gold answer is not among those that its question offers.
+        UserError: the file is missing or malformed, or a gold answer is not among those that its question offers.
     """
     path = Path(source.file) if source.own else files.get(source.file)
     graders: dict[AnswerRule, Benchmark] = {}

@@ -50,7 +50,7 @@ def train_sources(train: Mapping[str, float] | Sequence[str] | str, train_sets: 
         train_sets: the rows of the table.
 
     Raises:
-        ValueError: a name is unknown or comes twice, a file does not exist, or a weight is not positive.
+        UserError: a name is unknown or comes twice, a file does not exist, or a weight is not positive.
     """
     names = [train] if isinstance(train, str) else list(train)
     weights = dict(train) if isinstance(train, Mapping) else dict.fromkeys(names, 1.0)
@@ -76,7 +76,7 @@ def evaluation_sources(argument: str, names: Sequence[str], benchmarks: Mapping[
     """The sources that `test` or `validation_sets` names: benchmarks, or paths of files.
 
     Raises:
-        ValueError: a name is unknown, comes twice or is taken, or a file does not exist.
+        UserError: a name is unknown, comes twice or is taken, or a file does not exist.
     """
     sources = []
     for name in names:
@@ -97,7 +97,7 @@ def hold_out(examples: Sequence[Example], size: int, seed: int) -> tuple[list[Ex
     """Divide training examples at random into those to train on and `size` held out for validation, both in file order.
 
     Raises:
-        ValueError: nothing would be left to train on.
+        UserError: nothing would be left to train on.
     """
     if size >= len(examples):
         raise UserError(f"validation_size={size} would hold out all {len(examples)} training examples; give a smaller number")

@@ -54,7 +54,7 @@ class SpectralOccupancy(L.Callback):
         layers: projections that the rings show, by their names in the model; null for the first, the middle and the last.
 
     Raises:
-        ValueError: at the start of training, if `layers` names what is not adapted.
+        UserError: at the start of training, if `layers` names what is not adapted.
     """
 
     def __init__(

@@ -115,7 +115,7 @@ class EvaluationReport(L.Callback):
         """Find what an interrupted evaluation left in the directory; all processes get the same.
 
         Raises:
-            ValueError: if the directory cannot be written.
+            UserError: if the directory cannot be written.
         """
         key = trainer.strategy.broadcast(user_key() if trainer.is_global_zero else b"")
         description = about(trainer, module, task.settings())
@@ -157,7 +157,7 @@ class EvaluationReport(L.Callback):
         """Print and write the table; what is unfinished goes last, so that nothing is lost if this fails.
 
         Raises:
-            ValueError: if the directory cannot be written.
+            UserError: if the directory cannot be written.
         """
         assert self._output is not None
         results = self._results(trainer, module, rows)

@@ -47,7 +47,7 @@ class PredictionsWriter(L.Callback):
         path: the file; null for `predictions.csv` in the run directory.
 
     Raises:
-        ValueError: when prediction starts, if the task has no classes, if another process is making the same predictions, or
+        UserError: when prediction starts, if the task has no classes, if another process is making the same predictions, or
             if rows cannot be written.
     """
 

@@ -46,7 +46,7 @@ class UnfinishedPredictions:
 
     Raises:
         OSError: if the file cannot be written.
-        ValueError: if another process is writing it.
+        UserError: if another process is writing it.
     """
 
     def __init__(self, path: Path, key: bytes, about: str) -> None:

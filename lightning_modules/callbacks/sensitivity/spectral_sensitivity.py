@@ -43,7 +43,7 @@ class SpectralSensitivity(L.Callback):
         stop: do not train.
 
     Raises:
-        ValueError: for an impossible value, a missing file, several devices, or an adapter other than FourierMoE.
+        UserError: for an impossible value, a missing file, several devices, or an adapter other than FourierMoE.
     """
 
     def __init__(

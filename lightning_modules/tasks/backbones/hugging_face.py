@@ -41,7 +41,7 @@ def check_model(model: str, dtype: str, quantization: str | None = None) -> None
     """Check name, dtype and quantization without loading anything.
 
     Raises:
-        ValueError: for a path without a model's config.json, an unknown dtype, or a quantization that is unknown or needs a
+        UserError: for a path without a model's config.json, an unknown dtype, or a quantization that is unknown or needs a
             package that is not installed.
     """
     if is_path(model) and not (Path(model).expanduser() / "config.json").is_file():
@@ -65,7 +65,7 @@ def load_fitting_tokenizer(name: str, model: str, tiny: bool) -> PreTrainedToken
         tiny: whether it is an untrained one that reads bytes.
 
     Raises:
-        ValueError: if the tokenizer cannot be loaded, or gives tokens other ids than the model's own.
+        UserError: if the tokenizer cannot be loaded, or gives tokens other ids than the model's own.
     """
     tokenizer = load_tokenizer(name)
     if name == tokenizer_name(model, tiny):
@@ -88,7 +88,7 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, name: str, model: PreTr
     """Check that a loaded model has an embedding for every token.
 
     Raises:
-        ValueError: if it has not.
+        UserError: if it has not.
     """
     known = len(cast(nn.Embedding, model.get_input_embeddings()).weight)
     if len(tokenizer) > known:
@@ -108,7 +108,7 @@ def fetch_model(model: str, *, look_up: bool = True) -> str | None:
         The commit that they are of; None for a directory.
 
     Raises:
-        ValueError: if they cannot be fetched, with what to do.
+        UserError: if they cannot be fetched, with what to do.
     """
     if is_path(model):
         return None
@@ -131,7 +131,7 @@ def load_sequence_classifier(
         tiny: untrained, of the same architecture but 2 layers of width 256, with a vocabulary of bytes.
 
     Raises:
-        ValueError: if it cannot be fetched, or is no model that classifies sequences.
+        UserError: if it cannot be fetched, or is no model that classifies sequences.
     """
     loaded = _load(AutoModelForSequenceClassification, model, dtype, quantization, tiny, num_labels=num_labels)
     loaded.config.use_cache = False  # nothing is continued, and activation checkpointing would fill a cache twice
@@ -144,7 +144,7 @@ def load_causal_language_model(
     """A pretrained model that continues text; arguments as for `load_sequence_classifier`.
 
     Raises:
-        ValueError: if it cannot be fetched, or was not trained to continue text (an encoder).
+        UserError: if it cannot be fetched, or was not trained to continue text (an encoder).
     """
     return _load(AutoModelForCausalLM, model, dtype, quantization, tiny)
 
@@ -220,12 +220,12 @@ def _source(model: str) -> str:
     return str(Path(model).expanduser()) if is_path(model) else model
 
 
-def _not_loaded(model: str, error: Exception) -> ValueError:
+def _not_loaded(model: str, error: Exception) -> UserError:
     reason = " ".join(str(error).split())
     if isinstance(error, HubError) and error.remedy:
-        return ValueError(f"model={model!r} cannot be fetched: {reason}")
+        return UserError(f"model={model!r} cannot be fetched: {reason}")
     reason = reason if isinstance(error, HubError) else reason[:300]
-    return ValueError(
+    return UserError(
         f"model={model!r} cannot be loaded ({reason}). Without a network: give the model's directory, or fill the Hugging Face "
         "cache (HF_HOME) on a machine that has one and copy it"
     )

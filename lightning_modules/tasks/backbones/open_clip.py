@@ -32,7 +32,7 @@ def check_model(model: str, pretrained: str | None) -> None:
         pretrained: an open_clip tag of that model, the path of a weights file, or None for an untrained model.
 
     Raises:
-        ValueError: for an unknown name, tag or path, or weights made for another activation function.
+        UserError: for an unknown name, tag or path, or weights made for another activation function.
     """
     if model.endswith(".json"):
         if not Path(model).is_file():
@@ -80,7 +80,7 @@ def load_open_clip(
         tiny: untrained, of the same architecture but 2 layers of width 256, to try a machine or a config.
 
     Raises:
-        ValueError: as `check_model`; or if the weights cannot be fetched (naming the ways without a network).
+        UserError: as `check_model`; or if the weights cannot be fetched (naming the ways without a network).
     """
     check_model(model, pretrained)
     name, config = _register(model)
@@ -106,7 +106,7 @@ def fetch_weights(model: str, pretrained: str | None, *, look_up: bool = True) -
         look_up: ask the hub for the newest version; without it only where the cache lacks a file.
 
     Raises:
-        ValueError: as `check_model`; or if the weights cannot be fetched (naming the ways without a network).
+        UserError: as `check_model`; or if the weights cannot be fetched (naming the ways without a network).
     """
     check_model(model, pretrained)
     if pretrained is None or Path(pretrained).is_file():

@@ -25,7 +25,7 @@ def check_quantization(quantization: str | None) -> None:
     """Look for what is needed without loading anything.
 
     Raises:
-        ValueError: for an unknown quantisation, or if bitsandbytes is not installed.
+        UserError: for an unknown quantisation, or if bitsandbytes is not installed.
     """
     if quantization is None:
         return
