@@ -7,10 +7,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fourier_moe import FourierMoEConfig, FourierMoELinear
-from fourier_moe.adapter import Adapter
+from fourier_moe import FourierMoEConfig, FourierMoELinear, layer_of
 
 
+@dataclass(frozen=True, kw_only=True)
+class DenseFourierMoEConfig(FourierMoEConfig):
+    """FourierMoEConfig whose layers are DenseFourierMoELinear."""
+
+
+@layer_of(DenseFourierMoEConfig)
 class DenseFourierMoELinear(FourierMoELinear):
     """The same function of the same parameters as FourierMoELinear, from dense update matrices.
 
@@ -34,11 +39,3 @@ class DenseFourierMoELinear(FourierMoELinear):
             update_TM = update_TM.index_add(0, active, part)
         assert update_TM is not None
         return y + update_TM.view_as(y).to(y.dtype)
-
-
-@dataclass(frozen=True, kw_only=True)
-class DenseFourierMoEConfig(FourierMoEConfig):
-    """FourierMoEConfig whose layers are DenseFourierMoELinear."""
-
-    def build_layer(self, base: nn.Module, name: str) -> Adapter:
-        return DenseFourierMoELinear(base, self, name)

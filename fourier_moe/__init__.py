@@ -6,7 +6,7 @@ save_adapter(model, "adapter")
 load_adapter(fresh_model, "adapter")
 """
 
-from fourier_moe.adapter import Adapter
+from fourier_moe.adapter import Adapter, adapters, layer_of
 from fourier_moe.analysis.spectra import ExpertSpectra
 from fourier_moe.baselines import (
     AdaMoLEConfig,
@@ -28,16 +28,18 @@ from fourier_moe.baselines import (
     RsLoRAConfig,
     TopLoRAConfig,
 )
-from fourier_moe.config import AdapterConfig, FourierMoEConfig, ProjectionAdapterConfig
+from fourier_moe.config import AdapterConfig, ProjectionAdapterConfig
 from fourier_moe.files.adapter_files import adapter_state_dict, describe_adapter, load_adapter, save_adapter
 from fourier_moe.files.format import AdapterDescription
 from fourier_moe.files.hub import push_adapter
-from fourier_moe.inject import InjectionReport, adapters, after_step, balance_loss, inject, regularization
+from fourier_moe.inject import after_step, balance_loss, inject, regularization
 from fourier_moe.models.quantization import is_quantized
+from fourier_moe.report import InjectionReport
 from fourier_moe.routing.reader import StatisticsReader
 from fourier_moe.routing.router import Router, Routing, TopKRouter, recording, routers
 from fourier_moe.routing.statistics import RouterStatistics
 from fourier_moe.serving.bank import AdapterBank
+from fourier_moe.spectral.config import FourierMoEConfig
 from fourier_moe.spectral.experts import SpectralExperts
 from fourier_moe.spectral.layer import FourierMoELinear
 from fourier_moe.version import __version__
@@ -84,6 +86,7 @@ __all__ = [
     "describe_adapter",
     "inject",
     "is_quantized",
+    "layer_of",
     "load_adapter",
     "push_adapter",
     "recording",

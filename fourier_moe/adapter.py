@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from itertools import chain
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, TypeVar
 
-import torch
 from torch import Tensor, nn
 
+from fourier_moe.config import ProjectionAdapterConfig
 from fourier_moe.errors import UserError
 from fourier_moe.models.pretrained_weight import PretrainedWeight
+from fourier_moe.models.projection import projection_shape
 
-if TYPE_CHECKING:
-    from fourier_moe.routing.reminders import Reminder
+ParameterKind = Literal["experts", "router", "adapter", "head", "backbone"]
+
+_LAYERS: dict[type[ProjectionAdapterConfig], type[Adapter]] = {}
+_Layer = TypeVar("_Layer", bound="type[Adapter]")
 
 
 class Adapter(nn.Module, ABC):
     """A frozen projection `base` with trained additions. Found in a model by `adapters(model)`.
 
+    A subclass is constructed as `Layer(base, config, name)`; `name` is the projection's name in its model.
+
     Attributes:
         changes_base: whether `base` is a changed copy of the model's projection and not that projection itself.
         projection_name: the projection's name in its model, for messages; `inject` sets it.
-        reminders: what is said to a training loop that leaves out `regularization` or `after_step`, by method.
+        reminders: what warns a training loop that leaves out `regularization` or `after_step`, by method.
     """
 
     changes_base = False
@@ -31,12 +35,21 @@ class Adapter(nn.Module, ABC):
 
     def __init__(self, base: nn.Module) -> None:
         super().__init__()
-        self.reminders: dict[str, Reminder] = {}
+        self.reminders: dict[str, Any] = {}
         self.base = base
         self.in_features, self.out_features = projection_shape(base)
 
+    @classmethod
+    def connect(cls, adapters: Mapping[str, Any], config: Any) -> None:
+        """Let the adapters of a model share what they share; called once, when `inject` has built all of them.
+
+        Args:
+            adapters: all adapters of the model, by name; they are of this class.
+            config: what they were built with.
+        """
+
     @abstractmethod
-    def parameter_groups(self) -> Mapping[str, list[nn.Parameter]]:
+    def parameter_groups(self) -> Mapping[ParameterKind, list[nn.Parameter]]:
         """Trained parameters by kind: `experts` and `router`, or `adapter` for a method without experts."""
 
     def num_replaced(self) -> int:
@@ -79,19 +92,39 @@ class Adapter(nn.Module, ABC):
         return self.base.bias  # type: ignore[return-value]
 
 
-def device_of(module: nn.Module) -> torch.device:
-    """Where a module's parameters or, if it has none, its buffers are."""
-    return next(chain(module.parameters(), module.buffers())).device
+def layer_of(*configs: type[ProjectionAdapterConfig]) -> Callable[[_Layer], _Layer]:
+    """Decorate the layer that `inject` builds for configs of these classes, and of subclasses without a layer of their own.
+
+    @layer_of(MyConfig)
+    class MyLinear(Adapter):
+        def __init__(self, base: nn.Module, config: MyConfig, name: str) -> None: ...
+    """
+
+    def register(layer: _Layer) -> _Layer:
+        _LAYERS.update(dict.fromkeys(configs, layer))
+        return layer
+
+    return register
 
 
-def projection_shape(module: nn.Module) -> tuple[int, int]:
-    """(in_features, out_features) of a linear projection: torch's Linear and its quantised kin, or transformers' Conv1D.
+def layer_class(config: ProjectionAdapterConfig) -> type[Adapter]:
+    """The layer that is registered for a config.
 
     Raises:
-        UserError: if the module is no linear projection.
+        UserError: if there is none.
     """
-    for names in (("in_features", "out_features"), ("nx", "nf")):
-        sizes = tuple(getattr(module, name, None) for name in names)
-        if all(isinstance(size, int) for size in sizes):
-            return sizes  # type: ignore[return-value]
-    raise UserError(f"{type(module).__name__} is no linear projection; adapters replace torch.nn.Linear and its like")
+    for kind in type(config).__mro__:
+        if kind in _LAYERS:
+            return _LAYERS[kind]
+    raise UserError(f"{type(config).__name__} has no layer; decorate one with @layer_of({type(config).__name__})")
+
+
+def build_layer(base: nn.Module, config: ProjectionAdapterConfig, name: str) -> Adapter:
+    """The adapter that takes the place of projection `base`, known in its model as `name`."""
+    layer: Any = layer_class(config)
+    return layer(base, config, name)
+
+
+def adapters(model: nn.Module) -> dict[str, Adapter]:
+    """All adapted projections of a model by name, in the model's order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, Adapter)}

@@ -15,7 +15,8 @@ from transformers.optimization import get_scheduler
 
 from fourier_moe import AdapterConfig, adapters
 from fourier_moe.errors import UserError
-from fourier_moe.inject import after_step, head_modules
+from fourier_moe.inject import after_step
+from fourier_moe.models.module_names import head_modules
 
 _SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 

@@ -12,8 +12,8 @@ from functools import cached_property
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
+from fourier_moe.models.projection import whole
 from fourier_moe.spectral.experts import SpectralExperts
 from fourier_moe.spectral.frequencies import band_weight, normalized_radius
 
@@ -46,9 +46,7 @@ class ExpertSpectra:
     @torch.no_grad()
     def of(cls, experts: SpectralExperts) -> ExpertSpectra:
         """The spectra as they are now, on the CPU. Of sharded coefficients all processes must ask together."""
-        coefficients_EPC = experts.coefficients.detach()
-        if isinstance(coefficients_EPC, DTensor):
-            coefficients_EPC = coefficients_EPC.full_tensor()
+        coefficients_EPC = whole(experts.coefficients).detach()
         if experts.part != "complex":
             coefficients_EPC = nn.functional.pad(coefficients_EPC, (0, 1) if experts.part == "real" else (1, 0))
         c_EP = torch.view_as_complex(coefficients_EPC.cpu().double().contiguous())

@@ -1,12 +1,11 @@
 """Other ways to fine-tune, behind the same AdapterConfig."""
 
 from fourier_moe.baselines.fft_moe import FFTMoEConfig
-from fourier_moe.baselines.full_fine_tuning import FullFineTuning
-from fourier_moe.baselines.head_only import HeadOnly
-from fourier_moe.baselines.low_rank_methods import LoRADashConfig, MELoRAConfig, TopLoRAConfig
-from fourier_moe.baselines.peft_methods import DoRAConfig, FourierFTConfig, LoRAConfig, PEANuTConfig, RsLoRAConfig
-from fourier_moe.baselines.routed_methods import AdaMoLEConfig, GOATConfig, HydraLoRAConfig, MoLoRAConfig
-from fourier_moe.baselines.singular_methods import KaSAConfig, MiLoRAConfig, PiSSAConfig
+from fourier_moe.baselines.lora_mixtures import AdaMoLEConfig, GOATConfig, HydraLoRAConfig, MoLoRAConfig
+from fourier_moe.baselines.lora_relatives import LoRADashConfig, MELoRAConfig, TopLoRAConfig
+from fourier_moe.baselines.peft_library import DoRAConfig, FourierFTConfig, LoRAConfig, PEANuTConfig, RsLoRAConfig
+from fourier_moe.baselines.singular import KaSAConfig, MiLoRAConfig, PiSSAConfig
+from fourier_moe.baselines.whole_model import FullFineTuning, HeadOnly
 
 __all__ = [
     "AdaMoLEConfig",

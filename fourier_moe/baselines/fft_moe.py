@@ -11,20 +11,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fourier_moe.adapter import Adapter, device_of, projection_shape
-from fourier_moe.baselines.routed_config import RoutedConfig
-from fourier_moe.baselines.singular_layers import pretrained_matrix
-from fourier_moe.checks import not_negative, top_k
-from fourier_moe.errors import UserError
-from fourier_moe.inject import InjectionReport, count_parameters
+from fourier_moe.adapter import Adapter, ParameterKind, layer_of
+from fourier_moe.config import ProjectionAdapterConfig, at_least_one, not_negative, top_k
 from fourier_moe.models.pretrained_weight import PretrainedWeight
-from fourier_moe.models.quantization import is_quantized
+from fourier_moe.models.projection import device_of, projection_shape, weight_matrix
 from fourier_moe.routing.router import Routing, TopKRouter
 from fourier_moe.spectral.frequencies import named_generator
 
 
 @dataclass(frozen=True, kw_only=True)
-class FFTMoEConfig(RoutedConfig):
+class FFTMoEConfig(ProjectionAdapterConfig):
     """FFT MoE: every target becomes E trained copies of itself behind a top-K router, and all else is trained, too.
 
     The reference that GOAT (arXiv 2502.16894) and FourierMoE's paper set their methods against. It has E times the parameters
@@ -32,6 +28,7 @@ class FFTMoEConfig(RoutedConfig):
     token sum to 1, so that the model starts as the pretrained one.
 
     Args:
+        num_experts: E.
         top_k: K, experts active per token; at least 2, since the gate of a single one is either no function of the router or
             scales the output down from the start.
         balance_weight: lambda, weight of the load-balancing loss, which is summed over the adapted projections.
@@ -40,29 +37,21 @@ class FFTMoEConfig(RoutedConfig):
         UserError: for an impossible value, naming it and what would be valid.
     """
 
+    num_experts: int = 8
     top_k: int = 2
     balance_weight: float = 1e-3
 
+    trains_backbone = True
+
     def problems(self) -> list[str]:
-        return [*super().problems(), *top_k(self, least=2), *not_negative(self, "balance_weight")]
-
-    def inject(self, model: nn.Module) -> InjectionReport:
-        if is_quantized(model):
-            raise UserError("FFT MoE trains the pretrained weights, and these are quantised; load them without")
-        super().inject(model)
-        model.float().requires_grad_(True)
-        return count_parameters(model, self)
-
-    def trains_backbone(self) -> bool:
-        return True
+        count, active = at_least_one(self, "num_experts"), top_k(self, least=2)
+        return [*super().problems(), *count, *active, *not_negative(self, "balance_weight")]
 
     def num_stored(self, in_features: int, out_features: int) -> int:
-        return super().num_stored(in_features, out_features) + self.num_experts * in_features * out_features
-
-    def build_layer(self, base: nn.Module, name: str) -> Adapter:
-        return FFTMoELinear(base, self, name)
+        return self.num_experts * in_features * (1 + out_features)
 
 
+@layer_of(FFTMoEConfig)
 class FFTMoELinear(Adapter):
     """y = sum_e g_e(x) (W_e x + b_e), (..., N) -> (..., M), with every W_e, b_e a trained copy of the projection's.
 
@@ -84,7 +73,7 @@ class FFTMoELinear(Adapter):
             generator=named_generator(config.seed or 0, name),
             device=device_of(base),
         )
-        weight_MN, bias_M = pretrained_matrix(base), base.bias
+        weight_MN, bias_M = weight_matrix(base), base.bias
         assert bias_M is None or isinstance(bias_M, Tensor)
         self.experts = UpcycledExperts(weight_MN, bias_M, config.num_experts)
 
@@ -100,7 +89,7 @@ class FFTMoELinear(Adapter):
     def forward(self, x: Tensor) -> Tensor:
         return self.experts(x, self.router(x))
 
-    def parameter_groups(self) -> Mapping[str, list[nn.Parameter]]:
+    def parameter_groups(self) -> Mapping[ParameterKind, list[nn.Parameter]]:
         return {"experts": list(self.experts.parameters()), "router": list(self.router.parameters())}
 
     def num_replaced(self) -> int:

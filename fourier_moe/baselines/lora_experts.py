@@ -5,15 +5,8 @@ Shape legend: T tokens, N in_features, M out_features, E experts, R rank of an e
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor, nn
-
-from fourier_moe.adapter import Adapter
-from fourier_moe.errors import UserError
-from fourier_moe.routing.router import Router
-from fourier_moe.serving.merge import with_update
 
 
 class LoRAExperts(nn.Module):
@@ -53,41 +46,6 @@ class LoRAExperts(nn.Module):
     def extra_repr(self) -> str:
         E, M, R = self.B.shape
         return f"in_features={self.A.shape[-1]}, out_features={M}, experts={E}, rank={R}, scaling={self.scaling:.4g}"
-
-
-class RoutedLoRALinear(Adapter):
-    """y = base(x) + s sum_e g_e(x) B_e A_e x, (..., N) -> (..., M) in the dtype of the base's output.
-
-    Args:
-        base: the frozen projection.
-        router: gives the gates.
-        experts: low-rank experts.
-        dropout: dropout on the experts' input.
-        balance_weight: weight of the load-balancing loss; 0 for a method without one.
-    """
-
-    def __init__(self, base: nn.Module, router: Router, experts: LoRAExperts, *, dropout: float, balance_weight: float) -> None:
-        super().__init__(base)
-        self.router = router
-        self.dropout = nn.Dropout(dropout)
-        self.experts = experts
-        self.balance_weight = balance_weight
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.base(x)
-        gates = self.router(x).dense(self.router.num_experts)
-        return y + self.experts(self.dropout(x), gates).to(y.dtype)
-
-    def merged(self, gates: Tensor | None = None) -> nn.Module:
-        if gates is None:
-            raise UserError("this method routes every token on its own; give the gates to freeze")
-        return with_update(self.base, self.experts.mixture(gates))
-
-    def parameter_groups(self) -> Mapping[str, list[nn.Parameter]]:
-        return {"experts": list(self.experts.parameters()), "router": list(self.router.parameters())}
-
-    def balance_loss(self) -> Tensor | None:
-        return self.balance_weight * self.router.balance_loss() if self.balance_weight else None
 
 
 def random_start(

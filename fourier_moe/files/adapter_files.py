@@ -10,24 +10,19 @@ import torch
 import torch.distributed
 from torch import Tensor, nn
 
+from fourier_moe.adapter import adapters
 from fourier_moe.config import AdapterConfig, ProjectionAdapterConfig, StoredProjection
 from fourier_moe.errors import UserError
 from fourier_moe.files.format import CARD, DESCRIPTION, TENSORS, AdapterDescription, encode, has_version_1, read, tensors
 from fourier_moe.files.hub import local_directory
 from fourier_moe.files.model_card import is_edited, loading_code, model_card
 from fourier_moe.files.writing import FileParts, replace_files
-from fourier_moe.inject import (
-    adapter_config,
-    adapters,
-    count_parameters,
-    head_modules,
-    inject,
-    is_adapted,
-    projection_sizes,
-)
+from fourier_moe.inject import adapter_config, inject, is_adapted
 from fourier_moe.models.backbone import backbone_fingerprint, backbone_name, backbone_revision, check_backbone
-from fourier_moe.models.module_names import ModuleNames, kept_module_names, names_by_file
+from fourier_moe.models.module_names import ModuleNames, head_modules, kept_module_names, names_by_file
+from fourier_moe.models.replacing import projection_sizes
 from fourier_moe.models.snapshot import unchanged_on_error
+from fourier_moe.report import count_parameters
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
@@ -41,7 +36,7 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """
     config = adapter_config(model)
     state = model.state_dict()
-    if config.trains_backbone():
+    if config.trains_backbone:
         return state
     heads = tuple(f"{name}." for name in head_modules(model, config))
     owned = tuple(f"{name}." for name in adapters(model))
@@ -99,7 +94,7 @@ def save_adapter(
         dict(metrics or {}),
         backbone_revision(model),
         dict(task or {}),
-        count_parameters(model, config).trained,
+        {str(kind): count for kind, count in count_parameters(model, config).trained.items()},
         modules=kept_module_names(model),
     )
     directory = Path(directory)

@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -232,7 +232,7 @@ def description_of(raw: Mapping[str, Any], source: str | Path) -> AdapterDescrip
         if not all(map(math.isfinite, fingerprint.values())):
             raise UserError("backbone_fingerprint has values that are not finite")
         return AdapterDescription(
-            config=AdapterConfig.from_dict(of_type(raw["config"], dict)),
+            config=config_of(of_type(raw["config"], dict)),
             backbone=of_type(raw["backbone"], str, _NONE),
             fingerprint=fingerprint,
             class_names=None if raw["class_names"] is None else sequence_of(raw["class_names"], str),
@@ -267,3 +267,22 @@ def _read_bytes(path: Path, largest: int) -> bytes:
     if len(content) > largest:
         raise UserError(f"{path} is damaged: it has more than {largest:,} bytes")
     return content
+
+
+def config_of(values: Mapping[str, Any]) -> AdapterConfig:
+    """Inverse of `AdapterConfig.to_dict`; the class is looked up among those imported: a file never makes us import code.
+
+    Raises:
+        UserError: for an unknown class, or values that it refuses.
+    """
+    known: dict[str, type[AdapterConfig]] = {kind.__name__: kind for kind in _subclasses(AdapterConfig)}
+    name = values.get("class") if isinstance(values, Mapping) else None
+    if not isinstance(name, str) or name not in known:
+        raise UserError(f"config class {name!r} is unknown; known: {', '.join(known)}; import the package that defines it")
+    return settings_of(known[name], {key: value for key, value in values.items() if key != "class"})
+
+
+def _subclasses(root: type[AdapterConfig]) -> Iterator[type[AdapterConfig]]:
+    for child in root.__subclasses__():
+        yield child
+        yield from _subclasses(child)

@@ -43,6 +43,16 @@ def kept_module_names(model: nn.Module) -> ModuleNames | None:
     return getattr(model, _ATTRIBUTE, None)
 
 
+def head_modules(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Module]:
+    """The modules that are trained in full beside the adapters, by name.
+
+    Raises:
+        UserError: if an entry of config.head matches nothing.
+    """
+    names = kept_module_names(model) or names_by_config(model, AdapterConfig(head=config.head))
+    return {name: model.get_submodule(name) for name in names.heads}
+
+
 def names_by_config(model: nn.Module, config: AdapterConfig) -> ModuleNames:
     """What a config's `targets` and `head` match.
 

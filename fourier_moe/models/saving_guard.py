@@ -9,18 +9,17 @@ from typing import Any
 
 from torch import nn
 
-from fourier_moe.adapter import Adapter
 from fourier_moe.errors import UserError
 
 _METHODS = ("save_pretrained", "push_to_hub")  # of transformers, huggingface_hub's mixin, diffusers
 
 
-def guard_saving(model: nn.Module) -> None:
-    """Shadow `save_pretrained` and `push_to_hub` of every module that has them by what refuses while the module is adapted."""
+def guard_saving(model: nn.Module, adapter_class: type[nn.Module]) -> None:
+    """Shadow `save_pretrained` and `push_to_hub` of every module that has them: refused while there is an adapter in it."""
     for module in model.modules():
         for method in _METHODS:
             if callable(getattr(type(module), method, None)):
-                setattr(module, method, GuardedSaving(module, method))
+                setattr(module, method, GuardedSaving(module, method, adapter_class))
 
 
 class GuardedSaving:
@@ -31,8 +30,8 @@ class GuardedSaving:
     calls its checkpoints, `checkpoint-500`. An error there would end a training run halfway.
     """
 
-    def __init__(self, module: nn.Module, method: str) -> None:
-        self.module, self.method = module, method
+    def __init__(self, module: nn.Module, method: str, adapter_class: type[nn.Module]) -> None:
+        self.module, self.method, self.adapter_class = module, method, adapter_class
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Save.
@@ -40,7 +39,7 @@ class GuardedSaving:
         Raises:
             UserError: if the module is adapted and it is no training checkpoint.
         """
-        if any(isinstance(module, Adapter) for module in self.module.modules()):
+        if any(isinstance(module, self.adapter_class) for module in self.module.modules()):
             problem = (
                 f"{type(self.module).__name__} is adapted, so its weights have other names, and from_pretrained would start "
                 "the adapted projections at random. Save what was trained with fourier_moe.save_adapter(model, directory), or "

@@ -7,13 +7,13 @@ modules and their order does not matter; the second evaluation of E * N products
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor, nn
 
-from fourier_moe.inject import adapters
 from fourier_moe.routing.router import Routing, TopKRouter
 from fourier_moe.routing.statistics import RouterStatistics
-from fourier_moe.spectral.layer import FourierMoELinear
 
 # Projections of one parent that read the same tensor. Whatever is not listed reads an input of its own.
 SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("gate_proj", "up_proj"))
@@ -47,14 +47,17 @@ class SharedRouter(nn.Module):
         return
 
 
-def share_routers(model: nn.Module, scope: str) -> None:
-    """Let all projections of a group use the router of the group's first; see `router_group`."""
-    groups: dict[tuple[str, int], list[FourierMoELinear]] = {}
-    for name, adapter in adapters(model).items():
-        if isinstance(adapter, FourierMoELinear):
-            groups.setdefault((router_group(name, scope), adapter.in_features), []).append(adapter)
+def share_routers(adapters: Mapping[str, Any], scope: str) -> None:
+    """Let all adapters of a group use the router of the group's first.
+
+    Args:
+        adapters: by name; each has a `router` and `in_features`.
+        scope: see `router_group`.
+    """
+    groups: dict[tuple[str, int], list[Any]] = {}
+    for name, adapter in adapters.items():
+        groups.setdefault((router_group(name, scope), adapter.in_features), []).append(adapter)
     for first, *others in groups.values():
-        assert isinstance(first.router, TopKRouter)
         for other in others:
             other.router = SharedRouter(first.router)
 

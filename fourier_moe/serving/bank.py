@@ -13,13 +13,15 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from fourier_moe.adapter import Adapter
+from fourier_moe.adapter import Adapter, adapters
 from fourier_moe.errors import UserError
 from fourier_moe.files.adapter_files import put_on, stored_names
 from fourier_moe.files.format import AdapterDescription, read, tensors
 from fourier_moe.files.hub import local_directory
-from fourier_moe.inject import adapters, head_modules, is_adapted, replace_module, split_fused
+from fourier_moe.inject import is_adapted
 from fourier_moe.models.attention import fuse_attention
+from fourier_moe.models.module_names import head_modules
+from fourier_moe.models.replacing import replace_module, split_fused
 from fourier_moe.models.snapshot import structure_copy
 from fourier_moe.serving.bank_layers import BankHead, BankLayer, BankProjection
 from fourier_moe.serving.bank_selection import CHOOSING, Choice, Selection
@@ -92,7 +94,7 @@ class AdapterBank:
         self._check_new(name)
         directory = local_directory(path)
         description, data = read(directory)
-        if description.config.trains_backbone():
+        if description.config.trains_backbone:
             raise _changes_base(path, description)
         state = tensors(data, directory)
         with self._changing:

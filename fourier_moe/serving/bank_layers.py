@@ -9,9 +9,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fourier_moe.adapter import Adapter, projection_shape
+from fourier_moe.adapter import Adapter
 from fourier_moe.errors import UserError
 from fourier_moe.models.pretrained_weight import PretrainedWeight
+from fourier_moe.models.projection import projection_shape
 from fourier_moe.serving.bank_selection import Selection
 
 _Name = TypeVar("_Name", bound=str | None)

@@ -12,10 +12,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from fourier_moe.adapter import adapters
 from fourier_moe.errors import UserError
-from fourier_moe.inject import adapter_config, adapters, head_modules
+from fourier_moe.inject import adapter_config
 from fourier_moe.models.attention import is_split_attention
 from fourier_moe.models.backbone import backbone_name
+from fourier_moe.models.module_names import head_modules
+from fourier_moe.models.projection import is_transposed
 from fourier_moe.spectral.experts import SpectralExperts
 from fourier_moe.spectral.layer import FourierMoELinear
 
@@ -122,7 +125,7 @@ def _write_expert(model: nn.Module, loras: Mapping[str, ExpertLoRA], directory: 
         "alpha_pattern": ranks,
         "lora_dropout": 0.0,
         "bias": "none",
-        "fan_in_fan_out": any(hasattr(adapters(model)[name].base, "nf") for name in loras),  # transformers' Conv1D
+        "fan_in_fan_out": any(is_transposed(adapters(model)[name].base) for name in loras),
     }
     directory.mkdir(parents=True, exist_ok=True)
     prefixed = {f"base_model.model.{key}": tensor.cpu().contiguous() for key, tensor in tensors.items()}

@@ -2,49 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
+from fourier_moe.adapter import Adapter
 from fourier_moe.errors import UserError
-from fourier_moe.models.quantization import is_quantized
-
-if TYPE_CHECKING:
-    from fourier_moe.adapter import Adapter
-
-
-def check_takes_update(base: nn.Module) -> None:
-    """Refuse a projection whose weight is no plain floating-point tensor.
-
-    Raises:
-        UserError: naming the reason.
-    """
-    weight: Any = base.weight
-    if is_quantized(base) or not weight.is_floating_point() or type(weight.data) is not Tensor:
-        kind = f"{type(base).__name__} with a weight of {type(weight.data).__name__}, {weight.dtype}"
-        raise UserError(
-            f"the frozen projection is a {kind}: an update added to a quantised or sharded weight would be rounded away or has "
-            "no place in it; load the pretrained model unquantised, in one process"
-        )
-
-
-@torch.no_grad()
-def with_update(base: nn.Module, update: Tensor) -> nn.Module:
-    """A copy of a projection with `update` (out_features, in_features) added to its weight, rounded once to the weight's dtype.
-
-    Raises:
-        UserError: if the weight is quantised or sharded.
-    """
-    check_takes_update(base)
-    merged: Any = copy.deepcopy(base)
-    if hasattr(base, "nf"):  # transformers' Conv1D holds its weight as (in, out)
-        update = update.T
-    merged.weight = nn.Parameter((merged.weight.to(update.dtype) + update).to(merged.weight.dtype), requires_grad=False)
-    return merged
+from fourier_moe.models.projection import check_takes_update
 
 
 def check_mergeable(adapters: Mapping[str, Adapter]) -> None:
@@ -53,8 +18,6 @@ def check_mergeable(adapters: Mapping[str, Adapter]) -> None:
     Raises:
         UserError: naming the projection.
     """
-    from fourier_moe.adapter import Adapter
-
     for name, adapter in adapters.items():
         try:
             if type(adapter).merged is Adapter.merged:

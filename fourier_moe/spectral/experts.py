@@ -10,8 +10,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from fourier_moe.config import FourierMoEConfig
 from fourier_moe.routing.router import Routing
+from fourier_moe.spectral.config import FourierMoEConfig
 from fourier_moe.spectral.factors import low_rank_factors
 from fourier_moe.spectral.frequencies import band_centers, draw_frequencies
 from fourier_moe.spectral.product import dense_delta_weight, dense_spectrum, routed_spectral_product

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import Any
 
 from torch import Tensor, nn
 
-from fourier_moe.adapter import Adapter, device_of
-from fourier_moe.config import FourierMoEConfig
+from fourier_moe.adapter import Adapter, ParameterKind, layer_of
 from fourier_moe.errors import UserError
+from fourier_moe.models.projection import device_of, with_update
 from fourier_moe.routing.router import TopKRouter
-from fourier_moe.serving.merge import with_update
+from fourier_moe.routing.sharing import SharedRouter, share_routers
+from fourier_moe.spectral.config import FourierMoEConfig
 from fourier_moe.spectral.experts import SpectralExperts
 from fourier_moe.spectral.frequencies import named_generator
 
-if TYPE_CHECKING:
-    from fourier_moe.routing.sharing import SharedRouter
 
-
+@layer_of(FourierMoEConfig)
 class FourierMoELinear(Adapter):
     """y = base(x) + alpha sum_e g_e(x) dW_e x (paper Eq. 2), (..., N) -> (..., M) in the dtype of the base's output.
 
@@ -49,6 +48,11 @@ class FourierMoELinear(Adapter):
         except ValueError as error:
             raise UserError(f"{name}: {error}") from error
 
+    @classmethod
+    def connect(cls, adapters: Mapping[str, Any], config: FourierMoEConfig) -> None:
+        if config.router_scope != "projection":
+            share_routers(adapters, config.router_scope)
+
     def forward(self, x: Tensor) -> Tensor:
         y = self.base(x)
         return y + self.experts(self.dropout(x), self.router(x)).to(y.dtype)
@@ -58,7 +62,7 @@ class FourierMoELinear(Adapter):
             raise UserError("FourierMoELinear routes every token on its own; give the gates to freeze")
         return with_update(self.base, self.experts.mixture(gates))
 
-    def parameter_groups(self) -> Mapping[str, list[nn.Parameter]]:
+    def parameter_groups(self) -> Mapping[ParameterKind, list[nn.Parameter]]:
         return {"experts": [self.experts.coefficients], "router": list(self.router.parameters())}
 
     def balance_loss(self) -> Tensor | None:

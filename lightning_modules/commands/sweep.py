@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import nn
 
 from fourier_moe import FourierMoEConfig, adapters
-from fourier_moe.adapter import Adapter
+from fourier_moe.adapter import Adapter, build_layer
 from fourier_moe.errors import UserError
 from fourier_moe.files.writing import write_file
 from lightning_modules.callbacks import RouterLoad
@@ -97,6 +97,6 @@ def _trial(layers: dict[str, Adapter]) -> Callable[[FourierMoEConfig], None]:
 
     def build(adapter: FourierMoEConfig) -> None:
         for (in_features, out_features), name in shapes.items():
-            adapter.build_layer(nn.Linear(in_features, out_features, device="meta"), name)
+            build_layer(nn.Linear(in_features, out_features, device="meta"), adapter, name)
 
     return build

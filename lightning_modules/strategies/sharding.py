@@ -121,7 +121,7 @@ def check_strategy(strategy: Strategy, adapter: AdapterConfig, quantization: str
     """
     name = type(strategy).__name__
     if isinstance(strategy, ShardedBaseStrategy):
-        if adapter.trains_backbone():
+        if adapter.trains_backbone:
             raise UserError(
                 f"trainer.strategy={name} shards frozen weights, and {type(adapter).__name__} trains them all; use "
                 "configs/strategies/ddp.yaml, or another adapter"

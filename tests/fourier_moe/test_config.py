@@ -7,7 +7,8 @@ import re
 import pytest
 from support.models import config
 
-from fourier_moe import AdapterConfig, FourierMoEConfig, FullFineTuning, HeadOnly
+from fourier_moe import FourierMoEConfig, FullFineTuning, HeadOnly
+from fourier_moe.files.format import config_of
 
 NAN, INF = float("nan"), float("inf")
 
@@ -111,13 +112,13 @@ def test_boundaries_are_valid():
 def test_dictionary_round_trip_through_json(settings):
     values = json.loads(json.dumps(settings.to_dict()))
     assert values["class"] == type(settings).__name__
-    assert AdapterConfig.from_dict(values) == settings
+    assert config_of(values) == settings
 
 
 @pytest.mark.parametrize("values", [{}, {"class": "Unheard"}, {"class": ["HeadOnly"]}, "HeadOnly", [], None])
 def test_dictionary_of_no_known_class_is_an_error_that_lists_the_known(values):
     with pytest.raises(ValueError, match=r"is unknown; known: .*FourierMoEConfig.*import the package"):
-        AdapterConfig.from_dict(values)
+        config_of(values)
 
 
 def test_difference_names_the_first_setting_that_matters():

@@ -18,6 +18,7 @@ from fourier_moe import (
     inject,
     recording,
 )
+from fourier_moe.adapter import build_layer
 from support.models import Transformer
 
 COMMON = {"targets": ["q_proj", "v_proj"], "head": ["classifier"], "num_experts": 4}
@@ -76,7 +77,7 @@ def fitting(config, M, N):
 def moved_layer(config, M, N, bias=True):
     """An adapted projection in float64 whose trained parameters are away from their start; and the pretrained one."""
     base = projection(M, N, bias)
-    layer = fitting(config, M, N).build_layer(copy.deepcopy(base), "proj").double()
+    layer = build_layer(copy.deepcopy(base), fitting(config, M, N), "proj").double()
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for group in layer.parameter_groups().values():

@@ -12,6 +12,7 @@ from torch import nn
 
 import lightning_modules.adaptation
 from fourier_moe import FourierMoEConfig, HeadOnly, adapter_state_dict, adapters, describe_adapter
+from fourier_moe.adapter import build_layer
 from lightning_modules import AdaptationModule
 from lightning_modules.cli import AdaptationCLI
 
@@ -190,7 +191,7 @@ def test_seed_of_the_run_is_the_seed_of_the_adapter_unless_it_has_its_own(main, 
 
 def draw(seed):
     settings = FourierMoEConfig(targets=["q_proj"], num_coefficients=512, seed=seed)
-    return settings.build_layer(nn.Linear(64, 64), "backbone.transformer.resblocks.0.attn.q_proj").experts.frequencies
+    return build_layer(nn.Linear(64, 64), settings, "backbone.transformer.resblocks.0.attn.q_proj").experts.frequencies
 
 
 def test_seed_everything_true_seeds_the_adapter_with_the_seed_that_lightning_chose(main, monkeypatch):

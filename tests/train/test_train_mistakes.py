@@ -13,6 +13,7 @@ from support.limits import HANGS_AFTER
 from torch import nn
 
 from fourier_moe import FourierMoEConfig, describe_adapter, inject
+from fourier_moe.adapter import build_layer
 from lightning_modules import AdaptationModule
 from lightning_modules.cli import user_error
 
@@ -101,7 +102,7 @@ def caught(function, *args):
 
 
 def test_error_that_torch_raises_below_a_line_of_ours_is_no_mistake_of_the_user():
-    layer = FourierMoEConfig(targets=["q_proj"], num_coefficients=16, num_experts=2).build_layer(nn.Linear(16, 16), "q_proj")
+    layer = build_layer(nn.Linear(16, 16), FourierMoEConfig(targets=["q_proj"], num_coefficients=16, num_experts=2), "q_proj")
     error = caught(layer, torch.zeros(3, 7))
     files = [entry.filename for entry in traceback.extract_tb(error.__traceback__)]
     assert any("fourier_moe/spectral/layer.py" in file for file in files)

@@ -12,11 +12,11 @@ from typing import Any
 import lightning as L
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from fourier_moe import adapter_state_dict
 from fourier_moe.inject import adapter_config
 from fourier_moe.models.backbone import backbone_fingerprint, backbone_name
+from fourier_moe.models.projection import whole
 from lightning_modules.adaptation import AdaptationModule
 from lightning_modules.callbacks.results.evaluation_place import data_of
 from lightning_modules.callbacks.results.sealed_rows import Row, SealedRows
@@ -122,9 +122,8 @@ def _checksum(model: nn.Module) -> str:
     """SHA-256 of everything that an adapter file holds, wherever it was loaded from."""
     digest = hashlib.sha256()
     for name, tensor in sorted(adapter_state_dict(model).items()):
-        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
         digest.update(name.encode())
-        digest.update(whole.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        digest.update(whole(tensor).detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -6,7 +6,7 @@ import functools
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import lightning as L
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fourier_moe import Adapter, FourierMoEConfig, adapters, is_quantized
 from fourier_moe.analysis.sensitivity import Sensitivity, dense_gradients, measure
 from fourier_moe.errors import UserError
+from fourier_moe.models.projection import weight_matrix
 from lightning_modules.adaptation import AdaptationModule
 from lightning_modules.callbacks.sensitivity.sensitivity_report import FROZEN, GRADIENT, UPDATE, SensitivityReport, gradient_of
 from lightning_modules.run_directory import run_directory
@@ -168,10 +169,7 @@ def group_by_memory(projections: Mapping[str, Adapter], num_bytes: float) -> Ite
 
 def _frozen_weight(adapter: Adapter) -> Tensor | None:
     """W0 (M, N) in float32; None for a quantised one."""
-    if is_quantized(adapter.base):
-        return None
-    weight = cast(Tensor, adapter.base.weight).detach()
-    return (weight.T if hasattr(adapter.base, "nf") else weight).float()  # transformers' Conv1D stores (N, M)
+    return None if is_quantized(adapter.base) else weight_matrix(adapter.base).float()
 
 
 def _update(name: str, full: Tensor, frozen: Tensor) -> Tensor:

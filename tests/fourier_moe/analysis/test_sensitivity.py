@@ -9,7 +9,7 @@ from support.models import Transformer, config
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from fourier_moe import AdapterConfig, adapters, inject
+from fourier_moe import adapters, inject
 from fourier_moe.analysis.sensitivity import (
     RadialSpectrum,
     Sensitivity,
@@ -19,6 +19,7 @@ from fourier_moe.analysis.sensitivity import (
     radial_spectrum,
     white_share,
 )
+from fourier_moe.files.format import config_of
 from fourier_moe.spectral.frequencies import band_centers, normalized_radius
 
 SHAPES = [(5, 7), (6, 7), (8, 6), (9, 4), (3, 2), (1, 5)]
@@ -238,7 +239,7 @@ def test_given_centres_are_where_the_experts_lie():
 def test_centres_survive_storage_and_differ_from_others():
     given = config(band_layout=CENTERS)
     assert given.band_layout == tuple(CENTERS)
-    assert AdapterConfig.from_dict({**given.to_dict(), "band_layout": CENTERS}) == given  # JSON has lists
+    assert config_of({**given.to_dict(), "band_layout": CENTERS}) == given  # JSON has lists
     assert config(band_layout=[*CENTERS[:3], 0.91]).difference(given).startswith("band_layout")
     assert config().difference(config(band_layout="cover")) is None
 

@@ -16,7 +16,6 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from fourier_moe import (
-    AdapterConfig,
     KaSAConfig,
     LoRADashConfig,
     MELoRAConfig,
@@ -30,6 +29,7 @@ from fourier_moe import (
     regularization,
     save_adapter,
 )
+from fourier_moe.files.format import config_of
 
 SIZES = [(12, 20), (20, 12), (16, 16)]  # (out, in)
 X = torch.randn(8, 5, 16, generator=torch.Generator().manual_seed(1))
@@ -353,7 +353,7 @@ def test_file_gives_a_fresh_model_the_same_outputs_and_config_survives_json(conf
     assert torch.equal(fresh(X), model.eval()(X))
     assert not torch.equal(fresh(X), Transformer().eval()(X))
     assert not any(".base." in name for name in load_file(tmp_path / "adapter.safetensors"))
-    assert AdapterConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert config_of(json.loads(json.dumps(config.to_dict()))) == config
     twin = copy.deepcopy(model)
     assert torch.equal(twin(X), model(X))
 
@@ -473,7 +473,7 @@ def test_quantised_weight_is_refused_where_it_is_read(config):
 
 
 def test_kasa_says_which_peft_it_needs(monkeypatch):
-    monkeypatch.setattr("fourier_moe.baselines.singular_methods.version", lambda _: "0.20.1.dev0")
-    with pytest.raises(ValueError, match=r"^KaSAConfig needs peft 0.21 or newer, and 0.20.1.dev0 is installed"):
+    monkeypatch.setattr("fourier_moe.baselines.singular.version", lambda _: "0.20.1.dev0")
+    with pytest.raises(ValueError, match=r"^KaSAConfig: needs peft 0.21 or newer, and 0.20.1.dev0 is installed"):
         KaSAConfig(targets=["q_proj"])
     MiLoRAConfig(targets=["q_proj"])

@@ -18,7 +18,6 @@ from transformers.pytorch_utils import Conv1D
 import datamodules.images.data_module
 from datamodules.images.transforms import eval_transform
 from fourier_moe import (
-    AdapterConfig,
     DoRAConfig,
     FourierFTConfig,
     FourierMoEConfig,
@@ -30,6 +29,7 @@ from fourier_moe import (
     load_adapter,
     save_adapter,
 )
+from fourier_moe.files.format import config_of
 from fourier_moe.models.snapshot import unchanged_on_error
 
 PEFT_CONFIGS = [
@@ -187,7 +187,7 @@ def test_file_that_does_not_fit_leaves_the_model_as_it_was(config, tmp_path):
 
 @of_each(ONE_EACH)
 def test_config_survives_json(config):
-    assert AdapterConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert config_of(json.loads(json.dumps(config.to_dict()))) == config
 
 
 # ---------------------------------------------------------------- start

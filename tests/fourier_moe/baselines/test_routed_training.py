@@ -35,7 +35,7 @@ def test_report_counts_by_the_formula_and_nothing_else_is_trained(config):
     router = 4 * N + (N + 1 if isinstance(config, AdaMoLEConfig) else 0)
     replaced = 4 * (M * N + M) if isinstance(config, FFTMoEConfig) else 0
     rest = pretrained - 51 - replaced
-    all_trained = config.trains_backbone()
+    all_trained = config.trains_backbone
     expected = {"experts": 4 * experts, "router": 4 * router, "head": 51, "backbone": rest if all_trained else 0}
     assert report.trained == expected
     assert report.frozen == (0 if all_trained else pretrained - 51)

@@ -21,7 +21,6 @@ from transformers.pytorch_utils import Conv1D
 
 from fourier_moe import (
     AdaMoLEConfig,
-    AdapterConfig,
     FFTMoEConfig,
     GOATConfig,
     HydraLoRAConfig,
@@ -31,6 +30,7 @@ from fourier_moe import (
     load_adapter,
     save_adapter,
 )
+from fourier_moe.files.format import config_of
 
 # ---------------------------------------------------------------- files
 
@@ -44,7 +44,7 @@ def test_file_gives_a_fresh_model_the_same_outputs(config, tmp_path):
     assert torch.equal(fresh(X), model(X))
     assert not torch.equal(fresh(X), Transformer().eval()(X))
     state = load_file(tmp_path / "adapter.safetensors")
-    if not config.trains_backbone():
+    if not config.trains_backbone:
         assert not [key for key in state if ".base." in key]
         assert sum(tensor.numel() for tensor in state.values()) == inject(Transformer(), config).total
 
@@ -71,7 +71,7 @@ def test_file_goes_on_with_another_seed_dropout_and_balance_weight_but_no_other_
 
 @of_each(CONFIGS)
 def test_config_survives_json(config):
-    assert AdapterConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert config_of(json.loads(json.dumps(config.to_dict()))) == config
 
 
 # ---------------------------------------------------------------- other projections
@@ -122,8 +122,8 @@ class QuantizedLinear(nn.Module):
             GOATConfig(targets=["q_proj", "packed"], r=16),
             "^GOATConfig computes with the pretrained weights, and those of 'packed' are",
         ),
-        (FFTMoEConfig(targets=["q_proj", "packed"]), "^FFT MoE trains the pretrained weights, and these are quantised"),
-        (FFTMoEConfig(targets=["q_proj"]), "^FFT MoE trains the pretrained weights, and these are quantised"),
+        (FFTMoEConfig(targets=["q_proj", "packed"]), "^FFTMoEConfig trains the pretrained weights, and these are quantised"),
+        (FFTMoEConfig(targets=["q_proj"]), "^FFTMoEConfig trains the pretrained weights, and these are quantised"),
     ],
 )
 def test_quantised_weight_is_refused_by_methods_that_start_from_it(config, message):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from support.models import Transformer, config
 
+from fourier_moe import inject
 from fourier_moe.spectral import frequencies as module
 from fourier_moe.spectral.experts import SpectralExperts
 from fourier_moe.spectral.frequencies import (
@@ -235,7 +236,7 @@ def positions_of(model):
 
 def adapted(**changes):
     model = Transformer(width=24)
-    config(**changes).inject(model)
+    inject(model, config(**changes))
     return model
 
 
@@ -265,11 +266,11 @@ def test_independent_of_the_global_random_state_which_is_not_touched(path):
     model = Transformer()
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    config(init_std=1.0).inject(model)
+    inject(model, config(init_std=1.0))
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(6)
     other = Transformer()
-    config(init_std=1.0).inject(other)
+    inject(other, config(init_std=1.0))
     state, same = model.state_dict(), other.state_dict()
     assert all(torch.equal(state[key], same[key]) for key in state)
 

@@ -6,6 +6,7 @@ from support.routed_cases import ONE_EACH, moved_layer, of_each, tokens
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
 
 from fourier_moe import FFTMoEConfig, FourierMoEConfig, LoRAConfig, balance_loss, recording
+from fourier_moe.adapter import build_layer
 
 SPECTRAL = FourierMoEConfig(targets=["p"], num_coefficients=16, num_experts=4, bandwidth=0.5)
 VMAPPED = [config for config in ONE_EACH if not isinstance(config, FFTMoEConfig)]
@@ -34,7 +35,7 @@ def same(first, second):
 
 @pytest.mark.parametrize("config", [SPECTRAL, LoRAConfig(targets=["p"]), *VMAPPED], ids=lambda c: type(c).__name__)
 def test_meta_device_gives_shapes_through_forward_balance_loss_and_backward(config):
-    layer = config.build_layer(torch.nn.Linear(8, 6, device="meta"), "p")
+    layer = build_layer(torch.nn.Linear(8, 6, device="meta"), config, "p")
     x = torch.zeros(2, 3, 8, device="meta", requires_grad=True)
     with recording(layer):
         y = layer(x)

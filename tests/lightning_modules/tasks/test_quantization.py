@@ -276,7 +276,7 @@ def test_training_leaves_the_base_as_it_was_and_checkpoint_and_file_hold_the_ada
             "^PiSSAConfig computes with the pretrained weights, and those of 'model.layers.0.",
         ),
         (PEANuTConfig(targets=["q_proj"], r=2), "^PEANuTConfig computes with the pretrained weights"),
-        (FullFineTuning(), "^full fine-tuning trains the pretrained weights, and these are quantised"),
+        (FullFineTuning(), "^FullFineTuning trains the pretrained weights, and these are quantised"),
     ],
     ids=lambda value: type(value).__name__,
 )

@@ -5,48 +5,40 @@ Trained from the same start on the same data, a model gets the same losses as on
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from fourier_moe.baselines.peft_layer import PeftLinear
-from fourier_moe.checks import at_least_one, low_rank, not_negative, positive, rank_problem, refuse
-from fourier_moe.config import ProjectionAdapterConfig
+from fourier_moe.adapter import Adapter, ParameterKind, layer_of
+from fourier_moe.config import (
+    ProjectionAdapterConfig,
+    at_least_one,
+    lora_problems,
+    not_negative,
+    positive,
+    rank_problem,
+)
+from fourier_moe.errors import UserError
+from fourier_moe.models.projection import check_takes_update, device_of, is_transposed
 
 if TYPE_CHECKING:
     import peft
-
-    from fourier_moe.adapter import Adapter
-    from fourier_moe.inject import InjectionReport
 
 
 @dataclass(frozen=True, kw_only=True)
 class PeftConfig(ProjectionAdapterConfig):
     """Base of the methods that peft computes: a subclass implements `to_peft`.
 
-    Args:
-        seed: seed of the adapters' start: what `torch.manual_seed(seed)` before `peft.get_peft_model` gives. None is the run's
-            seed_everything on the command line, and 0 in Python.
+    Adapters start as `torch.manual_seed(seed)` before `peft.get_peft_model` would start them.
     """
-
-    seed: int | None = None
-
-    layer_class: ClassVar[type[PeftLinear]] = PeftLinear
-    _training_only = frozenset({"dropout", "seed"})
 
     def to_peft(self, target: str) -> peft.PeftConfig:
         """The same settings as peft's config, for the module called `target`."""
         raise NotImplementedError
-
-    def inject(self, model: nn.Module) -> InjectionReport:
-        with torch.random.fork_rng(devices=[]):  # peft draws on the CPU; dropout and data must not depend on how much
-            torch.default_generator.manual_seed(self.seed or 0)
-            return super().inject(model)
-
-    def build_layer(self, base: nn.Module, name: str) -> Adapter:
-        return self.layer_class(base, self, name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,12 +61,11 @@ class LoRAConfig(PeftConfig):
     size_field = "r"
     _options: ClassVar[dict[str, Any]] = {}  # what a variant changes in peft's LoraConfig
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        refuse(self, low_rank(self))
+    def problems(self) -> list[str]:
+        return [*super().problems(), *lora_problems(self)]
 
     def to_peft(self, target: str) -> peft.PeftConfig:
-        from peft import LoraConfig
+        from peft import LoraConfig  # imported when it is used, as all of peft: its import takes seconds
 
         options = {"lora_alpha": self.alpha, "lora_dropout": self.dropout, **self._options}
         return LoraConfig(r=self.r, target_modules=[target], **options)
@@ -119,13 +110,8 @@ class FourierFTConfig(PeftConfig):
 
     size_field = "num_coefficients"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        refuse(self, [*at_least_one(self, "num_coefficients"), *positive(self, "scaling")])
-
-    def build_layer(self, base: nn.Module, name: str) -> Adapter:
-        with torch.device("cpu"):  # the positions are in no state dict: drawn for real also on the meta device
-            return super().build_layer(base, name)
+    def problems(self) -> list[str]:
+        return [*super().problems(), *at_least_one(self, "num_coefficients"), *positive(self, "scaling")]
 
     def to_peft(self, target: str) -> peft.PeftConfig:
         from peft import FourierFTConfig
@@ -160,9 +146,8 @@ class PEANuTConfig(PeftConfig):
     reads_weights = True
     size_field = "r"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        refuse(self, [*at_least_one(self, "r"), *positive(self, "scaling"), *not_negative(self, "depth")])
+    def problems(self) -> list[str]:
+        return [*super().problems(), *at_least_one(self, "r"), *positive(self, "scaling"), *not_negative(self, "depth")]
 
     def to_peft(self, target: str) -> peft.PeftConfig:
         from peft import PeanutConfig
@@ -174,3 +159,63 @@ class PEANuTConfig(PeftConfig):
 
     def num_stored(self, in_features: int, out_features: int) -> int:
         return 2 * self.r * out_features + 2 * self.depth * self.r**2
+
+
+@layer_of(PeftConfig)
+class PeftLinear(Adapter):
+    """y = layer(x), (..., in_features) -> (..., out_features), with the `layer` that peft makes of frozen projection `base`.
+
+    What is trained is float32 whatever the base, as in a model that `peft.get_peft_model` returns.
+
+    Args:
+        base: the frozen projection.
+        config: the method and its hyper-parameters.
+        name: the projection's name in its model, for messages.
+
+    Raises:
+        UserError: if peft has no such adapter for this kind of projection.
+    """
+
+    def __init__(self, base: nn.Module, config: PeftConfig, name: str) -> None:
+        from peft import inject_adapter_in_model
+
+        super().__init__(base)
+        holder = nn.ModuleDict({"projection": base})  # peft replaces the children of a module
+        peft_config = config.to_peft("projection")
+        if hasattr(peft_config, "fan_in_fan_out"):
+            peft_config.fan_in_fan_out = is_transposed(base)
+        try:
+            # Of a projection on the meta device (to count parameters) peft would otherwise make layers with memory.
+            inject_adapter_in_model(peft_config, holder, low_cpu_mem_usage=device_of(base).type == "meta")
+        except (NotImplementedError, TypeError, ValueError) as error:
+            raise UserError(f"{name}: {type(config).__name__} cannot adapt a {type(base).__name__}: {error}") from error
+        self.layer = holder["projection"]
+        # The projection is our child `base`. For peft's layer it is a plain attribute, so that the state dict has it once.
+        del self.layer._modules["base_layer"]
+        self.layer.__dict__["base_layer"] = base
+        self.layer.float()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+    def rebase(self, base: nn.Module) -> None:
+        super().rebase(base)
+        self.layer.__dict__["base_layer"] = base
+
+    def merged(self, gates: Tensor | None = None) -> nn.Module:
+        check_takes_update(self.base)
+        layer: Any = copy.deepcopy(self.layer)
+        layer.merge()
+        return layer.get_base_layer()
+
+    def parameter_groups(self) -> Mapping[ParameterKind, list[nn.Parameter]]:
+        return {"adapter": list(self.layer.parameters())}
+
+
+@layer_of(FourierFTConfig)
+class FourierFTLinear(PeftLinear):
+    """The positions of FourierFT's coefficients are in no state dict: they are drawn even on the meta device."""
+
+    def __init__(self, base: nn.Module, config: FourierFTConfig, name: str) -> None:
+        with torch.device("cpu"):
+            super().__init__(base, config, name)

@@ -1,4 +1,4 @@
-"""Layers of LoRA's relatives.
+"""Relatives of LoRA with one adapter per projection that the peft library does not have: LoRA-Dash, TopLoRA and MELoRA.
 
 What is trained is float32 whatever the base, and starts such that the adapted model is the pretrained one. Shape legend:
 N in_features, M out_features, R rank, K directions, b blocks.
@@ -7,21 +7,45 @@ N in_features, M out_features, R rank, K directions, b blocks.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fourier_moe.adapter import Adapter, device_of
-from fourier_moe.baselines.singular_layers import pretrained_matrix
+from fourier_moe.adapter import Adapter, ParameterKind, layer_of
+from fourier_moe.config import ProjectionAdapterConfig, at_least_one, lora_problems, rank_problem
+from fourier_moe.models.projection import device_of, weight_matrix
 from fourier_moe.spectral.frequencies import named_generator
 
-if TYPE_CHECKING:
-    from fourier_moe.baselines.low_rank_methods import LoRADashConfig, LowRankConfig, MELoRAConfig, TopLoRAConfig
+
+@dataclass(frozen=True, kw_only=True)
+class LoRARelativeConfig(ProjectionAdapterConfig):
+    """Base of these methods.
+
+    Args:
+        r: rank.
+        alpha: the update's factor is alpha / r.
+        dropout: dropout on the input of A.
+    """
+
+    r: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.0
+
+    size_field = "r"
+
+    def problems(self) -> list[str]:
+        return [*super().problems(), *lora_problems(self)]
+
+    def check_fit(self, in_features: int, out_features: int) -> str | None:
+        return rank_problem(self.r, min(in_features, out_features))
+
+    def num_stored(self, in_features: int, out_features: int) -> int:
+        return self.r * (in_features + out_features)
 
 
-class LowRankLinear(Adapter):
+class LoRARelativeLinear(Adapter):
     """y = base(x) + update(x), (..., N) -> (..., M) in the dtype of the base's output.
 
     Args:
@@ -30,7 +54,7 @@ class LowRankLinear(Adapter):
         name: the projection's name in its model; with config.seed it fixes the start.
     """
 
-    def __init__(self, base: nn.Module, config: LowRankConfig, name: str) -> None:
+    def __init__(self, base: nn.Module, config: LoRARelativeConfig, name: str) -> None:
         super().__init__(base)
         self.scaling = config.alpha / config.r
         self.dropout = nn.Dropout(config.dropout)
@@ -44,11 +68,51 @@ class LowRankLinear(Adapter):
         dtype = self.parameter_groups()["adapter"][0].dtype
         return y + self.update(x.to(dtype)).to(y.dtype)
 
-    def parameter_groups(self) -> Mapping[str, list[nn.Parameter]]:
+    def parameter_groups(self) -> Mapping[ParameterKind, list[nn.Parameter]]:
         return {"adapter": list(self.parameters(recurse=False))}
 
 
-class LoRADashLinear(LowRankLinear):
+@dataclass(frozen=True, kw_only=True)
+class LoRADashConfig(LoRARelativeConfig):
+    """LoRA-Dash (arXiv 2409.01035): LoRA that, after some steps, also scales the directions of the weight that it changes most.
+
+    y = base(x) + alpha/r B A x + U diag(t) V^T x. For the first `start` optimiser steps U = V = 0. Then, with W = sum_i s_i u_i
+    v_i^T and d_i = u_i^T (alpha/r B A) v_i, they become the `num_directions` pairs (u_i, v_i) of largest |d_i| / s_i, and t,
+    zero at the start, is trained with A and B.
+
+    The authors' code counts calls of a layer, those of evaluation and of accumulated batches too, and forgets the count when it
+    is interrupted. Here optimiser steps count, and count and directions are saved. In a training loop of your own call
+    `after_step(model)` after `optimizer.step()`.
+
+    Args:
+        num_directions: directions of each projection.
+        start: optimiser steps before they are chosen.
+
+    Raises:
+        UserError: for an impossible value, naming it and what would be valid.
+    """
+
+    num_directions: int = 8
+    start: int = 100
+
+    reads_weights = True
+
+    def problems(self) -> list[str]:
+        return [*super().problems(), *at_least_one(self, "num_directions"), *at_least_one(self, "start")]
+
+    def check_fit(self, in_features: int, out_features: int) -> str | None:
+        largest = min(in_features, out_features)
+        if self.num_directions > largest:
+            return f"num_directions={self.num_directions} must be at most {largest}"
+        return super().check_fit(in_features, out_features)
+
+    def num_stored(self, in_features: int, out_features: int) -> int:
+        directions = self.num_directions * (1 + in_features + out_features)
+        return super().num_stored(in_features, out_features) + directions
+
+
+@layer_of(LoRADashConfig)
+class LoRADashLinear(LoRARelativeLinear):
     """LoRA and, once chosen, the directions of the weight that it changes most; see LoRADashConfig.
 
     Attributes:
@@ -84,14 +148,26 @@ class LoRADashLinear(LowRankLinear):
     @torch.no_grad()
     def choose_directions(self) -> None:
         """Make U and V the singular vectors of the weight along which the update is largest beside the singular value."""
-        U, S, Vh = torch.linalg.svd(pretrained_matrix(self.base), full_matrices=False)
+        U, S, Vh = torch.linalg.svd(weight_matrix(self.base), full_matrices=False)
         change = self.scaling * ((U.T @ self.B.to(U)) * (self.A.to(U) @ Vh.T).T).sum(1)
         chosen = (change.abs() / S.clamp(min=torch.finfo(S.dtype).tiny)).topk(len(self.t)).indices
         self.U.copy_(U[:, chosen])
         self.V.copy_(Vh[chosen])
 
 
-class TopLoRALinear(LowRankLinear):
+@dataclass(frozen=True, kw_only=True)
+class TopLoRAConfig(LoRARelativeConfig):
+    """TopLoRA (NeurIPS 2025): LoRA whose r directions every token weighs.
+
+    y = base(x) + alpha/r B (exp(RMSNorm(Q x)) * A x), with Q (r x in) random and RMSNorm's gain (r) trained, too.
+    """
+
+    def num_stored(self, in_features: int, out_features: int) -> int:
+        return super().num_stored(in_features, out_features) + self.r * (in_features + 1)
+
+
+@layer_of(TopLoRAConfig)
+class TopLoRALinear(LoRARelativeLinear):
     """LoRA whose directions every token weighs; see TopLoRAConfig."""
 
     def __init__(self, base: nn.Module, config: TopLoRAConfig, name: str) -> None:
@@ -107,7 +183,34 @@ class TopLoRALinear(LowRankLinear):
         return self.scaling * F.linear(weights * F.linear(self.dropout(x), self.A), self.B)
 
 
-class MELoRALinear(LowRankLinear):
+@dataclass(frozen=True, kw_only=True)
+class MELoRAConfig(LoRARelativeConfig):
+    """MELoRA (arXiv 2402.17263): n small LoRAs side by side, each from a slice of the input to a slice of the output.
+
+    y_i = base(x)_i + alpha/r B_i A_i x_i for each of n equal slices i: an update of rank n r with the parameters of a LoRA of
+    rank r.
+
+    Args:
+        r: rank of each small LoRA.
+        num_blocks: n, which divides the projection's two sizes.
+
+    Raises:
+        UserError: for an impossible value, naming it and what would be valid.
+    """
+
+    num_blocks: int = 2
+
+    def problems(self) -> list[str]:
+        return [*super().problems(), *at_least_one(self, "num_blocks")]
+
+    def check_fit(self, in_features: int, out_features: int) -> str | None:
+        if in_features % self.num_blocks or out_features % self.num_blocks:
+            return f"num_blocks={self.num_blocks} must divide both sizes"
+        return rank_problem(self.r, min(in_features, out_features) // self.num_blocks)
+
+
+@layer_of(MELoRAConfig)
+class MELoRALinear(LoRARelativeLinear):
     """Small LoRAs side by side, A (b, R, N/b) and B (b, M/b, R); see MELoRAConfig."""
 
     def __init__(self, base: nn.Module, config: MELoRAConfig, name: str) -> None:

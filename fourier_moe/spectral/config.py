@@ -1,0 +1,176 @@
+"""FourierMoEConfig: the settings of the paper's method and its ablations."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fourier_moe.config import (
+    AdapterConfig,
+    ProjectionAdapterConfig,
+    StoredProjection,
+    at_least_one,
+    dropout,
+    not_negative,
+    top_k,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FourierMoEConfig(ProjectionAdapterConfig):
+    """FourierMoE (arXiv 2604.01762): per projection a token router and experts in separate frequency bands of the update.
+
+    Args:
+        num_coefficients: n, trained spectral scalars of one projection, summed over its experts. Each expert gets
+            P = n / (2 num_experts) conjugate pairs, a complex coefficient (two scalars) each.
+        num_experts: E.
+        top_k: K, experts active per token.
+        bandwidth: B, width of an expert's band in units of the normalised radius (0 = DC, 1 = corner of the plane).
+        band_layout: where the bands lie. `cover`: centres (e + 1/2)/E, spread over all frequencies. `stack`: centres
+            (e + 1/2) B, side by side from DC outwards (the paper's bandwidth sweep). A list: the centres of the num_experts
+            bands, as `train.py analyze` suggests them.
+        scaling: alpha, the factor of the update. A number is the paper's. `relative` sets it from each projection's shape and
+            pair count such that coefficients of root mean square modulus 1 give an update of Frobenius norm
+            sqrt(out_features), the norm of a typical pretrained weight: one learning rate then serves all widths, models and
+            coefficient counts.
+        dropout: dropout on the experts' input.
+        balance_weight: lambda, weight of the load-balancing loss, which is summed over the adapted projections.
+        router_scope: `projection`: every projection has its own router. `input`: projections that read the same input (q, k
+            and v; gate and up) share one. `block`: the adapted projections of a transformer block share one for each width
+            of input.
+        normalize_gates: divide the K gates of a token by their sum (always off for top_k = 1).
+        init_std: standard deviation of the initial coefficients; 0 starts exactly at the pretrained model.
+        coefficients: `complex`, or an ablation: `real` or `imaginary` trains that part only (n/2 scalars, same positions).
+        frequency_bias: draw positions by band; off (ablation): uniformly over the plane.
+        conjugate_symmetry: every position implies its conjugate partner; off (ablation): free single positions drawn from the
+            full plane, of whose inverse transform the real part is taken.
+        permute: a control that the paper lacks: rows and columns of the update are put in a fixed random order, so that near
+            in frequency no longer means near in the weight.
+
+    Raises:
+        UserError: for an impossible value, naming it and what would be valid.
+    """
+
+    num_coefficients: int
+    num_experts: int = 8
+    top_k: int = 2
+    bandwidth: float = 0.12
+    band_layout: Literal["cover", "stack"] | Sequence[float] = "cover"
+    scaling: float | Literal["relative"] = "relative"
+    dropout: float = 0.0
+    balance_weight: float = 1e-3
+    router_scope: Literal["projection", "input", "block"] = "projection"
+    normalize_gates: bool = True
+    init_std: float = 0.0
+    coefficients: Literal["complex", "real", "imaginary"] = "complex"
+    frequency_bias: bool = True
+    conjugate_symmetry: bool = True
+    permute: bool = False
+
+    training_only = AdapterConfig.training_only | {"init_std"}
+    size_field = "num_coefficients"
+
+    def problems(self) -> list[str]:
+        problems = [*super().problems(), *at_least_one(self, "num_experts"), *top_k(self)]
+        if self.num_coefficients < 1 or (self.num_experts >= 1 and self.num_coefficients % (2 * self.num_experts)):
+            problems.append(self._indivisible())
+        if not (self.bandwidth > 0 and math.isfinite(self.bandwidth)):
+            problems.append(f"bandwidth={self.bandwidth} must be a positive number, 0.12 in the paper")
+        if isinstance(self.scaling, str):
+            if self.scaling != "relative":
+                problems.append(f"scaling={self.scaling!r} must be a positive number or 'relative'")
+        elif not (self.scaling > 0 and math.isfinite(self.scaling)):
+            problems.append(f"scaling={self.scaling} must be a positive number or 'relative'")
+        problems += [*dropout(self), *not_negative(self, "balance_weight"), *not_negative(self, "init_std")]
+        for field, choices in (
+            ("coefficients", ("complex", "real", "imaginary")),
+            ("router_scope", ("projection", "input", "block")),
+        ):
+            if getattr(self, field) not in choices:
+                problems.append(f"{field}={getattr(self, field)!r} must be one of {', '.join(choices)}")
+        return [*problems, *self._check_layout()]
+
+    def _check_layout(self) -> list[str]:
+        if self.band_layout in ("cover", "stack"):
+            return []
+        if isinstance(self.band_layout, (list, tuple)) and all(isinstance(c, (int, float)) for c in self.band_layout):
+            object.__setattr__(self, "band_layout", tuple(map(float, self.band_layout)))
+            inside = all(0 <= center <= 1 for center in self.band_layout)
+            if inside and len(set(self.band_layout)) == self.num_experts and sorted(self.band_layout) == [*self.band_layout]:
+                return []
+        return [
+            f"band_layout={self.band_layout!r} must be one of cover, stack, or a list of num_experts={self.num_experts} "
+            "increasing centres between 0 and 1"
+        ]
+
+    def _indivisible(self) -> str:
+        message = f"num_coefficients={self.num_coefficients} must be a positive multiple of 2 * num_experts"
+        if self.num_experts < 1:
+            return message
+        step = 2 * self.num_experts
+        lower = max(step, self.num_coefficients // step * step)
+        nearest = f"{lower}" if lower >= self.num_coefficients else f"{lower} or {lower + step}"
+        return f"{message} = {step}; nearest valid: {nearest}"
+
+    @property
+    def size_step(self) -> int:
+        return 2 * self.num_experts
+
+    @property
+    def pairs_per_expert(self) -> int:
+        """P, frequency positions of one expert."""
+        return self.num_coefficients // (2 * self.num_experts)
+
+    def check_stored(self, projections: Mapping[str, StoredProjection]) -> list[str]:
+        """Find tensors of other shapes, positions outside of the plane, and orders that are no permutation.
+
+        A position outside of the plane would be an index outside of a tensor in the first forward pass.
+        """
+        problems = []
+        routed = {stored.in_features for stored in projections.values() if "router.weight" in stored.tensors}
+        for name, (in_features, out_features, tensors) in projections.items():
+            if not tensors:  # the whole projection is missing
+                continue
+            shapes = self._stored_shapes(in_features, out_features)
+            if self.router_scope != "projection" and in_features in routed and "router.weight" not in tensors:
+                del shapes["router.weight"]  # another projection's
+            problems += [f"missing {name}.{key}" for key in shapes if key not in tensors]
+            problems += [
+                f"{name}.{key} is {tuple(tensors[key].shape)} in the file, {shape} in the model"
+                for key, shape in shapes.items()
+                if key in tensors and tensors[key].shape != shape
+            ]
+            if not problems:
+                problems += _wrong_values(name, (out_features, in_features), tensors)
+        return problems
+
+    def _stored_shapes(self, in_features: int, out_features: int) -> dict[str, tuple[int, ...]]:
+        E, P = self.num_experts, self.pairs_per_expert
+        shapes: dict[str, tuple[int, ...]] = {
+            "router.weight": (E, in_features),
+            "experts.frequencies": (E, P, 2),
+            "experts.coefficients": (E, P, 2 if self.coefficients == "complex" else 1),
+        }
+        if self.permute:
+            shapes |= {"experts.input_order": (in_features,), "experts.output_order": (out_features,)}
+        return shapes
+
+
+def _wrong_values(name: str, plane: tuple[int, int], tensors: Mapping[str, Tensor]) -> list[str]:
+    """Find impossible integers; files are checked to hold integers there."""
+    problems = []
+    frequencies = tensors["experts.frequencies"].long()
+    for axis, letter, size in ((0, "u", plane[0]), (1, "v", plane[1])):
+        largest = int(frequencies[..., axis].abs().max())
+        if frequencies[..., axis].min() == torch.iinfo(torch.int64).min or largest > size // 2:
+            problems.append(f"{name}.experts.frequencies has |{letter}| = {largest}, and at most {size // 2} is in the plane")
+    for key in ("experts.input_order", "experts.output_order"):
+        order = tensors.get(key)
+        if order is not None and not torch.equal(order.long().sort().values, torch.arange(len(order), device=order.device)):
+            problems.append(f"{name}.{key} is no order of {len(order)} features")
+    return problems
