@@ -1,7 +1,7 @@
 """The layout of an adapter directory: what is in its files, and how a damaged one is noticed.
 
 adapter.safetensors is the truth: the tensors, and in its metadata the description as JSON, which begins with a SHA-256 over the
-file. adapter.json is a copy of that description for people and tools. docs/adapter_files.md says what this guarantees.
+file. adapter.json is a copy of that description for people and tools. docs/reference/adapter_files.md says what this guarantees.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ from fourier_moe.routing.forward_mode import has_tangent, in_transform
 from fourier_moe.spectral.kernels import use_triton
 
 # Token-position pairs in flight: bounds what the product holds beside its arguments and results. On a CPU fewer of them for few
-# threads, so that what one thread works on stays in its cache (docs/performance.md).
+# threads, so that what one thread works on stays in its cache (docs/evidence/performance.md).
 _POSITIONS_AT_ONCE = 2**19
 _POSITIONS_PER_THREAD = 2**17
 

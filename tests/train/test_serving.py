@@ -1,4 +1,4 @@
-"""docs/serving.md: its commands and its Python run as they stand, one after the other."""
+"""docs/guides/serving.md: its commands and its Python run as they stand, one after the other."""
 
 import re
 import shlex
@@ -10,7 +10,7 @@ from support import REPOSITORY
 
 import train
 
-PAGE = (REPOSITORY / "docs/serving.md").read_text(encoding="utf-8")
+PAGE = (REPOSITORY / "docs/guides/serving.md").read_text(encoding="utf-8")
 COMMANDS = re.findall(r"^python train\.py (.+)$", PAGE, re.MULTILINE)
 SNIPPETS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 SHORT = ("--trainer.max_epochs", "1", "--trainer.limit_train_batches", "6")

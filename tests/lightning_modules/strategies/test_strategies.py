@@ -52,7 +52,7 @@ def test_overlay_s_command_fits_and_tests_in_smoke_size_on_two_processes(main, t
 
 
 SCRIPTS = sorted((REPOSITORY / "examples/slurm").glob("*.sbatch"))
-PAGES = [REPOSITORY / "docs/cluster.md", *SCRIPTS]
+PAGES = [REPOSITORY / "docs/guides/cluster.md", *SCRIPTS]
 LINES = sorted({line for page in PAGES for line in re.findall(r"train\.py .*", page.read_text().replace("\\\n", " "))})
 VALUES = {"$SLURM_NNODES": "2", "$SLURM_NTASKS_PER_NODE": "1", "$config": "configs/math_qwen2_5_14b.yaml"}
 RUN = "runs/math_qwen2_5_14b/version_0"
