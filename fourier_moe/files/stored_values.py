@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import reprlib
@@ -95,8 +96,6 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _hints(kind: type) -> dict[str, Any]:
-    import dataclasses
-
     try:
         known = typing.get_type_hints(kind)
     except NameError:  # a plugin's, of a type that it imports for type checkers alone
