@@ -320,7 +320,7 @@ def test_model_that_is_not_adapted_is_an_error(tmp_path):
 
 def test_file_of_a_clip_sized_adapter_is_below_two_megabytes(tmp_path):
     names = [f"layers_{i}_{p}_proj" for i in range(12) for p in "qv"]
-    model = nn.ModuleDict({name: nn.utils.skip_init(nn.Linear, 768, 768, bias=False) for name in names})
+    model = nn.ModuleDict({name: nn.Linear(768, 768, bias=False) for name in names})
     model["head"] = nn.Linear(768, 196)
     settings = FourierMoEConfig(targets=[r"layers_.*"], head=["head"], num_coefficients=3008)
     assert inject(model, settings).total == 370_372

@@ -130,7 +130,7 @@ def test_unfinished_rows_of_other_data_outlive_an_evaluation(tmp_path, monkeypat
     def run(name):
         current[:], asked[:] = [name], []
         for module in ("evaluation_report", "unfinished_evaluation"):
-            monkeypatch.setattr(f"lightning_modules.callbacks.{module}.data_of", lambda _: data[name])
+            monkeypatch.setattr(f"lightning_modules.callbacks.results.{module}.data_of", lambda _: data[name])
         trainer = language_trainer(tmp_path, EvaluationReport(str(tmp_path / "report")))
         trainer.test(language_module(), SumsData({name: SETS[name]}), verbose=False)
 
