@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 
 from benchmarks.dense import DenseFourierMoEConfig
 from benchmarks.models import Classifier, ModelEntry
 from benchmarks.routing import balance_routing
-from fourier_moe import FourierMoEConfig, TopKRouter, inject
-
-_INIT_STD = 0.01  # coefficients that are not zero, as after some training
+from fourier_moe import FourierMoEConfig, SpectralExperts, TopKRouter, inject
 
 
 def _head_only(model: Classifier, entry: ModelEntry) -> None:
@@ -47,9 +46,12 @@ def _fourier_moe(model: Classifier, entry: ModelEntry, config_class: type[Fourie
             num_coefficients=entry.num_coefficients,
             num_experts=entry.num_experts,
             top_k=entry.top_k,
-            init_std=_INIT_STD,
         ),
     )
+    generator = torch.Generator().manual_seed(0)
+    for module in model.modules():
+        if isinstance(module, SpectralExperts):  # not zero, as after some training
+            module.coefficients.data.copy_(0.01 * torch.randn(module.coefficients.shape, generator=generator))
 
 
 def _dense(model: Classifier, entry: ModelEntry) -> None:

@@ -127,9 +127,9 @@ def _tasks(point: Point, options: argparse.Namespace) -> dict[str, Callable[[], 
         num_coefficients=point.num_coefficients,
         num_experts=point.num_experts,
         top_k=point.top_k,
-        init_std=0.01,
     )
     layer = FourierMoELinear(base, config, "projection")
+    nn.init.normal_(layer.experts.coefficients, std=0.01)
     if options.routing == "balanced":
         assert isinstance(layer.router, TopKRouter)
         layer.router = BalancedRouter(layer.router)

@@ -13,7 +13,8 @@ class LoRAExperts(nn.Module):
     """y = s sum_e g_e B_e A_e x, with the A of all experts as one matrix and the B of all as another.
 
     The gates stand between the two products, so that a token's inactive experts are multiplied by 0. They cost E R (M + N) for
-    every token, little beside the projection's own M N while E R is small, and need no gathering (docs/reference/routed_methods.md).
+    every token, little beside the projection's own M N while E R is small, and need no gathering; see
+    docs/reference/routed_methods.md.
 
     Attributes:
         A: float32 parameter (S, R, N).

@@ -1,7 +1,7 @@
 """The layout of an adapter directory: what is in its files, and how a damaged one is noticed.
 
 adapter.safetensors is the truth: the tensors, and in its metadata the description as JSON, which begins with a SHA-256 over the
-file. adapter.json is a copy of that description for people and tools. docs/reference/adapter_files.md says what this guarantees.
+file. adapter.json is a copy of that description for people and tools. See docs/reference/adapter_files.md for the guarantees.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ TENSORS, DESCRIPTION, CARD = "adapter.safetensors", "adapter.json", "README.md"
 _METADATA = "fourier_moe"  # the only entry, since several would be written in any order
 _BLANK = "0" * 64  # in the place of the checksum while it is computed
 _NONE = type(None)
+_FORMER_SETTINGS = ("init_std",)  # of files by older versions: the start, without effect on a trained adapter
 
 
 @dataclass(frozen=True)
@@ -279,7 +280,7 @@ def config_of(values: Mapping[str, Any]) -> AdapterConfig:
     name = values.get("class") if isinstance(values, Mapping) else None
     if not isinstance(name, str) or name not in known:
         raise UserError(f"config class {name!r} is unknown; known: {', '.join(known)}; import the package that defines it")
-    return settings_of(known[name], {key: value for key, value in values.items() if key != "class"})
+    return settings_of(known[name], {key: value for key, value in values.items() if key not in ("class", *_FORMER_SETTINGS)})
 
 
 def _subclasses(root: type[AdapterConfig]) -> Iterator[type[AdapterConfig]]:

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from fourier_moe.config import (
-    AdapterConfig,
     ProjectionAdapterConfig,
     StoredProjection,
     at_least_one,
@@ -44,7 +43,6 @@ class FourierMoEConfig(ProjectionAdapterConfig):
             and v; gate and up) share one. `block`: the adapted projections of a transformer block share one for each width
             of input.
         normalize_gates: divide the K gates of a token by their sum (always off for top_k = 1).
-        init_std: standard deviation of the initial coefficients; 0 starts exactly at the pretrained model.
         coefficients: `complex`, or an ablation: `real` or `imaginary` trains that part only (n/2 scalars, same positions).
         frequency_bias: draw positions by band; off (ablation): uniformly over the plane.
         conjugate_symmetry: every position implies its conjugate partner; off (ablation): free single positions drawn from the
@@ -66,13 +64,11 @@ class FourierMoEConfig(ProjectionAdapterConfig):
     balance_weight: float = 1e-3
     router_scope: Literal["projection", "input", "block"] = "projection"
     normalize_gates: bool = True
-    init_std: float = 0.0
     coefficients: Literal["complex", "real", "imaginary"] = "complex"
     frequency_bias: bool = True
     conjugate_symmetry: bool = True
     permute: bool = False
 
-    training_only = AdapterConfig.training_only | {"init_std"}
     size_field = "num_coefficients"
 
     def problems(self) -> list[str]:
@@ -86,7 +82,7 @@ class FourierMoEConfig(ProjectionAdapterConfig):
                 problems.append(f"scaling={self.scaling!r} must be a positive number or 'relative'")
         elif not (self.scaling > 0 and math.isfinite(self.scaling)):
             problems.append(f"scaling={self.scaling} must be a positive number or 'relative'")
-        problems += [*dropout(self), *not_negative(self, "balance_weight"), *not_negative(self, "init_std")]
+        problems += [*dropout(self), *not_negative(self, "balance_weight")]
         for field, choices in (
             ("coefficients", ("complex", "real", "imaginary")),
             ("router_scope", ("projection", "input", "block")),

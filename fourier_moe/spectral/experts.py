@@ -65,10 +65,8 @@ class SpectralExperts(nn.Module):
             for center in band_centers(E, config.bandwidth, config.band_layout)
         ]
         self.register_buffer("frequencies", torch.stack(frequencies).to(device))
-        coefficients = torch.zeros(E, P, 2 if self.part == "complex" else 1, device="cpu", dtype=torch.float32)
-        if config.init_std > 0:
-            coefficients.normal_(0, config.init_std, generator=generator)
-        self.coefficients = nn.Parameter(coefficients.to(device))
+        shape = (E, P, 2 if self.part == "complex" else 1)  # zero: the adapted model starts exactly at the pretrained one
+        self.coefficients = nn.Parameter(torch.zeros(shape, device=device or "cpu", dtype=torch.float32))
         for order, size in (("input_order", in_features), ("output_order", out_features)):
             drawn = torch.randperm(size, generator=generator, dtype=torch.int32, device="cpu") if config.permute else None
             self.register_buffer(order, drawn if drawn is None else drawn.to(device))

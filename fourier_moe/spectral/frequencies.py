@@ -3,7 +3,8 @@
 A position (u, v) is an integer frequency along the output axis (u) and the input axis (v) of an M x N weight update, signed,
 with 0 = DC. Positions (u, v) and (-u, -v) form a conjugate pair; one member stands for both.
 
-Source: FourierMoE (arXiv 2604.01762) Eq. 3 for the band-pass weight; drawing and centres are our choices (docs/reference/method.md).
+Source: FourierMoE (arXiv 2604.01762) Eq. 3 for the band-pass weight; drawing and centers are our choices, see
+docs/reference/method.md.
 """
 
 from __future__ import annotations

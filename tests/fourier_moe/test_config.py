@@ -34,8 +34,6 @@ NAN, INF = float("nan"), float("inf")
         ({"dropout": -0.1}, r"dropout=-0.1 must be in \[0, 1\)"),
         ({"balance_weight": -1e-3}, r"balance_weight=-0.001 must be 0 or more"),
         ({"balance_weight": INF}, r"balance_weight=inf must be 0 or more"),
-        ({"init_std": -1.0}, r"init_std=-1.0 must be 0 or more"),
-        ({"init_std": NAN}, r"init_std=nan must be 0 or more"),
         ({"band_layout": "spread"}, r"band_layout='spread' must be one of cover, stack"),
         ({"coefficients": "phase"}, r"coefficients='phase' must be one of complex, real, imaginary"),
         ({"targets": []}, r"targets is empty; name at least one projection"),
@@ -101,7 +99,7 @@ def test_defaults_are_the_paper_and_pairs_follow_from_n():
 
 
 def test_boundaries_are_valid():
-    config(top_k=4, dropout=0.0, balance_weight=0.0, init_std=0.0, scaling=2)
+    config(top_k=4, dropout=0.0, balance_weight=0.0, scaling=2)
     config(num_experts=1, top_k=1, num_coefficients=2)
 
 
@@ -122,7 +120,7 @@ def test_dictionary_of_no_known_class_is_an_error_that_lists_the_known(values):
 
 
 def test_difference_names_the_first_setting_that_matters():
-    assert config().difference(config(seed=5, dropout=0.5, balance_weight=0.5, init_std=0.5)) is None
+    assert config().difference(config(seed=5, dropout=0.5, balance_weight=0.5)) is None
     assert config(top_k=1).difference(config()) == "top_k: 2 against 1"
     assert config().difference(config(scaling=2.0)) == "scaling: 2.0 against 'relative'"
     assert config().difference(HeadOnly()) == "method: HeadOnly against FourierMoEConfig"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from fourier_moe import AdapterConfig, FourierMoEConfig, TopKRouter, inject, recording
+from fourier_moe import AdapterConfig, FourierMoEConfig, SpectralExperts, TopKRouter, inject, recording
+
+_Module = TypeVar("_Module", bound=nn.Module)
 
 
 def config(**changes: Any) -> FourierMoEConfig:
@@ -64,6 +66,16 @@ def trained(settings: AdapterConfig | None = None, **changes: Any) -> Transforme
             if parameter.requires_grad:
                 parameter.normal_(0, 0.3, generator=generator)
     return model.eval()
+
+
+def randomize(module: _Module, std: float = 1.0) -> _Module:
+    """Give all spectral experts in a module normal coefficients in place of their zeros."""
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for layer in module.modules():
+            if isinstance(layer, SpectralExperts):
+                layer.coefficients.normal_(0, std, generator=generator)
+    return module
 
 
 class DenseRouter(TopKRouter):

@@ -5,7 +5,7 @@ import multiprocessing
 
 import pytest
 import torch
-from support.models import config
+from support.models import config, randomize
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
@@ -28,8 +28,8 @@ SHAPES = [(17, 24), (24, 17), (16, 20), (15, 13)]
 
 
 def experts(M=17, N=24, **changes):
-    settings = config(**{"init_std": 1.0, "bandwidth": 0.3, **changes})
-    return SpectralExperts(N, M, settings, generator=named_generator(0, "experts")).double()
+    settings = config(**{"bandwidth": 0.3, **changes})
+    return randomize(SpectralExperts(N, M, settings, generator=named_generator(0, "experts"))).double()
 
 
 def identifier(value):
@@ -146,8 +146,8 @@ def test_radius_one_is_the_last_bin():
 
 @pytest.mark.parametrize("changes", [{}, {"coefficients": "real"}, {"conjugate_symmetry": False}], ids=identifier)
 def test_without_energy_an_expert_is_where_its_positions_are_and_uses_nothing(changes):
-    layer = experts(init_std=0.0, **changes)
-    layer.coefficients.data[1, 0] = 1  # the others are dead
+    layer = experts(**changes)
+    layer.coefficients.data.zero_()[1, 0] = 1  # the others are dead
     spectra = ExpertSpectra.of(layer)
     dead = [0, 2, 3]
     torch.testing.assert_close(spectra.centre[dead], spectra.radius.mean(1)[dead])

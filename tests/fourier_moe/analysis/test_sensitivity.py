@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from support.models import Transformer, config
+from support.models import Transformer, config, randomize
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -52,7 +52,7 @@ def batches(count=3):
 
 
 def test_dense_gradient_is_that_of_autograd_for_every_projection():
-    model = adapted(init_std=0.5)  # not at the pretrained model: the update's gradient includes what the experts changed
+    model = randomize(adapted(), 0.5)  # not at the pretrained model: the update's gradient includes what the experts changed
     weights = [1.0, 2.5, 0.5]
     measured = dense_gradients(adapters(model), lambda batch: padded_loss(model, batch), zip(batches(), weights, strict=True))
     assert all(parameter.grad is None for parameter in model.parameters())

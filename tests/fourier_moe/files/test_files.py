@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.models import Transformer, config, tokens, trained
+from support.models import Transformer, config, randomize, tokens, trained
 from torch import nn
 
 from fourier_moe import (
@@ -86,7 +86,7 @@ def test_positions_come_from_the_file(saved, monkeypatch):
 
 def test_loads_into_a_model_adapted_with_another_seed(saved):
     fresh, x = Transformer().eval(), tokens(4, 5, 16)
-    inject(fresh, config(head=["classifier"], seed=99, dropout=0.5, balance_weight=0.7, init_std=2.0))
+    inject(fresh, config(head=["classifier"], seed=99, dropout=0.5, balance_weight=0.7))
     load_adapter(fresh, saved)
     assert torch.equal(fresh(x), trained()(x))
 
@@ -113,7 +113,8 @@ def test_fused_attention_round_trip(tmp_path):
         return nn.TransformerEncoderLayer(16, 2, 32, batch_first=True).eval()
 
     first, x = model(), tokens(2, 5, 16)
-    inject(first, config(init_std=1.0))
+    inject(first, config())
+    randomize(first)
     second = model()
     load_adapter(second, save_adapter(first, tmp_path))
     assert torch.equal(first(x), second(x))

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from support.models import Transformer, balance, config, router, tokens
+from support.models import Transformer, balance, config, randomize, router, tokens
 from support.threads import THREADS, together
 
 from fourier_moe import StatisticsReader, adapters, balance_loss, inject, recording
@@ -16,7 +16,8 @@ N = 6
 
 def test_balance_losses_and_gradients_of_eight_threads_are_those_of_each_alone():
     model = Transformer()
-    inject(model, config(init_std=0.5, balance_weight=0.3))
+    inject(model, config(balance_weight=0.3))
+    randomize(model, 0.5)
     batches = [tokens(2, 3 + number, 16, seed=number) for number in range(THREADS)]
     masks = [torch.rand(x.shape[:2], generator=torch.Generator().manual_seed(1)) > 0.3 for x in batches]
     weights = [layer.router.weight for layer in adapters(model).values()]

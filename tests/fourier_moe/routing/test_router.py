@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support.models import Transformer, balance, config, router, tokens, transparent_router
+from support.models import Transformer, balance, config, randomize, router, tokens, transparent_router
 from torch.utils.checkpoint import checkpoint
 
 from fourier_moe import TopKRouter, adapters, inject, recording
@@ -241,7 +241,8 @@ def test_mask_of_another_shape_is_an_error_that_names_both(shape):
 @pytest.mark.parametrize("backward_inside", [False, True])
 def test_activation_checkpointing_counts_once_and_keeps_all_gradients(masked, backward_inside):
     model = Transformer()
-    inject(model, config(head=["classifier"], init_std=0.5, balance_weight=0.3))
+    inject(model, config(head=["classifier"], balance_weight=0.3))
+    randomize(model, 0.5)
     model.eval()  # batch norm would see the batch twice
     mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 0]]).bool() if masked else None
     x = tokens(2, 5, 16)

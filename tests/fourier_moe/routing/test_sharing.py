@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from support.models import Transformer
+from support.models import Transformer, randomize
 from torch.utils.checkpoint import checkpoint
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaModel
 
@@ -22,9 +22,10 @@ def llama():
 
 
 def adapted(scope, **changes):
-    settings = {"num_coefficients": 16, "num_experts": E, "bandwidth": 0.5, "init_std": 1.0, "balance_weight": 1.0}
+    settings = {"num_coefficients": 16, "num_experts": E, "bandwidth": 0.5, "balance_weight": 1.0}
     model = llama()
-    return model, inject(model, FourierMoEConfig(targets=TARGETS, router_scope=scope, **(settings | changes)))
+    report = inject(model, FourierMoEConfig(targets=TARGETS, router_scope=scope, **(settings | changes)))
+    return randomize(model), report
 
 
 def tokens(length=7):
@@ -80,8 +81,9 @@ def test_projections_may_run_in_any_order_and_the_model_be_copied_afterwards(sco
     torch.manual_seed(0)
     sizes = {"hidden_size": D, "intermediate_size": H, "num_hidden_layers": 2, "num_attention_heads": 4}
     model = CLIPVisionModel(CLIPVisionConfig(image_size=8, patch_size=4, **sizes)).eval()
-    settings = {"num_coefficients": 16, "num_experts": E, "bandwidth": 0.5, "init_std": 1.0, "router_scope": scope}
+    settings = {"num_coefficients": 16, "num_experts": E, "bandwidth": 0.5, "router_scope": scope}
     inject(model, FourierMoEConfig(targets=["q_proj", "v_proj"], **settings))
+    randomize(model)
     assert not any(module.training for module in model.modules())
     images = torch.randn(2, 3, 8, 8)
     expected = model(images).last_hidden_state

@@ -7,6 +7,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file
+from support.models import randomize
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, RobertaConfig
 from transformers import RobertaForSequenceClassification as Roberta
@@ -29,9 +30,9 @@ SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "nu
 
 
 def experts_of(shape, pairs=6, **options):
-    sizes = {"num_coefficients": 4 * pairs, "num_experts": 2, "bandwidth": 2.0, "init_std": 1.0}
+    sizes = {"num_coefficients": 4 * pairs, "num_experts": 2, "bandwidth": 2.0}
     config = FourierMoEConfig(targets=["x"], **sizes, **options)
-    return SpectralExperts(shape[1], shape[0], config, generator=torch.Generator().manual_seed(3))
+    return randomize(SpectralExperts(shape[1], shape[0], config, generator=torch.Generator().manual_seed(3)))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -113,9 +114,9 @@ def adapted(make, targets, head=(), **options):
     base = make().eval()
     model = make().eval()
     model.load_state_dict(base.state_dict())
-    config = FourierMoEConfig(targets=targets, head=head, num_coefficients=32, num_experts=4, init_std=1.0, **options)
+    config = FourierMoEConfig(targets=targets, head=head, num_coefficients=32, num_experts=4, **options)
     inject(model, config)
-    return base, model
+    return base, randomize(model)
 
 
 @pytest.mark.parametrize("kind", MODELS)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from support.models import randomize
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -23,7 +24,7 @@ from fourier_moe.routing.router import Routing
 from fourier_moe.serving.merge import check_mergeable, merge_adapters, swap, swapped
 from fourier_moe.spectral.layer import FourierMoELinear
 
-MOE = FourierMoEConfig(targets=["0", "2"], num_coefficients=32, num_experts=4, init_std=1.0, bandwidth=1.0)
+MOE = FourierMoEConfig(targets=["0", "2"], num_coefficients=32, num_experts=4, bandwidth=1.0)
 EXACT = [
     LoRAConfig(targets=["0"], r=3, dropout=0.5),
     RsLoRAConfig(targets=["0"], r=3),
@@ -38,6 +39,7 @@ def network(config, dtype=torch.float32):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(10, 12), nn.ReLU(), nn.Linear(12, 6)).to(dtype)
     inject(model, config)
+    randomize(model)
     with torch.no_grad():
         for adapter in adapters(model).values():
             for parameter in (p for group in adapter.parameter_groups().values() for p in group):
@@ -61,8 +63,8 @@ def test_methods_without_routing_merge_exactly_and_the_adapter_stays_as_it_was(c
 @pytest.mark.parametrize("options", [{}, {"coefficients": "imaginary"}, {"conjugate_symmetry": False}], ids=str)
 @pytest.mark.parametrize("kind", [nn.Linear, lambda n, m: Conv1D(m, n)], ids=["Linear", "Conv1D"])
 def test_routing_frozen_to_given_gates(kind, options):
-    config = FourierMoEConfig(targets=["x"], num_coefficients=32, num_experts=4, init_std=1.0, bandwidth=1.0, **options)
-    layer = FourierMoELinear(kind(10, 12), config, "x")
+    config = FourierMoEConfig(targets=["x"], num_coefficients=32, num_experts=4, bandwidth=1.0, **options)
+    layer = randomize(FourierMoELinear(kind(10, 12), config, "x"))
     gates, x = torch.tensor([0.5, 0.0, 0.3, 0.2]), torch.randn(2, 5, 10)
     merged = layer.merged(gates)
     expected = layer.base(x) + layer.experts(x, Routing.to_all(gates.expand(2, 5, 4)))
@@ -71,7 +73,7 @@ def test_routing_frozen_to_given_gates(kind, options):
 
 
 def test_a_half_precision_weight_is_rounded_once():
-    layer = FourierMoELinear(nn.Linear(10, 12).bfloat16(), MOE, "x")
+    layer = randomize(FourierMoELinear(nn.Linear(10, 12).bfloat16(), MOE, "x"))
     merged = layer.merged(torch.ones(4) / 4)
     update = sum(layer.experts.delta_weight(expert) for expert in range(4)) / 4
     assert torch.equal(merged.weight, (layer.base.weight.float() + update).bfloat16())

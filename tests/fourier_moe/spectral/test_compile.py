@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import torch
+from support.models import randomize
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -16,9 +17,9 @@ NEEDS_COMPILER = pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++")
 def adapted(**changes) -> nn.Sequential:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(32, 48), nn.GELU(), nn.Linear(48, 32), nn.Linear(32, 15))
-    settings = {"num_coefficients": 16, "num_experts": 4, "bandwidth": 0.5, "init_std": 1.0} | changes
+    settings = {"num_coefficients": 16, "num_experts": 4, "bandwidth": 0.5} | changes
     inject(model, FourierMoEConfig(targets=["0", "2", "3"], **settings))
-    return model
+    return randomize(model, 0.5)
 
 
 def outputs_and_gradients(function, model, x):

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from support import reference as naive
-from support.models import config
+from support.models import config, randomize
 
 from fourier_moe import Routing, SpectralExperts
 from fourier_moe.spectral.frequencies import named_generator
@@ -22,8 +22,9 @@ ABLATIONS = [
 
 
 def experts(in_features=24, out_features=17, **changes):
-    settings = config(**{"init_std": 1.0, **changes})
-    return SpectralExperts(in_features, out_features, settings, generator=named_generator(0, "experts")).double()
+    layer = SpectralExperts(in_features, out_features, config(**changes), generator=named_generator(0, "experts"))
+    assert not layer.coefficients.any()  # the adapted model starts as the pretrained one
+    return randomize(layer).double()
 
 
 def identifier(changes):
@@ -182,13 +183,6 @@ def test_orders_differ_by_name_and_seed_and_only_the_control_has_any():
     assert len(set(map(tuple, orders))) == 6
     assert list(range(24)) not in orders
     assert set(drawn[0].state_dict()) == {"coefficients", "frequencies", "input_order", "output_order"}
-
-
-def test_initial_coefficients_are_zero_or_of_the_given_deviation():
-    assert experts(init_std=0.0).coefficients.abs().max() == 0
-    assert experts(
-        64, 64, init_std=2.0, num_coefficients=1600, frequency_bias=False
-    ).coefficients.std().item() == pytest.approx(2, rel=0.1)
 
 
 def test_frequencies_are_saved_and_coefficients_are_the_only_parameter():

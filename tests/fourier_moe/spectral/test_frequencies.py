@@ -266,11 +266,11 @@ def test_independent_of_the_global_random_state_which_is_not_touched(path):
     model = Transformer()
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    inject(model, config(init_std=1.0))
+    inject(model, config())
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(6)
     other = Transformer()
-    inject(other, config(init_std=1.0))
+    inject(other, config())
     state, same = model.state_dict(), other.state_dict()
     assert all(torch.equal(state[key], same[key]) for key in state)
 
@@ -278,7 +278,7 @@ def test_independent_of_the_global_random_state_which_is_not_touched(path):
 @pytest.mark.parametrize("limit", PATHS.values(), ids=PATHS)
 def test_default_device_and_dtype_change_nothing(monkeypatch, limit):
     monkeypatch.setattr(module, "_ENUMERATION_LIMIT", limit)
-    settings = config(init_std=1.0)
+    settings = config()
     plain = SpectralExperts(24, 16, settings, generator=named_generator(0, "a"))
     torch.set_default_dtype(torch.bfloat16)
     try:

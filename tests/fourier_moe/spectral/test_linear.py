@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support.models import Transformer, config
+from support.models import Transformer, config, randomize
 from torch import nn
 
 from fourier_moe import FourierMoELinear, inject, recording
@@ -12,8 +12,9 @@ def tokens(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def layer(base=None, **changes):
-    return FourierMoELinear(nn.Linear(24, 17) if base is None else base, config(**changes), "layer")
+def layer(base=None, std=0.0, **changes):
+    """With coefficients of this standard deviation."""
+    return randomize(FourierMoELinear(nn.Linear(24, 17) if base is None else base, config(**changes), "layer"), std)
 
 
 @pytest.mark.parametrize("shape", [(24,), (0, 24), (7, 24), (2, 3, 24)])
@@ -31,7 +32,7 @@ def test_zero_coefficients_leave_a_transformer_bit_identical():
 
 
 def test_output_is_the_base_plus_the_gated_dense_updates():
-    adapter = layer(init_std=1.0).double()
+    adapter = layer(std=1.0).double()
     x = tokens(5, 24).double()
     gates = adapter.router(x).dense(adapter.router.num_experts)
     updates = torch.stack([adapter.experts.delta_weight(e) for e in range(4)])
@@ -40,8 +41,8 @@ def test_output_is_the_base_plus_the_gated_dense_updates():
 
 
 def test_dropout_acts_on_the_experts_in_training_only():
-    adapter, x = layer(init_std=1.0, dropout=0.5), tokens(9, 24)
-    without = layer(adapter.base, init_std=1.0)
+    adapter, x = layer(std=1.0, dropout=0.5), tokens(9, 24)
+    without = layer(adapter.base, std=1.0)
     adapter.eval()
     assert torch.equal(adapter(x), without(x))
     adapter.train()
@@ -54,7 +55,7 @@ def test_dropout_acts_on_the_experts_in_training_only():
 
 def test_bf16_base_keeps_float32_adapter():
     base = nn.Linear(24, 17).bfloat16()
-    adapter = layer(base, init_std=0.1)
+    adapter = layer(base, std=0.1)
     assert {p.dtype for name, p in adapter.named_parameters() if not name.startswith("base.")} == {torch.float32}
     x = tokens(6, 24).bfloat16()
     y = adapter(x)
@@ -66,7 +67,7 @@ def test_bf16_base_keeps_float32_adapter():
 
 @pytest.mark.parametrize("autocast", [False, True])
 def test_half_precision_input_of_several_projections_is_saved_once_and_never_as_a_float32_copy(autocast):
-    adapters = [layer(nn.Linear(24, 17).bfloat16().requires_grad_(False), init_std=0.1) for _ in range(2)]
+    adapters = [layer(nn.Linear(24, 17).bfloat16().requires_grad_(False), std=0.1) for _ in range(2)]
     x = tokens(50, 24).bfloat16().requires_grad_()
     saved = []
     with (
@@ -81,7 +82,7 @@ def test_half_precision_input_of_several_projections_is_saved_once_and_never_as_
 
 
 def test_autocast_keeps_float32_coefficients_and_result_within_bf16_tolerance():
-    adapter, x = layer(init_std=0.1), tokens(6, 24)
+    adapter, x = layer(std=0.1), tokens(6, 24)
     reference = adapter(x)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = adapter(x)
@@ -112,7 +113,7 @@ class Int8Projection(nn.Module):
 
 def test_the_weight_of_the_base_is_never_read():
     base = Int8Projection(24, 17)
-    adapter, x = layer(base, init_std=0.1), tokens(6, 24)
+    adapter, x = layer(base, std=0.1), tokens(6, 24)
     with recording(adapter):
         y = adapter(x)
         adapter.balance_loss()
@@ -125,7 +126,7 @@ def test_the_weight_of_the_base_is_never_read():
 def test_conv1d_of_transformers():
     conv1d = pytest.importorskip("transformers.pytorch_utils").Conv1D
     base, x = conv1d(17, 24), tokens(2, 3, 24)
-    adapter = layer(base, init_std=0.1)
+    adapter = layer(base, std=0.1)
     assert (adapter.in_features, adapter.out_features) == (24, 17)
     torch.testing.assert_close(adapter(x), base(x) + adapter.experts(x, adapter.router(x)))
     assert torch.equal(layer(conv1d_base := conv1d(17, 24))(x), conv1d_base(x))

@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from support.models import config
+from support.models import config, randomize
 
 from fourier_moe import Routing, SpectralExperts
 from fourier_moe.spectral.frequencies import named_generator
@@ -45,7 +45,7 @@ def test_first_adam_step_with_a_fixed_factor_depends_on_the_width():
 
 def relative_loss(width, **changes):
     """Student with the teacher's positions, a fixed number of AdamW steps from zero: final over initial loss."""
-    teacher, student = experts(width, width, init_std=0.7, **changes), experts(width, width, **changes)
+    teacher, student = randomize(experts(width, width, **changes), 0.7), experts(width, width, **changes)
     relative = experts(width, width).scaling
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():  # the same function whatever the student's scaling: norm sqrt(M)

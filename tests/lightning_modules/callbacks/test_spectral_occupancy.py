@@ -7,6 +7,7 @@ import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from PIL import Image
+from support.models import randomize
 from support.token_task import ADAPTER, TokenData, token_module, token_trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -253,8 +254,8 @@ def test_two_processes(tmp_path):
 
 def spectra(**changes):
     """Of one layer with random coefficients."""
-    config = FourierMoEConfig(**{"targets": ["q_proj"], "num_coefficients": 128, "init_std": 1.0, **changes})
-    layer = SpectralExperts(32, 48, config, generator=named_generator(0, "q_proj"))
+    config = FourierMoEConfig(**{"targets": ["q_proj"], "num_coefficients": 128, **changes})
+    layer = randomize(SpectralExperts(32, 48, config, generator=named_generator(0, "q_proj")))
     return ModelSpectra.of({"model.layers.0.q_proj": layer}, config)
 
 

@@ -238,7 +238,7 @@ def test_methods_without_routing_merge_exactly(tmp_path, export, method):
 
 @pytest.fixture(scope="module")
 def glue(tmp_path_factory):
-    return fit(tmp_path_factory.mktemp("glue"), *GLUE, "--model.adapter.init_args.init_std", "3.0")
+    return fit(tmp_path_factory.mktemp("glue"), *GLUE, "--model.optimization.experts.lr", "3.0")
 
 
 def test_merged_classifier_loads_with_transformers_alone(glue, export):

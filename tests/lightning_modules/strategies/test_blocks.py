@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from support.language_models import ADAPTER, TinyLanguageModel, adapted_llama, collate, example, tiny_llama
+from support.models import randomize
 from support.token_task import TokenModel
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -51,7 +52,8 @@ def test_recomputing_changes_neither_losses_nor_gradients_nor_names(dropout):
     found = []
     for recomputed in (False, True):
         model = tiny_llama()
-        inject(model, FourierMoEConfig(**{**vars(ADAPTER), "dropout": dropout, "init_std": 0.5}))
+        inject(model, FourierMoEConfig(**{**vars(ADAPTER), "dropout": dropout}))
+        randomize(model, 0.5)
         names = list(model.state_dict())
         if recomputed:
             checkpoint_activations(model)
