@@ -69,7 +69,7 @@ class AdapterConfig:
 
 
 class StoredProjection(NamedTuple):
-    """A projection's tensors in a file, by their names inside the projection, and the size of that of the model."""
+    """A projection's tensors in a file, by their names inside the projection, and the size of the model's projection."""
 
     in_features: int
     out_features: int
@@ -103,13 +103,13 @@ class ProjectionAdapterConfig(AdapterConfig):
         return None
 
     def num_stored(self, in_features: int, out_features: int) -> int:
-        """How many numbers a file holds at least for a projection of this size: what its trained tensors have."""
+        """The least count of numbers that a file holds for a projection of this size: those of its trained tensors."""
         return 0
 
     def check_stored(self, projections: Mapping[str, StoredProjection]) -> list[str]:
-        """What shows that a file's tensors are not those of this config; asked before any layer is built.
+        """Find what shows that a file's tensors are not those of this config.
 
-        So a file cannot ask for layers that are larger than itself.
+        Asked before any layer is built, so that a file cannot ask for layers that are larger than itself.
 
         Args:
             projections: by name, all those to adapt; at least one has tensors.
@@ -122,7 +122,7 @@ class ProjectionAdapterConfig(AdapterConfig):
         return problems
 
 
-MAX_NAMES, MAX_LENGTH = 100_000, 1000  # beyond any model; compiling what a stranger's file holds has to end
+MAX_NAMES, MAX_LENGTH = 100_000, 1000  # beyond any model; compiling a stranger's expressions must end
 
 
 def _set_names(config: AdapterConfig, field: str) -> None:
@@ -171,6 +171,16 @@ def top_k(config: Any, least: int = 1) -> list[str]:
     """Check the number of active experts."""
     fits = least <= config.top_k <= config.num_experts
     return [] if fits else [f"top_k={config.top_k} must be between {least} and num_experts={config.num_experts}"]
+
+
+def multiple(config: Any, field: str, step: int, meaning: str) -> list[str]:
+    """Check a count that is shared out evenly: a positive multiple of `step`, which is what `meaning` names."""
+    value = getattr(config, field)
+    if step < 1 or (value >= 1 and value % step == 0):
+        return []
+    lower = max(step, value // step * step)
+    nearest = f"{lower}" if lower >= value else f"{lower} or {lower + step}"
+    return [f"{field}={value} must be a positive multiple of {meaning} = {step}; nearest valid: {nearest}"]
 
 
 def lora_problems(config: Any) -> list[str]:

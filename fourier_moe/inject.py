@@ -35,8 +35,9 @@ def inject(model: nn.Module, config: AdapterConfig, *, names: ModuleNames | None
         config: for example `FourierMoEConfig(targets=["q_proj", "v_proj"], num_coefficients=3008)`.
         names: the modules to adapt and to train in full, in place of those that the config's `targets` and `head` match.
 
-    The weights are measured before anything becomes of them: see `kept_fingerprint` in backbone.py. A head that looks new
-    and is frozen, and later a training loop without the method's own losses, get a warning; `save_pretrained` is refused.
+    The pretrained weights are measured here, before training changes them; see `kept_fingerprint` in models/backbone.py. A
+    warning says if a head that looks new is frozen, and later if a training loop leaves out the method's own losses.
+    `save_pretrained` is refused.
 
     Returns:
         A report that prints as a table.

@@ -30,7 +30,7 @@ class InjectionReport:
         projections: the adapted projections, in the model's order.
         trained: trained parameters by kind: experts, router, head, backbone, and adapter for a method without experts.
         frozen: parameters that stay as they are.
-        replaced: pretrained parameters that others, trained ones, have taken the place of.
+        replaced: pretrained parameters that trained ones have replaced.
     """
 
     projections: tuple[AdaptedProjection, ...]

@@ -10,7 +10,7 @@ from torch import nn
 
 from fourier_moe.models.quantization import is_quantized
 
-# What transformers, torchvision and timm call the layers that they make anew for a task.
+# What transformers, torchvision and timm call the layers that they create for a task.
 _HEADS = ("classifier", "pre_classifier", "classification_head", "score", "pooler", "head", "heads", "fc", "qa_outputs")
 _DEPTH = 2  # a head stands in the model, or in the model inside a wrapper
 
@@ -25,12 +25,12 @@ def fresh_heads(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def warn_of_frozen(heads: Mapping[str, nn.Module]) -> None:
-    """Warn of heads that are frozen now and keep their random values for good."""
+    """Warn of heads that are frozen now and would keep their random values."""
     frozen = [name for name, module in heads.items() if not any(p.requires_grad for p in module.parameters())]
     if frozen:
         warnings.warn(
-            f"{', '.join(frozen)} looks newly initialised and is frozen now, as all that is neither adapter nor head: it would "
-            f"stay random. Name it in the config to train and save it: head={frozen!r}",
+            f"{', '.join(frozen)} looks newly initialised and is frozen now, as is everything that is neither adapter nor head: "
+            f"it would stay random. Name it in the config to train and save it: head={frozen!r}",
             stacklevel=3,
         )
 

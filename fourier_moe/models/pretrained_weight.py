@@ -16,12 +16,12 @@ _PRODUCTS = (
     *("inner", "tensordot", "einsum", "chain_matmul", "conv1d", "conv2d", "multi_head_attention_forward"),
     *("_native_multi_head_attention", "_transformer_encoder_layer_fwd"),
 )
-# What gives parts of a weight, or several weights side by side; whatever keeps the number of elements counts, too.
+# What returns parts of a weight, or several weights side by side; whatever keeps the number of elements counts too.
 _PARTS = (
     *("cat", "concat", "stack", "chunk", "split", "tensor_split", "unbind", "narrow", "select", "index_select"),
     "__getitem__",
 )
-# What takes only a type, a device or a shape from the weight: the result is a weight where one is converted, else other values.
+# What takes only a type, a device or a shape from the weight: the result is a weight only where a weight is converted.
 _CONVERSIONS = ("to", "type_as", "view_as", "reshape_as", "expand_as")
 _NEW_VALUES = (
     *("zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "randint_like"),
@@ -30,7 +30,7 @@ _NEW_VALUES = (
 
 _VIEWS = frozenset(
     getattr(Tensor, name).__get__ for name in ("data", "T", "mT", "H", "mH")
-)  # attributes that are the weight still
+)  # attributes that still give the weight
 
 # Attention modules that hand their projections' weights to a function, by the class whose `forward` does.
 _READERS: dict[str, tuple[str, ...]] = {
@@ -63,7 +63,7 @@ def check_is_called(model: nn.Module, name: str) -> None:
 class PretrainedWeight(Tensor):
     """The frozen weight of an adapted projection, to be looked at, compared and copied, but not to be multiplied with.
 
-    Code that multiplies with it passes the adapter by: the model computes what the pretrained one does, and the adapter is not
+    Code that multiplies with it bypasses the adapter: the model computes what the pretrained one does, and the adapter is not
     trained. It gets an error, in eager mode and under torch.compile. Analyses that multiply read the weight of `adapter.base`.
     """
 
@@ -110,12 +110,12 @@ class PretrainedWeight(Tensor):
         if name in _CONVERSIONS and first is not tensors[0]:
             return result
         if isinstance(result, (tuple, list)):
-            return type(result)(_again(part, first, name) for part in result) if name in _PARTS else result
-        return _again(result, first, name)
+            return type(result)(_rewrapped(part, first, name) for part in result) if name in _PARTS else result
+        return _rewrapped(result, first, name)
 
 
-def _again(result: Any, weight: PretrainedWeight, name: str) -> Any:
-    """Still the weight, after a cast, a transposition and the like."""
+def _rewrapped(result: Any, weight: PretrainedWeight, name: str) -> Any:
+    """The result as a weight again, after a cast, a transposition and the like."""
     if type(result) is not Tensor or not (name in _PARTS or result.numel() == weight.numel()):
         return result
     return PretrainedWeight.of(result, weight.projection)

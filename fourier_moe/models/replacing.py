@@ -1,4 +1,4 @@
-"""Putting modules in the place of projections, also of those inside of torch's fused attention and encoder layers."""
+"""Replacing modules of a model, also the projections inside of fused attention and torch's encoder layers."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def split_fused(model: nn.Module, matches: Collection[str]) -> dict[nn.Module, n
     """Split every fused attention of which a projection is a target, at all places where the module stands.
 
     Also the one inside a torch.nn.TransformerEncoderLayer whose other projections are targets: with it whole, torch's fused
-    evaluation kernel would read their weights and pass the adapters by without a word.
+    evaluation kernel would read their weights and silently bypass the adapters.
 
     Args:
         matches: names of projections to adapt.

@@ -15,6 +15,7 @@ from fourier_moe.config import (
     StoredProjection,
     at_least_one,
     dropout,
+    multiple,
     not_negative,
     top_k,
 )
@@ -73,8 +74,7 @@ class FourierMoEConfig(ProjectionAdapterConfig):
 
     def problems(self) -> list[str]:
         problems = [*super().problems(), *at_least_one(self, "num_experts"), *top_k(self)]
-        if self.num_coefficients < 1 or (self.num_experts >= 1 and self.num_coefficients % (2 * self.num_experts)):
-            problems.append(self._indivisible())
+        problems += multiple(self, "num_coefficients", self.size_step, "2 * num_experts")
         if not (self.bandwidth > 0 and math.isfinite(self.bandwidth)):
             problems.append(f"bandwidth={self.bandwidth} must be a positive number, 0.12 in the paper")
         if isinstance(self.scaling, str):
@@ -103,15 +103,6 @@ class FourierMoEConfig(ProjectionAdapterConfig):
             f"band_layout={self.band_layout!r} must be one of cover, stack, or a list of num_experts={self.num_experts} "
             "increasing centres between 0 and 1"
         ]
-
-    def _indivisible(self) -> str:
-        message = f"num_coefficients={self.num_coefficients} must be a positive multiple of 2 * num_experts"
-        if self.num_experts < 1:
-            return message
-        step = 2 * self.num_experts
-        lower = max(step, self.num_coefficients // step * step)
-        nearest = f"{lower}" if lower >= self.num_coefficients else f"{lower} or {lower + step}"
-        return f"{message} = {step}; nearest valid: {nearest}"
 
     @property
     def size_step(self) -> int:

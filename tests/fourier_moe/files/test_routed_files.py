@@ -147,7 +147,7 @@ def test_other_mixtures_take_a_quantised_projection_as_it_is():
     ("config_class", "options", "message"),
     [
         (MoLoRAConfig, {"num_experts": 0}, "MoLoRAConfig: num_experts=0 must be at least 1"),
-        (MoLoRAConfig, {"r": 30}, "r=30 must be a positive multiple of num_experts=8, .* nearest valid: 24 or 32$"),
+        (MoLoRAConfig, {"r": 30}, "r=30 must be a positive multiple of num_experts = 8; nearest valid: 24 or 32$"),
         (MoLoRAConfig, {"r": 4}, "r=4 .* nearest valid: 8$"),
         (MoLoRAConfig, {"r": 0}, "r=0 .* nearest valid: 8$"),
         (MoLoRAConfig, {"top_k": 9}, "top_k=9 must be between 1 and num_experts=8"),
