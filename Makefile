@@ -1,8 +1,8 @@
-# make demo: watch a frozen vision tower learn (no network beyond the installation). make test: every check that CI runs.
+# make demo: watch a frozen vision tower learn (no network beyond the installation). make test: every check that CI runs. make docs: the site.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test install clean
+.PHONY: demo test docs install clean
 
 demo: install # one thread: for so small a model a second one only waits
 	OMP_NUM_THREADS=1 $(BIN)/python train.py compare --config configs/demo.yaml --adapters head_only,full_fine_tuning_small,config --seeds 3
@@ -12,6 +12,11 @@ test: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -n 2 tests examples/callback_plugin
+
+docs: install
+	$(BIN)/python -m pip install --quiet --editable ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+	@echo "build/site/index.html"
 
 install: .venv/installed
 

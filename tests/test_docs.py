@@ -1,6 +1,9 @@
-"""README.md and docs/: links and anchors lead somewhere."""
+"""README.md and docs/: links and anchors lead somewhere, every page and public name has its place, the site builds."""
 
+import importlib
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -37,3 +40,31 @@ def test_links_lead_somewhere(page):
         if not target.exists() or (anchor and anchor not in anchors(target.relative_to(REPOSITORY))):
             broken.append(link)
     assert not broken
+
+
+def test_every_page_has_its_place_in_the_navigation_and_in_the_list_of_pages():
+    pages = {str(page.relative_to("docs")) for page in PAGES if page.parts[0] == "docs"}
+    in_navigation = re.findall(r"[\w/]+\.md", (REPOSITORY / "mkdocs.yml").read_text(encoding="utf-8").partition("nav:")[2])
+    assert sorted(in_navigation) == sorted(pages)
+    listed = {link.partition("#")[0] for link in LINK.findall(text_of(Path("docs/index.md")))}
+    assert {page for page in pages if not page.startswith("evidence/")} <= listed | {"index.md"}
+
+
+@pytest.mark.parametrize("package", ["fourier_moe", "lightning_modules.tasks", "lightning_modules.callbacks", "datamodules"])
+def test_api_reference_has_every_public_name(package):
+    page = f"docs/reference/api/{package.partition('.')[0]}.md"
+    names = re.findall(
+        rf"^::: {re.escape(package)}(?:\.[a-z]\w*)?\.(\w+)$", (REPOSITORY / page).read_text(encoding="utf-8"), re.MULTILINE
+    )
+    public = {name for name in importlib.import_module(package).__all__ if not name.startswith("__")}
+    assert public <= set(names)
+
+
+def test_site_builds_without_a_warning(tmp_path):
+    pytest.importorskip("mkdocs")
+    pytest.importorskip("mkdocstrings_handlers.python")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
+    result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stderr
+    page = (tmp_path / "site/reference/api/fourier_moe/index.html").read_text(encoding="utf-8")
+    assert "num_coefficients" in page

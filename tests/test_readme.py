@@ -1,4 +1,4 @@
-"""README.md: its Python runs, its commands parse."""
+"""README.md and docs/: the Python of README and docs/start/python.md runs, every command parses."""
 
 import re
 import shlex
@@ -18,17 +18,33 @@ from fourier_moe import FourierMoEConfig, adapters, inject, save_adapter
 from lightning_modules.cli import AdaptationCLI
 from lightning_modules.experiments.grid import Result
 
+COMMAND = re.compile(r"^(?:python|    )? ?train\.py (.+)$", re.MULTILINE)  # in a code block
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-COMMANDS = sorted(set(re.findall(r"python train\.py ([^`\n]+)", README)))
-PARTS = re.findall(r"`(--[\w.]+\.help [\w.]+|--data\.help [\w.]+)`", README)
+FIRST_RUN, PYTHON = ((REPOSITORY / "docs/start" / name).read_text(encoding="utf-8") for name in ("first_run.md", "python.md"))
+GUIDES = [path for path in sorted((REPOSITORY / "docs").rglob("*.md")) if path.parent.name != "extend"]
+PAGES = [README, *(path.read_text(encoding="utf-8") for path in GUIDES)]
+SNIPPETS = re.findall(r"```python\n(.*?)```", README + PYTHON, re.DOTALL)
+COMMANDS = sorted({" ".join(words.split()) for page in PAGES for words in COMMAND.findall(page.replace("\\\n", ""))})
+PARTS = re.findall(r"`\s*(--[\w.]+\.help\s[\w.]+|--data\.help\s[\w.]+)`", FIRST_RUN)
 RUN = "runs/clip_cars/version_0"
+ANY_RUN = re.compile(r"runs/\w+/version_0")
+DIRECTORY = re.compile(r"DIR|[A-Z]+_DIRECTORY")
 DATA = {
     "glue": "datamodules.GlueDataModule",
     "commonsense": "datamodules.CommonsenseDataModule",
     "math": "datamodules.MathReasoningDataModule",
-    "demo": "datamodules.instructions.arithmetic.ArithmeticDataModule",
+    "demo_math": "datamodules.instructions.arithmetic.ArithmeticDataModule",
+    "glue_mixture": "datamodules.GlueMixtureDataModule",
 }
+MIXTURE = """
+data:
+  init_args:
+    tasks:
+      cola: {weight: 1.0}
+      rte: {weight: 1.0}
+      boolq: {dataset: own, directory: boolq, weight: 1.0}
+    max_length: 128
+"""
 
 
 class Encoder(nn.Module):
@@ -58,8 +74,8 @@ def test_python_snippets_run(tmp_path, monkeypatch):
     nn.init.normal_(model.head.weight)
     save_adapter(model, f"{RUN}/adapter", class_names=names)
 
-    assert len(SNIPPETS) == 4
-    use, adapt, serve, loop = SNIPPETS
+    assert len(SNIPPETS) == 5
+    screen, adapt, loop, use, serve = SNIPPETS
     images = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
     space = {"images": images}
     exec(use, space)
@@ -67,6 +83,7 @@ def test_python_snippets_run(tmp_path, monkeypatch):
     assert torch.equal(space["probabilities"], model.eval()(images).softmax(-1))
 
     x = torch.randn(2, 5, 256, generator=torch.Generator().manual_seed(0))
+    exec(screen, {"model": Encoder(), "fresh_model": Encoder()})
     space = {"model": Encoder(), "fresh_model": Encoder()}
     exec(adapt, space)
     assert space["layer"].experts.delta_weight(0).shape == (256, 256)
@@ -100,15 +117,18 @@ def run_directory(tmp_path_factory):
 
 @pytest.fixture
 def words_of(run_directory, tmp_path):
-    """The words of a command of the README, with directories that are there in place of its examples."""
+    """The words of a command, with files that are there in place of its examples."""
     for split in ("train", "test"):
         for label in ("a", "b"):
             (tmp_path / "images" / split / label).mkdir(parents=True)
             (tmp_path / "images" / split / label / "1.jpg").touch()
+    (tmp_path / "mixture.yaml").write_text(MIXTURE, encoding="utf-8")
+    placeholders = {"STUDY": "coefficients", "mixture.yaml": str(tmp_path / "mixture.yaml")}
 
     def words_of(command):
-        words = [str(tmp_path / "images") if word == "DIR" else word for word in shlex.split(command, comments=True)]
-        return [word.replace(RUN, str(run_directory)) for word in words]
+        words = [placeholders.get(word, word) for word in shlex.split(command, comments=True)]
+        words = [str(tmp_path / "images") if DIRECTORY.fullmatch(word) else word for word in words]
+        return [ANY_RUN.sub(str(run_directory), word) for word in words]
 
     return words_of
 
@@ -119,7 +139,7 @@ class ParsedError(Exception):
 
 @pytest.fixture
 def parse(main, monkeypatch):
-    """The configs of all runs that a command would make, up to where data and model are built; exit codes otherwise."""
+    """The configs of the run that a command would make first, up to where data and model are built; exit codes otherwise."""
     parsed = []
 
     def instantiate_classes(self):
@@ -127,9 +147,10 @@ def parse(main, monkeypatch):
         raise ParsedError
 
     def one_run(overlay, seed, args, output):
-        with pytest.raises(ParsedError):
-            AdaptationCLI([*args, "--seed_everything", str(seed)], run=False)
-        metrics = {"test/accuracy": 0.5}
+        if seed == 0 and not parsed:
+            with pytest.raises(ParsedError):
+                AdaptationCLI([*args, "--seed_everything", str(seed)], run=False)
+        metrics = {"test/accuracy": 0.5, "test/matthews": 0.5}
         return Result("Method", overlay, seed, "test/accuracy", metrics, {"head": 1}, 1.0)
 
     monkeypatch.setattr(AdaptationCLI, "instantiate_classes", instantiate_classes)
@@ -152,23 +173,29 @@ def parse(main, monkeypatch):
 def test_there_are_commands_for_all_that_train_py_does():
     subcommands = {command.split()[0] for command in COMMANDS}
     assert subcommands == {"fit", "test", "predict", "compare", "analyze", "sweep", "export"}
-    assert len(COMMANDS) >= 7
+    assert len(COMMANDS) >= 30
     assert len(PARTS) >= 3
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_command_parses(parse, words_of, tmp_path, command):
     words = words_of(command)
-    if words[0] == "compare":
-        assert len(parse(*words, "--output", str(tmp_path / "comparison"))) == 3 * 3
-    elif words[-1] == "--help":
+    if words[-1] == "--help":
         assert parse(*words) == [0]
-    elif words[0] in ("analyze", "sweep", "export"):  # both build the config's model before anything else
-        assert parse(*words, "--output", str(tmp_path / "output"))[0].data.class_path == "datamodules.ImageDataModule"
-    else:
-        (config,) = parse(*words)
-        family = Path(words[words.index("--config") + 1]).stem.partition("_")[0]
-        assert config.data.class_path == DATA.get(family, "datamodules.ImageDataModule")
+        return
+    if words[0] == "compare":  # its overlays are parsed in test_configs.py: two of them with one seed are enough here
+        place = words.index("--adapters") + 1
+        names = words[place].split(",")
+        for name in names:
+            overlays = [REPOSITORY / "configs" / folder / f"{name}.yaml" for folder in ("adapters", "")]
+            assert name in ("config", "fourier_moe") or any(overlay.is_file() for overlay in overlays), name
+        words[place] = ",".join([names[0], names[-1]])
+        words += ["--seeds", "1"]
+    output = ["--output", str(tmp_path / "output")] if words[0] in ("compare", "sweep", "analyze", "export") else []
+    (config,) = parse(*words, *output)
+    stem = Path(words[words.index("--config") + 1]).stem
+    expected = DATA.get(stem) or DATA.get(stem.partition("_")[0], "datamodules.ImageDataModule")
+    assert config.data.class_path == (words[words.index("--data") + 1] if "--data" in words else expected)
 
 
 @pytest.mark.parametrize("part", PARTS)
@@ -184,7 +211,7 @@ def test_misspelt_command_does_not_parse(parse):
 
 
 def test_resume_command_goes_on_in_the_same_directory(main, run_directory, words_of):
-    (command,) = [command for command in COMMANDS if "--ckpt_path" in command]
+    (command,) = [command for command in COMMANDS if f"--ckpt_path {RUN}" in command]
     words = words_of(command)
     resumed = main(*words, "--trainer.max_epochs", "2")
     assert Path(resumed.trainer.log_dir) == run_directory
