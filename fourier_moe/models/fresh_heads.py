@@ -29,8 +29,8 @@ def warn_of_frozen(heads: Mapping[str, nn.Module]) -> None:
     frozen = [name for name, module in heads.items() if not any(p.requires_grad for p in module.parameters())]
     if frozen:
         warnings.warn(
-            f"{', '.join(frozen)} looks newly initialised and is frozen now, as is everything that is neither adapter nor head: "
-            f"it would stay random. Name it in the config to train and save it: head={frozen!r}",
+            f"{', '.join(frozen)} looks newly initialised and is frozen now, as it is neither adapter nor head: it would stay "
+            f"random. Name it in the config to train and save it: head={frozen!r}",
             stacklevel=3,
         )
 
