@@ -6,13 +6,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support.models import Transformer
 from support.routed_cases import (
     CONFIGS,
     LORA,
     ONE_EACH,
     SIZES,
-    X,
     fitting,
     gates_by_the_equations,
     moved_layer,
@@ -27,7 +25,6 @@ from fourier_moe import (
     FFTMoEConfig,
     GOATConfig,
     HydraLoRAConfig,
-    inject,
 )
 from fourier_moe.adapter import build_layer
 
@@ -126,19 +123,6 @@ def test_upcycled_experts_compute_no_token_that_they_do_not_serve(monkeypatch):
 # ---------------------------------------------------------------- start
 
 
-@of_each([config for config in CONFIGS if not isinstance(config, (GOATConfig, FFTMoEConfig))])
-def test_adapted_model_starts_as_the_pretrained_one_bit_by_bit(config):
-    model = Transformer().eval()
-    inject(model, config)
-    assert torch.equal(model(X), Transformer().eval()(X))
-
-
-def test_upcycled_model_starts_as_the_pretrained_one():
-    model = Transformer().eval()
-    inject(model, CONFIGS[-1])
-    torch.testing.assert_close(model(X), Transformer().eval()(X), rtol=1e-5, atol=1e-6)
-
-
 @pytest.mark.parametrize(("M", "N"), [(8, 12), (13, 9), (9, 13)])
 @of_each([config for config in CONFIGS if isinstance(config, GOATConfig)])
 def test_goat_starts_with_the_first_triplets_of_every_segment(config, M, N):
@@ -167,19 +151,3 @@ def test_goat_starts_at_the_pretrained_weight_where_gates_are_even_and_near_it_e
     layer.router.weight.data.zero_()
     layer.router.top_k = 4
     torch.testing.assert_close(layer(x), base(x), rtol=1e-5, atol=1e-6)
-
-
-@of_each(ONE_EACH)
-def test_start_depends_on_seed_and_name_and_on_nothing_drawn_before(config):
-    def start(seed, name="proj"):
-        layer = build_layer(projection(8, 8), replace(config, seed=seed), name)
-        return torch.cat([p.detach().flatten() for group in layer.parameter_groups().values() for p in group])
-
-    torch.manual_seed(11)
-    first, state = start(4), torch.get_rng_state()
-    assert torch.equal(torch.get_rng_state(), state)
-    torch.manual_seed(12)
-    assert torch.equal(start(4), first)
-    assert torch.equal(start(None), start(0))
-    assert not torch.equal(start(5), first)
-    assert not torch.equal(start(4, "other"), first)

@@ -1,4 +1,4 @@
-"""What the trainer does for KaSA (a penalty in the loss) and LoRA-Dash (optimiser steps are counted)."""
+"""What the trainer does for these methods: KaSA's penalty, LoRA-Dash's steps, resuming, groups of parameters, overlays."""
 
 from dataclasses import replace
 
@@ -8,7 +8,9 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from support.token_task import TokenData, token_module, token_trainer
 
-from fourier_moe import KaSAConfig, LoRAConfig, LoRADashConfig, adapter_state_dict, adapters, regularization
+import datamodules.images.data_module
+from datamodules.images.transforms import eval_transform
+from fourier_moe import FourierFTConfig, KaSAConfig, LoRAConfig, LoRADashConfig, adapter_state_dict, adapters, regularization
 from lightning_modules.optimization import Optimization, ParameterGroup
 
 RATES = Optimization(adapter=ParameterGroup(0.05), head=ParameterGroup(0.01), schedule="constant", warmup_ratio=0.0)
@@ -83,3 +85,31 @@ def test_every_method_trains_the_demo_further_than_the_head_alone(run):
         losses[overlay] = float(fitted.trainer.callback_metrics["val/loss"])
     alone = losses.pop("head_only")
     assert {overlay: loss < 0.99 * alone for overlay, loss in losses.items()} == dict.fromkeys(losses, True), (losses, alone)
+
+
+def test_pissa_resumes_to_the_weights_of_an_uninterrupted_run(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(datamodules.images.data_module, "train_transform", eval_transform)
+    words = ("--config", "configs/demo.yaml", "--config", "configs/adapters/pissa.yaml", "--trainer.limit_train_batches", "3")
+    words += ("--trainer.limit_val_batches", "1", "--model.optimization.schedule", "constant")
+    whole = run("fit", *words, "--trainer.max_epochs", "2")
+    assert {group["name"] for group in whole.trainer.optimizers[0].param_groups} == {"adapter", "head"}
+    run("fit", *words, "--trainer.max_epochs", "1", "--trainer.logger.init_args.name", "part")
+    last = tmp_path / "part/version_0/checkpoints/last.ckpt"
+    resumed = run("fit", *words, "--trainer.max_epochs", "2", "--ckpt_path", str(last))
+    expected = whole.model.model.state_dict()
+    assert resumed.trainer.global_step == 6
+    assert all(torch.equal(value, expected[name]) for name, value in resumed.model.model.state_dict().items())
+
+
+def test_adapter_parameters_without_a_group_are_refused_before_training(run):
+    lora = ("--config", "configs/demo.yaml", "--config", "configs/adapters/lora.yaml")
+    with pytest.raises(ValueError, match=r"optimization\.adapter is missing, but LoRAConfig trains adapter parameters"):
+        run("fit", *lora, "--model.optimization.adapter", "null")
+    with pytest.raises(ValueError, match=r"optimization\.experts is given, but LoRAConfig trains no experts"):
+        run("fit", *lora, "--model.optimization.experts.lr", "0.1")
+
+
+def test_fourierft_overlay_takes_the_coefficients_and_targets_of_the_config_it_lies_on(run):
+    words = ("--config", "configs/demo.yaml", "--config", "configs/adapters/fourierft.yaml", "--trainer.max_steps", "1")
+    adapter = run("fit", *words, "--trainer.limit_val_batches", "0", "--seed_everything", "7").model.adapter
+    assert adapter == FourierFTConfig(targets=["q_proj", "v_proj"], num_coefficients=512, scaling=150, seed=7)

@@ -1,11 +1,11 @@
-"""Other mixtures of experts: counts, training, precision, the load-balancing loss and statistics."""
+"""Other mixtures of experts: precision, the load-balancing loss, statistics, and files of other settings."""
 
 from dataclasses import replace
 
 import pytest
 import torch
 from support.models import Transformer
-from support.routed_cases import CONFIGS, ONE_EACH, X, gates_by_the_equations, losses, moved_layer, of_each, tokens, trained
+from support.routed_cases import CONFIGS, ONE_EACH, X, gates_by_the_equations, moved_layer, of_each, tokens, trained
 from torch.utils.checkpoint import checkpoint
 
 from fourier_moe import (
@@ -16,43 +16,12 @@ from fourier_moe import (
     adapters,
     balance_loss,
     inject,
+    load_adapter,
     recording,
+    save_adapter,
 )
 
-# ---------------------------------------------------------------- counts and training
-
-
-@of_each(CONFIGS)
-def test_report_counts_by_the_formula_and_nothing_else_is_trained(config):
-    model = Transformer()
-    pretrained = sum(p.numel() for p in model.parameters())
-    report = inject(model, config)
-    M = N = 16
-    experts = {
-        HydraLoRAConfig: lambda: config.r * (N + 4 * M),
-        FFTMoEConfig: lambda: 4 * (M * N + M),
-    }.get(type(config), lambda: config.r * (M + N))()
-    router = 4 * N + (N + 1 if isinstance(config, AdaMoLEConfig) else 0)
-    replaced = 4 * (M * N + M) if isinstance(config, FFTMoEConfig) else 0
-    rest = pretrained - 51 - replaced
-    all_trained = config.trains_backbone
-    expected = {"experts": 4 * experts, "router": 4 * router, "head": 51, "backbone": rest if all_trained else 0}
-    assert report.trained == expected
-    assert report.frozen == (0 if all_trained else pretrained - 51)
-    assert report.percent == pytest.approx(100 * report.total / (pretrained - 51))
-    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == report.total
-
-
-@of_each(CONFIGS)
-def test_training_reduces_the_loss_and_moves_all_that_is_trained_and_nothing_else(config):
-    model = Transformer()
-    inject(model, config)
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    values = losses(model)
-    assert values[-1] < 0.8 * values[0]
-    for name, parameter in model.named_parameters():
-        if "k_proj.bias" not in name:  # to which a softmax over the keys is blind
-            assert torch.equal(parameter, before[name]) != parameter.requires_grad, name
+# ---------------------------------------------------------------- training
 
 
 @of_each(ONE_EACH)
@@ -178,3 +147,26 @@ def losses_and_gradients(model, checkpointed):
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     tokens = torch.stack([statistics.tokens for statistics in reader.read().values()])
     return {**gradients, "balance": balance.detach(), "tokens": tokens}
+
+
+# ---------------------------------------------------------------- files
+
+
+@of_each(ONE_EACH)
+def test_file_of_other_experts_is_refused(config, tmp_path):
+    save_adapter(trained(config), tmp_path)
+    model = Transformer()
+    inject(model, replace(config, num_experts=2))
+    with pytest.raises(ValueError, match="num_experts: 4 against 2"):
+        load_adapter(model, tmp_path)
+
+
+@of_each(ONE_EACH)
+def test_file_goes_on_with_another_seed_dropout_and_balance_weight_but_no_other_value(config):
+    other = {"seed": 99, "dropout": 0.5, "balance_weight": 0.5}
+    other = {name: value for name, value in other.items() if hasattr(config, name)}
+    assert config.difference(replace(config, **other)) is None
+    for name in ("r", "alpha", "top_k", "max_threshold", "rho"):
+        if value := getattr(config, name, None):
+            changed = replace(config, **{name: value * 2 if name in ("r", "alpha", "rho") else value + 1})
+            assert config.difference(changed).startswith(f"{name}: ")
