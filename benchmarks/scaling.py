@@ -23,7 +23,7 @@ from benchmarks.plots import plot_study
 from benchmarks.routing import BalancedRouter
 from benchmarks.timing import paired_ratio, summarize, time_interleaved
 from fourier_moe import FourierMoEConfig, FourierMoELinear, Routing, TopKRouter
-from lightning_modules.csv_files import write_table
+from lightning_modules.tables import write_table
 
 PARTS = ("frozen", "product", "adapted")
 _WARM_UP = 2

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from lightning_modules.csv_files import write_table
+from lightning_modules.tables import write_table
 from lightning_modules.experiments.grid import Result, mean_and_spread
 from lightning_modules.tables import markdown_table
 

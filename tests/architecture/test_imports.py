@@ -24,7 +24,7 @@ fourier_moe
 datamodules.shared
 datamodules.glue datamodules.images datamodules.instructions
 datamodules
-lightning_modules.interruption lightning_modules.csv_files lightning_modules.tables lightning_modules.strategies
+lightning_modules.interruption lightning_modules.tables lightning_modules.strategies
 lightning_modules.run_directory lightning_modules.optimization lightning_modules.tasks
 lightning_modules.training lightning_modules.evaluation_sets
 lightning_modules.adaptation
@@ -49,7 +49,7 @@ KNOWN_CIRCLES = {
 MOST_ENTRIES = {
     "datamodules/glue": 15,
     "datamodules/instructions": 14,
-    "lightning_modules": 14,
+    "lightning_modules": 13,
     "lightning_modules/experiments": 14,
 }
 

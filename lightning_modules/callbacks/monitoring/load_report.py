@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import Tensor
 
-from fourier_moe.errors import printable
 from lightning_modules.callbacks.monitoring.load_sums import LoadSums
 from lightning_modules.callbacks.monitoring.logged import short_names
-from lightning_modules.csv_files import write_table
+from lightning_modules.tables import markdown_table, write_table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -57,8 +56,8 @@ def write_layers(path: Path, layers: Sequence[str], sums: LoadSums) -> None:
     for index, layer in enumerate(layers):
         values = [float(measure[index]) for measure in measures]
         values += statistics.load[index].tolist() + statistics.gate[index].tolist()
-        rows.append([layer, round(float(statistics.tokens[index])), *(f"{value:.6g}" for value in values)])
-    write_table(path, header, rows)
+        rows.append([layer, round(float(statistics.tokens[index])), *values])
+    write_table(path, header, rows, digits=6)
 
 
 def write_tasks(path: Path, layers: Sequence[str], sums: LoadSums) -> None:
@@ -68,18 +67,17 @@ def write_tasks(path: Path, layers: Sequence[str], sums: LoadSums) -> None:
         tokens, loads = statistics.tokens, statistics.load
         mean = ("all", tokens.mean(), loads.mean(0))
         for layer, count, load in (mean, *zip(layers, tokens, loads, strict=True)):
-            rows.append([task, layer, round(float(count)), *(f"{value:.6g}" for value in load.tolist())])
-    write_table(path, ["task", "layer", "tokens", *(f"load/expert_{e}" for e in range(sums.layers.num_experts))], rows)
+            rows.append([task, layer, round(float(count)), *load.tolist()])
+    header = ["task", "layer", "tokens", *(f"load/expert_{e}" for e in range(sums.layers.num_experts))]
+    write_table(path, header, rows, digits=6)
 
 
 def task_table(sums: LoadSums) -> str:
-    """Task x expert: percent of a task's tokens that the expert serves, mean over the layers."""
-    experts = range(sums.layers.num_experts)
-    rows = [["task", "tokens", *map(str, experts)]]
+    """Return task x expert: the percentage of a task's tokens that the expert serves, mean over the layers."""
+    rows = []
     for task, statistics in sums.tasks.items():
         percent = (f"{100 * value:.0f}" for value in statistics.load.mean(0).tolist())
-        rows.append([printable(task), f"{statistics.tokens.mean():,.0f}", *percent])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
+        rows.append([task, f"{statistics.tokens.mean():,.0f}", *percent])
     even = 100 * float(sums.layers.even_load.mean())
-    return "\n".join([f"Percent of a task's tokens that each expert serves, mean over the layers (even: {even:.3g})", *lines])
+    title = f"Percent of a task's tokens that each expert serves, mean over the layers (even: {even:.3g})"
+    return f"{title}\n\n{markdown_table(['task', 'tokens', *map(str, range(sums.layers.num_experts))], rows)}"

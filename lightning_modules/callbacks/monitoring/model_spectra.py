@@ -5,11 +5,10 @@ Shape legend: L layers (adapted projections), E experts, P positions per expert,
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +16,7 @@ from torch import Tensor
 from fourier_moe import FourierMoEConfig, SpectralExperts
 from fourier_moe.analysis.spectra import ExpertSpectra, radial_overlap
 from fourier_moe.spectral.frequencies import band_centers
-from lightning_modules.csv_files import write_table
+from lightning_modules.tables import write_table
 
 NUM_BINS = 50  # bins of the radius: six in a band of the paper's width
 
@@ -91,26 +90,26 @@ class ModelSpectra:
     def write(self, directory: Path) -> None:
         """spectral_occupancy.csv (a row per layer and expert, first the means), radial_occupancy.csv, spectral_overlap.csv."""
         measures = {**self.measures, "effective_rank": self.effective_rank}
-        layers = {"all": [m.mean(0) for m in measures.values()]}
-        layers |= {name: [m[index] for m in measures.values()] for index, name in enumerate(self.layers)}
-        _write(
+        layers = {"all": [m.mean(0).tolist() for m in measures.values()]}
+        layers |= {name: [m[index].tolist() for m in measures.values()] for index, name in enumerate(self.layers)}
+        write_table(
             directory / "spectral_occupancy.csv",
             ["layer", "expert", "band_centre", *measures],
             ([layer, e, f, *(m[e] for m in values)] for layer, values in layers.items() for e, f in enumerate(self.centers)),
+            digits=6,
         )
         experts = range(self.config.num_experts)
-        _write(
+        shares = torch.cat([self.occupancy, self.positions]).T.tolist()
+        write_table(
             directory / "radial_occupancy.csv",
             ["radius", *(f"energy/expert_{e}" for e in experts), *(f"positions/expert_{e}" for e in experts)],
-            ([(r + 0.5) / NUM_BINS, *self.occupancy[:, r], *self.positions[:, r]] for r in range(NUM_BINS)),
+            ([(r + 0.5) / NUM_BINS, *row] for r, row in enumerate(shares)),
+            digits=6,
         )
-        _write(
+        radial, update = self.radial_overlap.tolist(), self.update_overlap.tolist()
+        write_table(
             directory / "spectral_overlap.csv",
             ["expert", "other", "radial_overlap", "update_overlap"],
-            ([e, f, self.radial_overlap[e, f], self.update_overlap[e, f]] for e in experts for f in experts),
+            ([e, f, radial[e][f], update[e][f]] for e in experts for f in experts),
+            digits=6,
         )
-
-
-def _write(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    cells = ([cell if isinstance(cell, str | int) else f"{float(cell):.6g}" for cell in row] for row in rows)
-    write_table(path, header, cells)

@@ -13,7 +13,7 @@ import torch
 from fourier_moe import FourierMoEConfig
 from fourier_moe.analysis.sensitivity import Sensitivity, equal_energy_bands
 from fourier_moe.spectral.frequencies import band_capacity, band_centers
-from lightning_modules.csv_files import write_table
+from lightning_modules.tables import markdown_table, write_table
 
 GRADIENT, FROZEN, UPDATE = "gradient", "frozen weight", "full fine-tuning"
 MEAN = "mean over layers"
@@ -94,7 +94,7 @@ class SensitivityReport:
         n = self.config.num_coefficients
         header = ["source", "layer", "mean radius", "permuted", "white", "unevenness", "permuted"]
         header += [f"% in strongest {n:,}", "permuted", "white"]
-        rows = [header]
+        rows = []
         for row in self.rows():
             radius, unevenness = (
                 (f"{row[m]:.3f}", f"{row[f'{m}/permuted']:.3f} ± {row[f'{m}/permuted_spread']:.3f}") for m in MEASURES[:2]
@@ -104,9 +104,7 @@ class SensitivityReport:
             )
             cells = [*radius, f"{row['mean_radius/white']:.3f}", *unevenness, share, f"{permuted} ± {spread}", white]
             rows.append([row["source"], row["layer"], *cells])
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        table = ["  ".join([*map(str.ljust, row[:2], widths[:2]), *map(str.rjust, row[2:], widths[2:])]) for row in rows]
-        return "\n".join([*table, "", self.verdict()])
+        return f"{markdown_table(header, rows)}\n\n{self.verdict()}"
 
     def verdict(self) -> str:
         """Whether frequency structure survives the permutation, and the layout of equal energy."""
@@ -147,12 +145,12 @@ class SensitivityReport:
         write_table(directory / "layers.csv", list(rows[0]), [list(row.values()) for row in rows])
         means = {(source, MEAN): mean for source, mean in self.means.items()}
         curves = (
-            [source, name, *(f"{value:.6g}" for value in values)]
+            [source, name, *values]
             for (source, name), sensitivity in {**self.results, **means}.items()
             for values in _curve(sensitivity)
         )
         header = ["source", "layer", "radius", "density", "density/permuted", "density/permuted_spread"]
-        write_table(directory / "spectra.csv", header, curves)
+        write_table(directory / "spectra.csv", header, curves, digits=6)
         gradient = self.means[GRADIENT]
         facts = {"structured": self.structured} | {f"{measure}/deviation": gradient.deviation(measure) for measure in MEASURES}
         (directory / "suggestion.json").write_text(json.dumps(facts | self.suggestion(), indent=2) + "\n", encoding="utf-8")
