@@ -6,9 +6,8 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from lightning_modules.tables import write_table
 from lightning_modules.experiments.grid import Result, mean_and_spread
-from lightning_modules.tables import markdown_table
+from lightning_modules.tables import markdown_table, write_table
 
 _MIB = 2**20
 

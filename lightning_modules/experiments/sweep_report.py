@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lightning_modules.tables import write_table
 from lightning_modules.experiments.grid import Result, mean_and_spread
 from lightning_modules.experiments.studies import Setting
-from lightning_modules.tables import markdown_table
+from lightning_modules.tables import markdown_table, write_table
 
 LOAD = {"load imbalance": "router/load_imbalance", "dead experts": "router/dead_experts"}
 

@@ -6,8 +6,7 @@ import pytest
 
 from fourier_moe.errors import printable
 from lightning_modules.adaptation import _agree
-from lightning_modules.tables import csv_line, write_table
-from lightning_modules.tables import markdown_table
+from lightning_modules.tables import csv_line, markdown_table, write_table
 
 
 @pytest.mark.parametrize(

@@ -21,9 +21,9 @@ from lightning_modules.adaptation import AdaptationModule
 from lightning_modules.callbacks.results.sealed_rows import user_key
 from lightning_modules.callbacks.results.unfinished_evaluation import about
 from lightning_modules.callbacks.results.unfinished_predictions import UnfinishedPredictions, describe_data, fingerprint
-from lightning_modules.tables import csv_line
 from lightning_modules.evaluation_sets import each_loader, limit_of, num_own
 from lightning_modules.run_directory import run_directory
+from lightning_modules.tables import csv_line
 from lightning_modules.tasks import CausalLanguageModel
 from lightning_modules.tasks.generation import is_sharded
 
