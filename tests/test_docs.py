@@ -24,9 +24,10 @@ def text_of(page: Path) -> str:
 
 
 def anchors(page: Path) -> set[str]:
-    """The anchors of a page's headings, as GitHub and MkDocs make them."""
+    """The anchors of a page's headings, as GitHub and MkDocs make them, and of what mkdocstrings documents there."""
     headings = re.findall(r"^#+ (.+)$", text_of(page), re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+    documented = re.findall(r"^::: (\S+)$", text_of(page), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}.union(documented)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=str)

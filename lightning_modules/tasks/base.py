@@ -64,6 +64,8 @@ class Task(nn.Module, ABC):
         head_names: modules in `model` that are trained in full, beside the adapters; known after `build`.
         main_metric: the metric that progress bars and tables show.
         pipeline_tag: what the Hugging Face hub calls this kind of task.
+        prediction_columns: keys of `predict`'s rows that become columns of the predictions file; None for a classifier, whose
+            rows have `id`, `label` and `probabilities`.
         model: None until `build`.
         split: `val`, `test` or `predict`, what is being read now; a task may do less in validation.
     """
@@ -71,6 +73,7 @@ class Task(nn.Module, ABC):
     head_names: tuple[str, ...] = ()
     main_metric: ClassVar[str]
     pipeline_tag: ClassVar[str | None] = None
+    prediction_columns: ClassVar[tuple[str, ...] | None] = None
 
     def __init__(self) -> None:
         super().__init__()

@@ -6,7 +6,7 @@ import csv
 import hmac
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,9 @@ UNFINISHED = "unfinished_predictions"
 
 
 class PredictionsWriter(L.Callback):
-    """Write one CSV row per example: id, label (where known), prediction, its probability, and the probability of every class.
+    """Write one CSV row per example: the task's `prediction_columns`.
+
+    A classifier has id, label (where known), prediction, its probability, and the probability of every class.
 
     Rows are written batch by batch to a directory `unfinished_predictions` and become the CSV file at the end; memory holds one
     batch. A prediction that was interrupted goes on where it stopped when the same user gives the same command again: batches
@@ -47,8 +49,8 @@ class PredictionsWriter(L.Callback):
         path: the file; null for `predictions.csv` in the run directory.
 
     Raises:
-        UserError: when prediction starts, if the task has no classes, if another process is making the same predictions, or
-            if rows cannot be written.
+        UserError: when prediction starts, if the task is a language model's, if another process is making the same predictions,
+            or if rows cannot be written.
     """
 
     def __init__(self, path: str | None = None) -> None:
@@ -101,7 +103,7 @@ class PredictionsWriter(L.Callback):
             loader = each_loader(trainer.predict_dataloaders)[dataloader_idx]
             own = outputs[: num_own(loader, batch_idx, len(outputs))]
             try:
-                self._rows.append(dataloader_idx, self._inputs, [_line(row, pl_module.class_names) for row in own])
+                self._rows.append(dataloader_idx, self._inputs, [_line(row, pl_module) for row in own])
             except OSError as error:
                 raise UserError(
                     f"predictions cannot be written ({error.strerror}); make room and give the same command again"
@@ -124,7 +126,7 @@ class PredictionsWriter(L.Callback):
             count, problem = 0, None
             if trainer.is_global_zero:
                 try:
-                    count = _write(path, _header(first, pl_module.class_names), first, lines)
+                    count = _write(path, _header(first, pl_module), first, lines)
                 except OSError as error:
                     problem = f"predictions cannot be written to '{path}' ({error.strerror})"
             for _ in lines:  # other processes only hand theirs over
@@ -196,20 +198,29 @@ def _write(path: Path, header: str, first: str, lines: Iterator[str]) -> int:
     return count
 
 
-def _line(row: Mapping[str, Any], names: Sequence[str] | None) -> str:
+def _line(row: Mapping[str, Any], module: AdaptationModule) -> str:
+    if (columns := module.task.prediction_columns) is not None:
+        return csv_line([row[column] for column in columns])
+    if "probabilities" not in row:
+        raise UserError(
+            f"{type(module.task).__name__} predicts {', '.join(row)} and no probabilities of classes; name the columns of its "
+            "predictions file in the task's prediction_columns"
+        )
     probabilities = row["probabilities"]
-    names = names or [str(index) for index in range(len(probabilities))]
+    names = module.class_names or [str(index) for index in range(len(probabilities))]
     best = max(range(len(names)), key=probabilities.__getitem__)
     label = "" if row["label"] is None else names[row["label"]]
     values = (f"{p:.6g}" for p in (probabilities[best], *probabilities))
     return csv_line([row["id"], label, names[best], *values])
 
 
-def _header(line: str, names: Sequence[str] | None) -> str:
+def _header(line: str, module: AdaptationModule) -> str:
     """The columns of `line` and those like it."""
+    if module.task.prediction_columns is not None:
+        return csv_line(module.task.prediction_columns)
     columns = ["id", "label", "prediction", "probability"]
     num_classes = len(next(csv.reader([line]))) - len(columns)
-    return csv_line([*columns, *(f"p({name})" for name in names or range(num_classes))])
+    return csv_line([*columns, *(f"p({name})" for name in module.class_names or range(num_classes))])
 
 
 def _gather(trainer: L.Trainer, value: Any) -> list[Any]:
