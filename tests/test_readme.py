@@ -16,7 +16,7 @@ import lightning_modules.tasks
 import train
 from fourier_moe import FourierMoEConfig, adapters, inject, save_adapter
 from lightning_modules.cli import AdaptationCLI
-from lightning_modules.experiments.grid import Result
+from lightning_modules.experiments.results import Result
 
 COMMAND = re.compile(r"^(?:python|    )? ?train\.py (.+)$", re.MULTILINE)  # in a code block
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")

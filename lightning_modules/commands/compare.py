@@ -1,22 +1,22 @@
-"""`python train.py compare`: one config under several adapters and seeds, ending in tables and a plot."""
+"""`python train.py compare`: one config with several adapters and seeds, ending in tables and a plot."""
 
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
+
+import pandas as pd
 
 from fourier_moe import FourierMoEConfig
 from fourier_moe.errors import UserError
-from fourier_moe.files.writing import write_file
 from lightning_modules.experiments.budget import Budget, adapter_parameters, match
-from lightning_modules.experiments.compare_report import format_table, method_labels, unfair_runs, write_csv
-from lightning_modules.experiments.grid import Result, cell_name, partial_runs, run_grid
+from lightning_modules.experiments.grid import run_grid
+from lightning_modules.experiments.kept_runs import variant_directory
 from lightning_modules.experiments.paired_tests import differences, format_differences
-from lightning_modules.experiments.preflight import Cell, parse_grid, raise_together, unfair_differences
+from lightning_modules.experiments.preflight import Variant, parse_grid, raise_together, unfair_differences
+from lightning_modules.experiments.report import format_table, method_labels, partial_runs, publish, unfair_runs
+from lightning_modules.experiments.results import Result, result_frame
 from lightning_modules.tables import markdown_table
 
 OWN = "config"  # the adapter that the config itself names
@@ -38,38 +38,36 @@ def compare(args: list[str]) -> list[Result]:
     options, fit_args = _parse(args)
     names = options.adapters.split(",")
     overlays = {name: _overlay(name) for name in names}
-    if len({cell_name(name) for name in names}) < len(names) or {OWN, FOURIER_MOE} <= overlays.keys():
+    if len({variant_directory(name) for name in names}) < len(names) or {OWN, FOURIER_MOE} <= overlays.keys():
         raise UserError(f"--adapters {options.adapters}: names must differ, results go to directories of these names")
     budget = Budget.parse(options.match_parameters) if options.match_parameters else None
     output = Path(options.output or f"runs/compare/{Path(options.config[0]).stem}")
 
     configs = [word for path in options.config for word in ("--config", path)]
     grid = {name: [*configs, *overlay, *fit_args] for name, overlay in overlays.items()}
-    cells = parse_grid(grid, options.metric)
-    sized, sizes = _sizes(cells, budget)
+    variants = parse_grid(grid, options.metric)
+    sized, sizes = _sizes(variants, budget)
     grid = {name: [*words, *sized[name]] for name, words in grid.items()}
-    notes = unfair_differences(cells)
-    del cells
+    notes = unfair_differences(variants)
+    del variants  # the runs need the memory
     print(f"\n{sizes}")
 
     results, failures = run_grid(grid, options.seeds, output)
-    output.mkdir(parents=True, exist_ok=True)
-    parts = [f"failed: {failure}" for failure in failures]
+    frame, labels, parts = None, {}, []
     if results:
-        metric = f"test/{options.metric}" if options.metric else results[0].main_metric
-        missing = next((result for result in results if metric not in result.metrics), None)
-        if missing:
-            raise UserError(f"--metric {options.metric!r}: {missing.overlay} was tested for {', '.join(missing.metrics)}")
-        parts = [*_report(results, metric, next(iter(grid)), notes, output), *parts]
+        frame = _frame(results, options.metric)
+        labels = method_labels(frame)
+        parts = _tables(frame, labels, next(iter(grid)), notes, output)
     if budget:
         parts.append(f"Parameters matched to {options.match_parameters}:\n\n{sizes}")
-    text = "\n\n".join(parts)
-    write_file(output / "results.md", text + "\n")
-    write_file(output / "results.json", json.dumps([asdict(result) for result in results], indent=2))
-    written = ["results.md", "results.json", *(["results.csv", "plot.png"] if results else [])]
-    print(f"\n{text}\n\nWritten to {output}/: {', '.join(written)}")
-    if failures:
-        sys.exit(1)
+
+    def plot(path: Path) -> None:
+        from lightning_modules.experiments.plots import plot_comparison  # here: matplotlib is slow to import
+
+        assert frame is not None
+        plot_comparison(path, frame, labels)
+
+    publish(output, parts, results, frame, plot, failures)
     return results
 
 
@@ -108,7 +106,7 @@ def _parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def _overlay(name: str) -> list[str]:
-    """The words for `fit` that a name of `--adapters` stands for."""
+    """Return the arguments of `fit` for a name in `--adapters`."""
     if name in (OWN, FOURIER_MOE):
         return []
     path = Path(name if name.endswith(".yaml") else f"configs/{name}.yaml" if "/" in name else f"{_OVERLAYS}/{name}.yaml")
@@ -119,23 +117,23 @@ def _overlay(name: str) -> list[str]:
     return ["--config", str(path)]
 
 
-def _sizes(cells: Mapping[str, Cell], budget: Budget | None) -> tuple[dict[str, list[str]], str]:
-    """Try every adapter on its model, at the size that the budget asks for.
+def _sizes(variants: Mapping[str, Variant], budget: Budget | None) -> tuple[dict[str, list[str]], str]:
+    """Try every variant's adapter on its model, at the size that matches the budget.
 
     Returns:
-        The words for `fit` that set the sizes, and a table of what will be trained.
+        The arguments of `fit` that set the sizes, by variant, and a table of what will be trained.
 
     Raises:
-        UserError: one message with what does not fit.
+        UserError: one message with all problems.
     """
     words: dict[str, list[str]] = {}
     rows, problems = [], []
-    for name, cell in cells.items():
+    for name, variant in variants.items():
         try:
-            if name == FOURIER_MOE and not isinstance(cell.adapter, FourierMoEConfig):
-                raise UserError(f"the config's own adapter is {type(cell.adapter).__name__}; '{OWN}' takes whatever it is")
-            adapter = match(cell, budget) if budget else cell.adapter
-            report = cell.try_out(adapter)
+            if name == FOURIER_MOE and not isinstance(variant.adapter, FourierMoEConfig):
+                raise UserError(f"the config's own adapter is {type(variant.adapter).__name__}; '{OWN}' takes any")
+            adapter = match(variant, budget) if budget else variant.adapter
+            report = variant.try_out(adapter)
         except ValueError as error:
             problems.append(f"{name}: {error}")
             continue
@@ -150,19 +148,23 @@ def _sizes(cells: Mapping[str, Cell], budget: Budget | None) -> tuple[dict[str, 
     return words, markdown_table(header, rows)
 
 
-def _report(results: Sequence[Result], metric: str, reference: str, notes: Sequence[str], output: Path) -> list[str]:
-    """Write results.csv and plot.png; returns the parts of results.md."""
-    from lightning_modules.experiments.compare_plots import (
-        plot_methods,  # here: matplotlib takes as long to import as a small run
-    )
+def _frame(results: Sequence[Result], metric: str | None) -> pd.DataFrame:
+    """Return the frame of a metric that `--metric` names; None for the task's main one."""
+    name = f"test/{metric}" if metric else results[0].main_metric
+    missing = next((result for result in results if name not in result.metrics), None)
+    if missing:
+        raise UserError(f"--metric {metric!r}: {missing.variant} was tested for {', '.join(missing.metrics)}")
+    return result_frame(results, name)
 
-    labels = method_labels(results)
-    write_csv(output / "results.csv", results, metric)
-    plot_methods(output / "plot.png", results, labels, metric)
-    found, problems = differences(results, metric, reference, output)
-    parts = [format_table(results, metric)]
+
+def _tables(frame: pd.DataFrame, labels: Mapping[str, str], reference: str, notes: Sequence[str], output: Path) -> list[str]:
+    """Return the paragraphs of results.md: both tables, notes, commit and versions."""
+    kinds = [kind for kind in frame.attrs["kinds"] if frame[kind].any()]
+    parts = [format_table(frame, {name: {"method": label} for name, label in labels.items()}, kinds, ("seconds", "MiB"))]
+    found, problems = differences(frame, reference, output)
     if found:
         parts.append(format_differences(found, labels, reference))
-    parts += [f"Note: {note}" for note in (*notes, *unfair_runs(results), *partial_runs(results), *problems)]
-    versions = ", ".join(f"{name} {version}" for name, version in results[0].versions.items())
-    return [*parts, f"Commit {results[0].commit or 'unknown'}; {versions}"]
+    parts += [f"Note: {note}" for note in (*notes, *unfair_runs(frame), *partial_runs(frame), *problems)]
+    first = frame.iloc[0]
+    versions = ", ".join(f"{name} {first[name]}" for name in frame.attrs["versions"])
+    return [*parts, f"Commit {first['commit'] or 'unknown'}; {versions}"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,16 +11,16 @@ from torch import nn
 from fourier_moe import FourierMoEConfig, adapters
 from fourier_moe.adapter import Adapter, build_layer
 from fourier_moe.errors import UserError
-from fourier_moe.files.writing import write_file
 from lightning_modules.callbacks import RouterLoad
 from lightning_modules.cli import AdaptationCLI
-from lightning_modules.experiments.grid import Result, partial_runs, require_named_logger, resolved_config, run_grid
-from lightning_modules.experiments.studies import STUDIES, choose_settings
-from lightning_modules.experiments.sweep_report import Row, format_rows, write_csv
+from lightning_modules.experiments.grid import require_named_logger, resolved_config, run_grid
+from lightning_modules.experiments.report import partial_runs, publish
+from lightning_modules.experiments.results import Result
+from lightning_modules.experiments.studies import STUDIES, choose_settings, study_frame, study_table
 
 
 def sweep(args: list[str]) -> list[Result]:
-    """Run every setting of a study with every seed; write table.md, results.csv and plot.png to `--output`.
+    """Run every setting of a study with every seed; write tables and a plot to `--output`, as `compare` does.
 
     A run that fails is reported and the others go on; a run whose result is in `--output` already is not made again, as in
     `compare`.
@@ -67,30 +66,26 @@ def sweep(args: list[str]) -> list[Result]:
     del cli  # the runs need the memory
 
     results, failures = run_grid({setting.name: [*words, *setting.words] for setting in settings}, options.seeds, output)
-    rows = [Row(setting, [result for result in results if result.overlay == setting.name]) for setting in settings]
-    rows = [row for row in rows if row.results]
-    output.mkdir(parents=True, exist_ok=True)
-    text = f"{study.title}: {', '.join(Path(path).name for path in options.config)}\n"
-    if rows:
-        own_name = next((setting.name for setting in settings if setting.adapter(own) == own), None)
-        text += f"\n{format_rows(study.axis, rows, own_name)}\n"
-        write_csv(output / "results.csv", options.study, rows)
-        from lightning_modules.experiments.sweep_plots import (
-            plot_study,  # here, because matplotlib takes as long to import as a small run
-        )
+    parts, frame = [f"{study.title}: {', '.join(Path(path).name for path in options.config)}"], None
+    own_name = next((setting.name for setting in settings if setting.adapter(own) == own), None)
+    if results:
+        frame = study_frame(options.study, settings, results)
+        parts += [study_table(options.study, settings, frame, own_name)]
+        parts += [f"Note: {note}" for note in partial_runs(frame)]
+    parts += [f"left out: {line}" for line in left_out]
 
-        plot_study(output / "plot.png", study, rows, own_name)
-    text += "".join(f"\nNote: {line}\n" for line in partial_runs(results))
-    text += "".join(f"\nleft out: {line}\n" for line in left_out) + "".join(f"\nfailed: {line}\n" for line in failures)
-    write_file(output / "table.md", text)
-    print(f"\n{text}\nWritten to {output}/: table.md" + (", results.csv, plot.png" if rows else ""))
-    if failures:
-        sys.exit(1)
+    def plot(path: Path) -> None:
+        from lightning_modules.experiments.plots import plot_study  # here: matplotlib takes as long to import as a small run
+
+        assert frame is not None
+        plot_study(path, study, frame, own_name)
+
+    publish(output, parts, results, frame, plot, failures)
     return results
 
 
 def _trial(layers: dict[str, Adapter]) -> Callable[[FourierMoEConfig], None]:
-    """Builds one layer for each shape of projection, which fails where the bands lack room for the coefficients."""
+    """Return a check that builds a layer for each shape of projection: bands may be too small for the coefficients."""
     shapes: dict[tuple[int, int], str] = {}
     for name, layer in layers.items():
         shapes.setdefault((layer.in_features, layer.out_features), name)

@@ -1,4 +1,4 @@
-"""`--match-parameters`: the size of every adapter that comes nearest to one number of trained parameters."""
+"""`--match-parameters`: the size at which an adapter comes nearest to a number of trained parameters."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from fourier_moe import AdapterConfig, InjectionReport
 from fourier_moe.errors import UserError
-from lightning_modules.experiments.preflight import Cell
+from lightning_modules.experiments.preflight import Variant
 
 TOLERANCE = 0.2  # share of the budget by which an adapter may miss it
 _NOT_COUNTED = ("head", "backbone")
@@ -30,7 +30,7 @@ class Budget:
 
     @staticmethod
     def parse(text: str) -> Budget:
-        """`0.42%` or `150000`.
+        """Parse `0.42%` or `150000`.
 
         Raises:
             UserError: if it is neither, or not positive.
@@ -45,24 +45,24 @@ class Budget:
         return Budget(amount, text.endswith("%"))
 
     def parameters(self, report: InjectionReport) -> float:
-        """The same as a number of parameters of the adapters of the model that `report` is of."""
+        """Return the budget as a number of parameters, for the model of `report`."""
         return self.amount / 100 * report.pretrained if self.is_percentage else self.amount
 
 
 def adapter_parameters(report: InjectionReport) -> int:
-    """Trained parameters of the adapters: experts, routers and what other methods have in their place. No head."""
+    """Count the trained parameters of the adapters: experts, routers, or another method's own. The head does not count."""
     return sum(count for kind, count in report.trained.items() if kind not in _NOT_COUNTED)
 
 
-def match(cell: Cell, budget: Budget) -> AdapterConfig:
-    """The cell's adapter with the value of its `size_field` that comes nearest to the budget, and nothing else changed.
+def match(variant: Variant, budget: Budget) -> AdapterConfig:
+    """Return the variant's adapter with the value of its `size_field` that comes nearest to the budget.
 
     A method without such a field stays as it is.
 
     Raises:
         UserError: if the adapter fits the model with no value at all, or nothing comes within TOLERANCE of the budget.
     """
-    adapter = cell.adapter
+    adapter = variant.adapter
     field, step = adapter.size_field, adapter.size_step
     if field is None:
         return adapter
@@ -71,8 +71,8 @@ def match(cell: Cell, budget: Budget) -> AdapterConfig:
         changes: dict[str, Any] = {field: multiple * step}
         return dataclasses.replace(adapter, **changes)
 
-    wanted = budget.parameters(cell.try_out(sized(1)))
-    multiple, count = nearest(lambda number: adapter_parameters(cell.try_out(sized(number))), wanted)
+    wanted = budget.parameters(variant.try_out(sized(1)))
+    multiple, count = nearest(lambda number: adapter_parameters(variant.try_out(sized(number))), wanted)
     if abs(count - wanted) > TOLERANCE * wanted:
         raise UserError(
             f"--match-parameters asks for {wanted:,.0f} parameters, and {type(adapter).__name__} comes no nearer than "
@@ -82,11 +82,15 @@ def match(cell: Cell, budget: Budget) -> AdapterConfig:
 
 
 def nearest(count: Callable[[int], int], wanted: float) -> tuple[int, int]:
-    """The number 1, 2, ... whose count is nearest to `wanted`, and this count.
+    """Find the number 1, 2, ... whose count is nearest to `wanted`.
 
     Args:
         count: rises with its argument, nearly in proportion beyond a constant, from 1 up to some largest argument above which
             it raises UserError. It is called a handful of times.
+        wanted: the count to come near to.
+
+    Returns:
+        The number and its count.
 
     Raises:
         UserError: what `count(1)` raises.
@@ -96,7 +100,7 @@ def nearest(count: Callable[[int], int], wanted: float) -> tuple[int, int]:
     if low_count >= wanted:
         return low, low_count
     while high - low > 1:
-        # By the slope that was last measured; at first by too steep a one, that of a count without a constant.
+        # Use the slope measured last; the first one is too steep, since it takes the count to have no constant.
         guess = low + max(1, int((wanted - low_count) / (slope or low_count)))
         if guess >= high:
             guess = (low + int(high)) // 2

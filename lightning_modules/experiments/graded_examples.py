@@ -1,4 +1,4 @@
-"""What was answered to every test example: the material of paired tests between methods."""
+"""The predictions of all test examples, which paired tests between variants need."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ import torch
 from fourier_moe.files.writing import replacing
 from lightning_modules.tasks.base import Batch
 
+_FORMER_NAMES = {"given": "predictions", "right": "targets"}  # fields in older files
+
 
 @dataclass(frozen=True)
 class GradedSet:
@@ -21,27 +23,27 @@ class GradedSet:
 
     Attributes:
         ids: (N,) strings.
-        given: (N,) the class that the model gave; for a task without classes 1 if the answer is right, else 0.
-        right: (N,) the right class; for a task without classes 1.
-        num_classes: how many classes there were to choose from; None where no score needs it, and in older files.
+        predictions: (N,) predicted classes; for a task without classes 1 if the answer is correct, else 0.
+        targets: (N,) correct classes; for a task without classes 1.
+        num_classes: number of classes to choose from; None if no score needs it, and in older files.
     """
 
     ids: np.ndarray
-    given: np.ndarray
-    right: np.ndarray
+    predictions: np.ndarray
+    targets: np.ndarray
     num_classes: int | None = None
 
 
 class GradedExamples(L.Callback):
-    """Collect the answers of every test, and a digest of the order of the training examples.
+    """Collect the predictions of every test, and a digest of the order of the training examples.
 
     Attributes:
-        data_order: SHA-256 over the ids of the training examples as this process saw them.
+        data_order: SHA-256 of the ids of the training examples in the order in which this process saw them.
     """
 
     def __init__(self) -> None:
         self._digest = hashlib.sha256()
-        self._answers: dict[str, dict[str, tuple[int, int, int]]] = {}
+        self._graded: dict[str, dict[str, tuple[int, int, int]]] = {}
 
     @property
     def data_order(self) -> str:
@@ -52,7 +54,7 @@ class GradedExamples(L.Callback):
         self._digest.update(b"\n\n")
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._answers = {}
+        self._graded = {}
 
     def on_test_batch_end(
         self,
@@ -68,27 +70,27 @@ class GradedExamples(L.Callback):
         given, right, num_classes = outputs["given"], outputs["right"], outputs["num_classes"]
         num_classes = torch.zeros_like(given) if num_classes is None else num_classes
         graded = zip(given.tolist(), right.tolist(), num_classes.tolist(), strict=True)
-        answers = self._answers.setdefault(outputs["set"] or "", {})
-        answers.update(zip(map(str, batch["id"]), graded, strict=False))  # the batch's first examples are this process's own
+        examples = self._graded.setdefault(outputs["set"] or "", {})
+        examples.update(zip(map(str, batch["id"]), graded, strict=False))  # this process's own examples come first
 
     def gather(self, trainer: L.Trainer) -> dict[str, GradedSet]:
-        """The answers of the last test by name of the set ("" for a single one), of all processes together."""
-        shares: list[Any] = [self._answers]
+        """Return the examples of the last test by name of the set ("" for a single one), of all processes together."""
+        shares: list[Any] = [self._graded]
         if trainer.world_size > 1:
             shares = [None] * trainer.world_size
-            torch.distributed.all_gather_object(shares, self._answers)
+            torch.distributed.all_gather_object(shares, self._graded)
         sets = dict.fromkeys(name for share in shares for name in share)
         return {name: _graded_set({i: one for share in shares for i, one in share.get(name, {}).items()}) for name in sets}
 
 
-def _graded_set(answers: dict[str, tuple[int, int, int]]) -> GradedSet:
-    ids = sorted(answers)
-    given, right, num_classes = np.array([answers[id_] for id_ in ids], dtype=np.int32).reshape(-1, 3).T
-    return GradedSet(np.array(ids), given, right, int(num_classes.max(initial=0)) or None)
+def _graded_set(examples: dict[str, tuple[int, int, int]]) -> GradedSet:
+    ids = sorted(examples)
+    predictions, targets, num_classes = np.array([examples[id_] for id_ in ids], dtype=np.int32).reshape(-1, 3).T
+    return GradedSet(np.array(ids), predictions, targets, int(num_classes.max(initial=0)) or None)
 
 
 def save_examples(path: Path, examples: dict[str, GradedSet]) -> None:
-    """Replace the file by these sets."""
+    """Replace the file with these sets."""
     fields = [(name, field, value) for name, graded in examples.items() for field, value in vars(graded).items()]
     arrays = {f"{name}/{field}": value for name, field, value in fields if value is not None}
     with replacing(path) as file:
@@ -96,10 +98,11 @@ def save_examples(path: Path, examples: dict[str, GradedSet]) -> None:
 
 
 def load_examples(path: Path) -> dict[str, GradedSet]:
-    """Inverse of `save_examples`."""
+    """Read what `save_examples` wrote, now or under the former names of the fields."""
     with np.load(path, allow_pickle=False) as arrays:
         sets: dict[str, dict[str, Any]] = {}
         for key in arrays.files:
             name, _, field = key.rpartition("/")
-            sets.setdefault(name, {})[field] = int(arrays[key]) if field == "num_classes" else arrays[key]
+            value = int(arrays[key]) if field == "num_classes" else arrays[key]
+            sets.setdefault(name, {})[_FORMER_NAMES.get(field, field)] = value
         return {name: GradedSet(**fields) for name, fields in sets.items()}

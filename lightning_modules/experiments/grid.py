@@ -1,4 +1,4 @@
-"""Runs of several command lines with several seeds, each kept in a file: what `compare` and `sweep` share."""
+"""Runs of several variants with several seeds, each kept in a file: what `compare` and `sweep` share."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 import time
 import traceback
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,53 +18,21 @@ from lightning.pytorch.callbacks import ModelCheckpoint, Timer
 from fourier_moe.errors import UserError
 from lightning_modules.cli import AdaptationCLI, user_error
 from lightning_modules.evaluation_sets import each_loader, limit_of
-from lightning_modules.experiments.cells import read_cell, write_cell
 from lightning_modules.experiments.graded_examples import GradedExamples, GradedSet
+from lightning_modules.experiments.kept_runs import kept_file, read_run, variant_directory, write_run
 from lightning_modules.experiments.peak_memory import PeakMemory
 from lightning_modules.experiments.provenance import config_hash, repository_commit, versions
+from lightning_modules.experiments.results import Result
 from lightning_modules.interruption import read_checkpoint
 
 
-@dataclass(frozen=True)
-class Result:
-    """One run.
-
-    Attributes:
-        overlay: the cell's name in the grid.
-        metrics: all test metrics of the last step's weights.
-        parameters: trained parameters by kind.
-        seconds: of training, validation included.
-        best_metrics: all test metrics of the checkpoint that was best on validation; None where none was kept.
-        router: what a RouterLoad callback logged last while training; empty without one.
-        size: field and value that say how many parameters the method has, `r=8`; None for a method without such a field.
-        peak_memory: bytes while training, see PeakMemory; None where the system does not say.
-        data_order: digest of the order in which the training examples came.
-        config_hash: of the resolved config without its logger.
-        commit: of this repository, with `+dirty` for uncommitted changes; None outside of it.
-        versions: of Python, the libraries and the device.
-        partial: the limit that left out a part of the test examples; None for a test of all.
-    """
-
-    method: str
-    overlay: str
-    seed: int
-    main_metric: str
-    metrics: dict[str, float]
-    parameters: dict[str, int]
-    seconds: float
-    best_metrics: dict[str, float] | None = None
-    router: dict[str, float] = field(default_factory=dict)
-    size: str | None = None
-    peak_memory: int | None = None
-    data_order: str = ""
-    config_hash: str = ""
-    commit: str | None = None
-    versions: dict[str, str] = field(default_factory=dict)
-    partial: str | None = None
-
-
 def run_grid(grid: Mapping[str, Sequence[str]], seeds: int, output: Path) -> tuple[list[Result], list[str]]:
-    """Train and test every named command line of `fit` with every seed; what `output` holds already is not run again.
+    """Train and test every variant with every seed; a run that `output` holds already is not made again.
+
+    Args:
+        grid: arguments of `fit` by variant.
+        seeds: number of seeds: 0, 1, ...
+        output: directory of the runs.
 
     Returns:
         The results, and one line for each run that failed.
@@ -72,11 +40,11 @@ def run_grid(grid: Mapping[str, Sequence[str]], seeds: int, output: Path) -> tup
     runs = [(name, seed) for seed in range(seeds) for name in grid]
     results: list[Result] = []
     failures: list[str] = []
-    seconds: dict[tuple[str, int], float] = {}  # of the runs made now
+    seconds: dict[tuple[str, int], float] = {}  # duration of the runs made now
     for number, (name, seed) in enumerate(runs, 1):
         left = _remaining(runs[number - 1 :], seconds, output)
         print(f"\n=== {number}/{len(runs)}: {name}, seed {seed}{left} ===", flush=True)
-        begin, kept = time.perf_counter(), cell_file(output, name, seed).is_file()
+        begin, kept = time.perf_counter(), kept_file(output, name, seed).is_file()
         try:
             results.append(_run(name, seed, [*grid[name]], output))
         except (KeyboardInterrupt, SystemExit):  # Lightning makes the former the latter
@@ -92,7 +60,7 @@ def run_grid(grid: Mapping[str, Sequence[str]], seeds: int, output: Path) -> tup
 
 
 def require_named_logger(config: Mapping[str, Any]) -> None:
-    """Refuse a config whose runs could not be given directories by name.
+    """Refuse a config whose logger does not let the runs have directories by name.
 
     Raises:
         UserError: naming the logger.
@@ -107,19 +75,9 @@ def require_named_logger(config: Mapping[str, Any]) -> None:
         )
 
 
-def cell_name(name: str) -> str:
-    """Directory of the runs of a cell of the grid: an overlay's path gives its file name, any other name itself."""
-    return Path(name).name.removesuffix(".yaml")
-
-
-def cell_file(output: Path, name: str, seed: int) -> Path:
-    """Where a run's result and resolved config are; beside it, as .npz, its graded test examples."""
-    return output / "cells" / cell_name(name) / f"seed_{seed}.json"
-
-
 def _remaining(runs: Sequence[tuple[str, int]], seconds: Mapping[tuple[str, int], float], output: Path) -> str:
-    """How long these runs will take, judged by the runs made so far: of the same name if there are any, else of all."""
-    todo = [name for name, seed in runs if not cell_file(output, name, seed).is_file()]
+    """Say how long these runs will take, from the mean of the runs made so far: those of the same variant, else all."""
+    todo = [name for name, seed in runs if not kept_file(output, name, seed).is_file()]
     if not seconds or not todo:
         return ""
     mean = statistics.mean(seconds.values())
@@ -129,32 +87,33 @@ def _remaining(runs: Sequence[tuple[str, int]], seconds: Mapping[tuple[str, int]
     return f", about {text} left"
 
 
-def _run(overlay: str, seed: int, args: list[str], output: Path) -> Result:
-    """Train and test, or read what an earlier run of the same resolved config has left."""
-    name = f"{cell_name(overlay)}/seed_{seed}"
+def _run(variant: str, seed: int, args: list[str], output: Path) -> Result:
+    """Train and test, or read the result of an earlier run of the same resolved config."""
+    name = f"{variant_directory(variant)}/seed_{seed}"
     logger = ["--trainer.logger.init_args.save_dir", str(output), "--trainer.logger.init_args.name", name]
     try:
         cli = AdaptationCLI([*args, "--seed_everything", str(seed), *logger], run=False)
     except SystemExit as error:
         raise UserError("the config does not parse, see the message above") from error
     config = resolved_config(cli)
-    cell = cell_file(output, overlay, seed)
-    kept = read_cell(cell, config, cli.trainer.is_global_zero)
+    path = kept_file(output, variant, seed)
+    kept = read_run(path, config, cli.trainer.is_global_zero)
     if kept is not None:
-        return Result(**kept | {"overlay": overlay})
-    result, examples = _train_and_test(cli, overlay, seed)
+        kept.pop("overlay", None)  # the variant's former name
+        return Result(**kept | {"variant": variant})
+    result, examples = _train_and_test(cli, variant, seed)
     if cli.trainer.is_global_zero:
-        write_cell(cell, config, asdict(result), examples)
+        write_run(path, config, asdict(result), examples)
     return result
 
 
 def resolved_config(cli: AdaptationCLI) -> dict[str, Any]:
-    """Every setting of a run as plain values."""
+    """Return every setting of a run as plain values."""
     return json.loads(cli.parser.dump(cli.config, format="json"))
 
 
-def _train_and_test(cli: AdaptationCLI, overlay: str, seed: int) -> tuple[Result, dict[str, GradedSet]]:
-    """The result, and the graded test examples of the last step's weights."""
+def _train_and_test(cli: AdaptationCLI, variant: str, seed: int) -> tuple[Result, dict[str, GradedSet]]:
+    """Return the result, and the graded test examples of the last step's weights."""
     trainer, model = cli.trainer, cli.model
     timer, memory, examples = Timer(), PeakMemory(), GradedExamples()
     trainer.callbacks += [timer, memory, examples]  # type: ignore[attr-defined]
@@ -166,7 +125,8 @@ def _train_and_test(cli: AdaptationCLI, overlay: str, seed: int) -> tuple[Result
     graded = examples.gather(trainer)
     main_metric = f"test/{model.task.main_metric}"
     if main_metric not in metrics:
-        raise UserError(f"the test set gave {', '.join(metrics) or 'nothing'}, and no {main_metric} to compare; has it labels?")
+        found = ", ".join(metrics) or "no metric"
+        raise UserError(f"the test set gave {found}, but {main_metric} is needed for the comparison; does it have labels?")
     best = _best_checkpoint(trainer.checkpoint_callbacks)
     best_metrics = None
     if best is not None:
@@ -175,7 +135,7 @@ def _train_and_test(cli: AdaptationCLI, overlay: str, seed: int) -> tuple[Result
         best_metrics = metrics if same else _merged(trainer.test(model, cli.datamodule, ckpt_path=path, verbose=False))
     result = Result(
         method=type(model.adapter).__name__.removesuffix("Config"),
-        overlay=overlay,
+        variant=variant,
         seed=seed,
         main_metric=main_metric,
         metrics=metrics,
@@ -195,7 +155,7 @@ def _train_and_test(cli: AdaptationCLI, overlay: str, seed: int) -> tuple[Result
 
 
 def _best_checkpoint(callbacks: list[Any]) -> tuple[str, int] | None:
-    """Path and step of the checkpoint that was best on validation, None if no callback keeps one."""
+    """Return path and step of the checkpoint that was best on validation, None if no callback keeps one."""
     for callback in callbacks:
         if isinstance(callback, ModelCheckpoint) and callback.monitor and callback.best_model_path:
             checkpoint = read_checkpoint(callback.best_model_path)
@@ -204,26 +164,14 @@ def _best_checkpoint(callbacks: list[Any]) -> tuple[str, int] | None:
 
 
 def _merged(metrics_of_sets: list[Any]) -> dict[str, float]:
-    """The metrics of all test sets in one dictionary; the names tell the sets apart."""
+    """Return the metrics of all test sets in one dictionary; their names contain the set."""
     return {name: float(value) for metrics in metrics_of_sets for name, value in metrics.items()}
 
 
 def _describe(error: Exception) -> str:
-    """One line; before it the traceback, unless the user knows what to do without."""
+    """Return one line; print the traceback before it, unless the error is the user's mistake."""
     mistake = user_error(error)
     if mistake is None:
         traceback.print_exception(error)
     text = " ".join(str(mistake or error).split())
     return f"{type(mistake or error).__name__}: {text}"
-
-
-def partial_runs(results: Sequence[Result]) -> list[str]:
-    """A line for every limit that left out a part of the test examples."""
-    limits = {result.partial: None for result in results if result.partial}
-    return [f"tested on a part of the test examples ({limit})" for limit in limits]
-
-
-def mean_and_spread(percentages: list[float]) -> str:
-    """Mean and sample standard deviation."""
-    spread = f" ± {statistics.stdev(percentages):.1f}" if len(percentages) > 1 else ""
-    return f"{statistics.mean(percentages):.1f} %{spread}"

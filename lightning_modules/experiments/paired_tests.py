@@ -1,15 +1,16 @@
-"""The paired tests of a comparison: every method against one of them."""
+"""The paired tests of a comparison: every variant against one of them."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 
 from lightning_modules.experiments.graded_examples import GradedSet, load_examples
-from lightning_modules.experiments.grid import Result, cell_file
+from lightning_modules.experiments.kept_runs import kept_file
 from lightning_modules.experiments.significance import Difference, Scores, holm, paired_difference, resample
 from lightning_modules.tables import markdown_table
 from lightning_modules.tasks.scores import SCORES
@@ -17,43 +18,38 @@ from lightning_modules.tasks.scores import SCORES
 _SAME = 1e-4  # metrics are logged in float32
 
 
-def differences(
-    results: Sequence[Result], metric: str, reference: str, output: Path
-) -> tuple[dict[str, Difference], list[str]]:
-    """Every method less the reference, by the cells' names, on the seeds that both have.
+def differences(frame: pd.DataFrame, reference: str, output: Path) -> tuple[dict[str, Difference], list[str]]:
+    """Compute every variant's metric less the reference's, on the seeds that both have.
 
     Args:
-        metric: name among the results' metrics, such as `test/accuracy`.
-        reference: the cell's name.
-        output: directory of the cells.
+        frame: see `result_frame`.
+        reference: a variant.
+        output: directory of the runs.
 
     Returns:
-        The differences, and a line on what is left out and why, if anything is.
+        The differences by variant, and a line on what is left out and why, if anything is.
     """
-    by_name: dict[str, dict[int, Result]] = {}
-    for result in results:
-        by_name.setdefault(result.overlay, {})[result.seed] = result
-    if len(by_name) == 1:
+    values = {name: runs.set_index("seed")["last"] for name, runs in frame.groupby("variant", sort=False)}
+    if len(values) == 1:
         return {}, []
-    if reference not in by_name:
+    if reference not in values:
         return {}, [f"{reference} has no run to compare the others with"]
-    resampled, size, problem = _resampled(by_name, metric, output)
+    resampled, size, problem = _resampled(frame, output)
     found = {}
-    for name in by_name:
-        seeds = sorted(by_name[name].keys() & by_name[reference].keys())
+    for name in values:
+        seeds = sorted(set(values[name].index) & set(values[reference].index))
         if name == reference or not seeds:
             continue
         pair = []
         for side in (name, reference):
-            values = np.array([by_name[side][seed].metrics[metric] for seed in seeds])
             samples = np.stack([resampled[side, seed] for seed in seeds]) if resampled else None
-            pair.append(Scores(values, samples, size))
+            pair.append(Scores(values[side].loc[seeds].to_numpy(), samples, size))
         found[name] = paired_difference(*pair)
     return found, [problem] if problem else []
 
 
 def format_differences(found: Mapping[str, Difference], labels: Mapping[str, str], reference: str) -> str:
-    """Markdown table in percentage points, a row per method, each less the reference."""
+    """Return a Markdown table in percentage points, a row per variant, each less the reference."""
     corrected = holm([difference.p for difference in found.values()])
     rows = []
     for (name, difference), p in zip(found.items(), corrected, strict=True):
@@ -66,30 +62,24 @@ def _p(value: float) -> str:
     return "-" if math.isnan(value) else "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
-def _resampled(
-    by_name: Mapping[str, Mapping[int, Result]], metric: str, output: Path
-) -> tuple[dict[tuple[str, int], np.ndarray], int, str | None]:
-    """The metric on bootstrap samples by name and seed, the number of examples, and a problem instead if there is one."""
-    of_set, _, name = metric.removeprefix("test/").rpartition("/")
+def _resampled(frame: pd.DataFrame, output: Path) -> tuple[dict[tuple[str, int], np.ndarray], int, str | None]:
+    """Return the metric on bootstrap samples by variant and seed, the number of examples, and the problem if there is one."""
+    metric, problem = frame["metric"].iat[0], "intervals are over seeds alone"
+    set_name, _, name = metric.removeprefix("test/").rpartition("/")
     if name not in SCORES:
-        return {}, 0, f"{metric} is not computed from single answers: intervals are over seeds alone"
-    keys = [(overlay, seed) for overlay, seeds in by_name.items() for seed in seeds]
+        return {}, 0, f"{metric} is not computed from single answers: {problem}"
     graded: dict[tuple[str, int], list[GradedSet]] = {}
-    for overlay, seed in keys:
-        path = cell_file(output, overlay, seed).with_suffix(".npz")
+    for variant, seed, logged in frame[["variant", "seed", "last"]].itertuples(index=False):
+        path = kept_file(output, variant, seed).with_suffix(".npz")
         sets = load_examples(path) if path.is_file() else {}
-        graded[overlay, seed] = [sets[key] for key in sorted(sets) if not of_set or key == of_set]
-        of_cell = graded[overlay, seed]
-        values = [SCORES[name](one.given, one.right, np.ones(len(one.ids)), one.num_classes) for one in of_cell]
-        if not values or abs(np.mean(values) - by_name[overlay][seed].metrics[metric]) > _SAME:
-            return {}, 0, f"{overlay}, seed {seed}: its answers do not give its {metric}: intervals are over seeds alone"
-    reference = graded[keys[0]]
-    for overlay, seed in keys:
-        own = graded[overlay, seed]
-        if len(own) != len(reference) or not all(
-            np.array_equal(one.ids, other.ids) for one, other in zip(own, reference, strict=True)
-        ):
-            return {}, 0, f"{overlay}, seed {seed} was tested on other examples: intervals are over seeds alone"
-    samples = resample(SCORES[name], [[graded[key]] for key in keys])
+        own = graded[variant, seed] = [sets[key] for key in sorted(sets) if not set_name or key == set_name]
+        values = [SCORES[name](one.predictions, one.targets, np.ones(len(one.ids)), one.num_classes) for one in own]
+        if not values or abs(np.mean(values) - logged) > _SAME:
+            return {}, 0, f"{variant}, seed {seed}: its answers do not give its {metric}: {problem}"
+    reference = next(iter(graded.values()))
+    for (variant, seed), own in graded.items():
+        if len(own) != len(reference) or not all(np.array_equal(a.ids, b.ids) for a, b in zip(own, reference, strict=True)):
+            return {}, 0, f"{variant}, seed {seed} was tested on other examples: {problem}"
+    samples = resample(SCORES[name], [[sets] for sets in graded.values()])
     size = sum(len(one.ids) for one in reference)
-    return {key: sample[0] for key, sample in zip(keys, samples, strict=True)}, size, None
+    return {key: sample[0] for key, sample in zip(graded, samples, strict=True)}, size, None

@@ -1,4 +1,4 @@
-"""What can be known of a comparison before the first run: does every cell parse and fit its model, and how large is it?"""
+"""Checks before the first run: does every variant parse and fit its model, and how large is it?"""
 
 from __future__ import annotations
 
@@ -25,12 +25,14 @@ from lightning_modules.tasks.backbones.quiet import quiet
 
 
 @dataclass(frozen=True)
-class Cell:
-    """A command line of `fit`, parsed.
+class Variant:
+    """The parsed arguments of `fit` of one variant.
 
     Attributes:
+        adapter: the method and its settings.
+        optimization: learning rates and schedule.
         outline: the pretrained model and its head on the meta device: shapes without weights.
-        head_names: modules of it that are trained in full.
+        head_names: modules of the outline that are trained in full.
         config: every setting, for seed 0.
     """
 
@@ -41,7 +43,7 @@ class Cell:
     config: Mapping[str, Any]
 
     def try_out(self, adapter: AdapterConfig) -> InjectionReport:
-        """Inject an adapter into a copy of the outline, which costs no memory and little time, and group what is trained.
+        """Inject an adapter into a copy of the outline, which costs no memory and little time, and group the parameters.
 
         Raises:
             UserError: if the adapter does not fit the model, or the optimisation does not fit the adapter.
@@ -52,40 +54,40 @@ class Cell:
         return report
 
 
-def parse_grid(grid: Mapping[str, Sequence[str]], metric: str | None = None) -> dict[str, Cell]:
-    """Parse every command line and load every pretrained model among them, which is usually one, once.
+def parse_grid(grid: Mapping[str, Sequence[str]], metric: str | None = None) -> dict[str, Variant]:
+    """Parse every variant and load every pretrained model, usually one, once.
 
-    Weights are needed only to learn their shapes, and are dropped: the runs load them again, one run at a time.
+    Weights are needed only for their shapes and then dropped: the runs load them again, one run at a time.
 
     Args:
-        grid: the command lines by name.
-        metric: test metric that every task has to have.
+        grid: arguments of `fit` by variant.
+        metric: test metric that every task must have.
 
     Raises:
-        UserError: one message with what is wrong in any of the command lines.
+        UserError: one message with all problems of all variants.
     """
-    cells: dict[str, Cell] = {}
+    variants: dict[str, Variant] = {}
     outlines: dict[str, tuple[nn.Module, list[str]]] = {}
     problems = []
     for name, words in grid.items():
         try:
-            cells[name] = _parse(words, metric, outlines)
+            variants[name] = _parse(words, metric, outlines)
         except ValueError as error:
             problems.append(f"{name}: {error}")
     raise_together(problems)
-    return cells
+    return variants
 
 
 def raise_together(problems: Sequence[str]) -> None:
-    """One error for the problems of several cells; none without problems."""
+    """Raise one error for the problems of several variants; none without problems."""
     if problems:
         raise UserError("nothing was run; " + "; ".join(problems))
 
 
-def _parse(words: Sequence[str], metric: str | None, outlines: dict[str, tuple[nn.Module, list[str]]]) -> Cell:
+def _parse(words: Sequence[str], metric: str | None, outlines: dict[str, tuple[nn.Module, list[str]]]) -> Variant:
     errors = io.StringIO()
     try:
-        # Lightning says which devices there are and how it seeds; the runs say it again.
+        # Lightning prints the devices and the seed; the runs print them again.
         with contextlib.redirect_stderr(errors), quiet(logging.INFO):
             cli = AdaptationCLI([*words, "--seed_everything", "0"], run=False)
     except SystemExit as error:
@@ -94,7 +96,7 @@ def _parse(words: Sequence[str], metric: str | None, outlines: dict[str, tuple[n
     model, config = cli.model, resolved_config(cli)
     require_named_logger(config)
     if model.optimization is None:
-        raise UserError("optimization is missing; fit needs the learning rates of what it trains")
+        raise UserError("optimization is missing; fit needs learning rates")
     names: list[str] = [*(getattr(cli.datamodule, "class_names", None) or ())]
     num_classes = len(names) or model.num_classes
     key = json.dumps([config["model"]["task"], num_classes], sort_keys=True)
@@ -102,13 +104,13 @@ def _parse(words: Sequence[str], metric: str | None, outlines: dict[str, tuple[n
         built = model.task.build(num_classes, names or [f"class {index}" for index in range(num_classes or 0)])
         known = list(model.task.new_metrics())
         if metric and metric.rpartition("/")[2] not in known:
-            raise UserError(f"--metric {metric!r} is no metric of the task; known: {', '.join(map(str, known))}")
+            raise UserError(f"--metric {metric!r} is not a metric of the task; known: {', '.join(map(str, known))}")
         outlines[key] = outline(built), [*model.task.head_names]
-    return Cell(model.adapter, model.optimization, *outlines[key], config)
+    return Variant(model.adapter, model.optimization, *outlines[key], config)
 
 
 def outline(model: nn.Module) -> nn.Module:
-    """A copy of a model on the meta device, made without copying its weights first."""
+    """Return a copy of a model on the meta device, made without copying its weights first."""
     memo: dict[int, Any] = {}
     for tensor in (*model.parameters(), *model.buffers()):
         empty = torch.empty_like(tensor, device="meta")
@@ -117,30 +119,30 @@ def outline(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
-def unfair_differences(cells: Mapping[str, Cell]) -> list[str]:
-    """What differs between the cells beside the method: anything but adapter and optimisation, and the adapters' targets.
+def unfair_differences(variants: Mapping[str, Variant]) -> list[str]:
+    """Find settings other than adapter and optimization in which variants differ, and differences in the adapters' targets.
 
     Returns:
-        One line for each setting in which a cell differs from the first.
+        One line for each setting in which a variant differs from the first.
     """
-    (first, reference), *others = cells.items()
+    (first, reference), *others = variants.items()
     settings = _common_settings(reference)
     notes = []
-    for name, cell in others:
-        own = _common_settings(cell)
+    for name, variant in others:
+        own = _common_settings(variant)
         for key in sorted(settings.keys() | own.keys()):
             if settings.get(key) != own.get(key):
                 notes.append(f"{key} is {own.get(key)!r} for {name} and {settings.get(key)!r} for {first}")
-        targets: list[Any] = [getattr(config, "targets", None) for config in (reference.adapter, cell.adapter)]
+        targets: list[Any] = [getattr(config, "targets", None) for config in (reference.adapter, variant.adapter)]
         if None not in targets and targets[0] != targets[1]:
             notes.append(f"targets are {list(targets[1])} for {name} and {list(targets[0])} for {first}")
     return notes
 
 
-def _common_settings(cell: Cell) -> dict[str, Any]:
-    """Every setting that all cells should share, by its dotted name."""
-    model = {key: value for key, value in cell.config["model"].items() if key not in ("adapter", "optimization")}
-    return dict(_flatten("", {**cell.config, "model": model, "config": None}))
+def _common_settings(variant: Variant) -> dict[str, Any]:
+    """Return every setting that all variants should share, by its dotted name."""
+    model = {key: value for key, value in variant.config["model"].items() if key not in ("adapter", "optimization")}
+    return dict(_flatten("", {**variant.config, "model": model, "config": None}))
 
 
 def _flatten(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:

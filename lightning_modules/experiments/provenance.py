@@ -1,4 +1,4 @@
-"""Where a result comes from: commit, versions, and a hash of the config."""
+"""The origin of a result: commit, versions, and a hash of the config."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _LIBRARIES = ("torch", "lightning", "transformers", "peft", "open_clip_torch", "
 
 @functools.cache
 def repository_commit() -> str | None:
-    """Commit of the repository that this file is tracked in, `+dirty` behind it for uncommitted changes; None without one."""
+    """Return the commit of the repository that tracks this file, with `+dirty` for uncommitted changes; None without one."""
     if _git("ls-files", "--error-unmatch", Path(__file__).name) is None:  # no git, or installed below another repository
         return None
     commit = _git("rev-parse", "HEAD")
@@ -28,7 +28,7 @@ def repository_commit() -> str | None:
 
 
 def _git(*words: str) -> str | None:
-    """What git says in this file's directory; None if it refuses or is not there."""
+    """Return the output of git in this file's directory; None if git fails or is missing."""
     try:
         done = subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
     except OSError:
@@ -37,13 +37,13 @@ def _git(*words: str) -> str | None:
 
 
 def versions(device: torch.device) -> dict[str, str]:
-    """Of Python and the libraries that decide on results, and the device's name."""
+    """Return the versions of Python and of the libraries that results depend on, and the device's name."""
     found = {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in _LIBRARIES}
     return found | {"device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()}
 
 
 def config_hash(config: Mapping[str, Any]) -> str:
-    """Of a resolved config, but for its logger: where a run writes does not matter."""
+    """Return a hash of a resolved config without its logger: where a run writes does not matter."""
     trainer = {key: value for key, value in config["trainer"].items() if key != "logger"}
     text = json.dumps({**config, "trainer": trainer}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]

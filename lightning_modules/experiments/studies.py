@@ -1,4 +1,4 @@
-"""The studies of the paper's analysis: which settings of a FourierMoE config each of them compares."""
+"""The studies of the paper's analysis, a row each: which settings of a FourierMoE config a study compares."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import yaml
 
 from fourier_moe import FourierMoEConfig
 from fourier_moe.errors import UserError
+from lightning_modules.experiments.report import format_table
+from lightning_modules.experiments.results import Result, result_frame
 
 ABLATIONS = Path("configs/ablations")
 FULL = "full"  # the ablations' baseline: the config as it is
@@ -22,10 +25,10 @@ class Setting:
     """One setting of a study.
 
     Attributes:
-        name: of its runs' directory.
-        label: as tables and plots show it.
-        fields: what it changes of the config's adapter.
-        series: line of the plot that it lies on; "" where the study has one line.
+        name: directory of its runs, and name of the variant.
+        label: text in tables and plots.
+        fields: what it changes in the config's adapter.
+        series: its line in the plot; "" if the study has one line.
         overlay: config file that makes the change; None makes it with `fields`.
     """
 
@@ -37,13 +40,13 @@ class Setting:
 
     @property
     def words(self) -> list[str]:
-        """The change on the command line of `fit`."""
+        """Return the change as arguments of `fit`."""
         if self.overlay is not None:
             return ["--config", str(self.overlay)]
         return [word for name, value in self.fields.items() for word in (f"--model.adapter.init_args.{name}", str(value))]
 
     def adapter(self, own: FourierMoEConfig) -> FourierMoEConfig:
-        """The config's adapter with the change.
+        """Return the config's adapter with the change.
 
         Raises:
             UserError: from FourierMoEConfig, if the change does not fit the rest of it.
@@ -51,106 +54,83 @@ class Setting:
         return dataclasses.replace(own, **self.fields)
 
 
+@dataclass(frozen=True)
 class Study:
     """What is varied, and over which values unless `--values` gives others.
 
     Attributes:
         title: heading of table and plot.
         axis: what the values are.
+        kind: int or float for a number of the adapter; Path for overlays in `ABLATIONS`.
+        defaults: values for a config.
+        changes: fields that a value changes in the config's adapter, for each line of the plot by its name.
     """
 
     title: str
     axis: str
+    kind: type[int] | type[float] | type[Path]
+    defaults: Callable[[FourierMoEConfig], Iterable[Any]]
+    changes: Callable[[Any, FourierMoEConfig], Mapping[str, Mapping[str, Any]]]
+
+    @property
+    def numeric(self) -> bool:
+        return self.kind is not Path
 
     def default_values(self, own: FourierMoEConfig) -> list[str]:
-        raise NotImplementedError
+        values = list(dict.fromkeys(self.defaults(own)))
+        return [f"{value}" for value in (sorted(values) if self.numeric else values)]
 
-    def settings(self, value: str, own: FourierMoEConfig) -> list[Setting]:
-        """The settings of one value, which may be several: a value that is no such value at all raises UserError."""
-        raise NotImplementedError
+    def settings(self, text: str, own: FourierMoEConfig) -> list[Setting]:
+        """Return the settings of one value, one for each line of the plot.
 
-
-class NumericStudy(Study):
-    """One number of the adapter takes several values.
-
-    Args:
-        fields: what a value changes of the config's adapter: one dictionary for each line of the plot, by its name.
-        defaults: values for a config.
-        number: int or float.
-    """
-
-    def __init__(
-        self,
-        title: str,
-        axis: str,
-        number: type[int] | type[float],
-        defaults: Callable[[FourierMoEConfig], Iterable[float]],
-        fields: Callable[[Any, FourierMoEConfig], Mapping[str, dict[str, Any]]],
-    ) -> None:
-        self.title, self.axis = title, axis
-        self._number, self._defaults, self._fields = number, defaults, fields
-
-    def default_values(self, own: FourierMoEConfig) -> list[str]:
-        return [f"{value}" for value in sorted(set(self._defaults(own)))]
-
-    def settings(self, value: str, own: FourierMoEConfig) -> list[Setting]:
-        try:
-            number = self._number(value)
-        except ValueError as error:
-            kind = "a whole number" if self._number is int else "a number"
-            raise UserError(f"{self.axis}: {value!r} is not {kind}") from error
-        label = f"{number}" if self._number is int else f"{number:g}"
+        Raises:
+            UserError: if the text is no value of this study.
+        """
+        value = self._parse(text, own)
+        if not self.numeric:
+            name, overlay = Path(text).stem, None if text == FULL else value
+            return [Setting(name, name.replace("_", " "), self.changes(value, own)[""], overlay=overlay)]
+        label = f"{value}" if self.kind is int else f"{value:g}"
         return [
             Setting("_".join(filter(None, (*self.axis.split(), label, series))), label, fields, series)
-            for series, fields in self._fields(number, own).items()
+            for series, fields in self.changes(value, own).items()
         ]
 
-
-class Ablations(Study):
-    """The config as it is, and with each overlay of configs/ablations."""
-
-    title = "Ablations (the paper's Figure 3)"
-    axis = "variant"
-
-    def default_values(self, own: FourierMoEConfig) -> list[str]:
-        return [FULL, *(path.stem for path in sorted(ABLATIONS.glob("*.yaml")))]
-
-    def settings(self, value: str, own: FourierMoEConfig) -> list[Setting]:
-        if value == FULL:
-            return [Setting(FULL, FULL)]
-        path = Path(value) if value.endswith(".yaml") else ABLATIONS / f"{value}.yaml"
-        if not path.is_file():
-            raise UserError(f"variant: {value!r} is not one of {', '.join(self.default_values(own))} or the path of an overlay")
-        overlay = yaml.safe_load(path.read_text(encoding="utf-8"))
-        fields = overlay.get("model", {}).get("adapter", {}).get("init_args", {})
-        return [Setting(path.stem, path.stem.replace("_", " "), fields, overlay=path)]
+    def _parse(self, text: str, own: FourierMoEConfig) -> Any:
+        if not self.numeric:
+            path = Path(text) if text.endswith(".yaml") else ABLATIONS / f"{text}.yaml"
+            if text != FULL and not path.is_file():
+                known = ", ".join(self.default_values(own))
+                raise UserError(f"{self.axis}: {text!r} is not one of {known} or the path of an overlay")
+            return path
+        try:
+            return self.kind(text)
+        except ValueError as error:
+            raise UserError(f"{self.axis}: {text!r} is not {'a whole number' if self.kind is int else 'a number'}") from error
 
 
 def _nearest_coefficients(wanted: float, num_experts: int) -> int:
-    """The number of coefficients nearest to `wanted` that the experts can share."""
+    """Return the number of coefficients nearest to `wanted` that the experts can share."""
     step = 2 * num_experts
     return max(1, round(wanted / step)) * step
 
 
-def _powers_of_two(most: int) -> list[int]:
-    return [2**exponent for exponent in range(most.bit_length()) if 2**exponent <= most]
-
-
-def _coefficients(own: FourierMoEConfig) -> list[float]:
-    factors = (1 / 8, 1 / 4, 1 / 2, 1, 2, 4)
-    return [_nearest_coefficients(factor * own.num_coefficients, own.num_experts) for factor in factors]
+def _overlay_fields(path: Path) -> dict[str, Any]:
+    """Return what an overlay changes in the adapter; nothing for the config as it is."""
+    overlay = yaml.safe_load(path.read_text(encoding="utf-8")) if path.stem != FULL else {}
+    return overlay.get("model", {}).get("adapter", {}).get("init_args", {})
 
 
 STUDIES: dict[str, Study] = {
-    "coefficients": NumericStudy(
+    "coefficients": Study(
         "Coefficients (the paper's Figure 4, left)",
         "coefficients",
         int,
-        _coefficients,
+        lambda own: [_nearest_coefficients(own.num_coefficients * 2.0**power, own.num_experts) for power in range(-3, 3)],
         lambda value, own: {"": {"num_coefficients": value}},
     ),
-    "experts": NumericStudy(
-        "Experts (the paper's Figure 4, centre)",
+    "experts": Study(
+        "Experts (the paper's Figure 4, center)",
         "experts",
         int,
         lambda own: [2, 4, 8, 16, 32, own.num_experts],
@@ -158,41 +138,49 @@ STUDIES: dict[str, Study] = {
             "": {"num_experts": value, "num_coefficients": _nearest_coefficients(own.num_coefficients, max(value, 1))}
         },
     ),
-    "active_experts": NumericStudy(
+    "active_experts": Study(
         "Active experts (the paper's Figure 4, right)",
         "active experts",
         int,
-        lambda own: [*_powers_of_two(own.num_experts), own.top_k, own.num_experts],
+        lambda own: [*(2**power for power in range(own.num_experts.bit_length())), own.top_k, own.num_experts],
         lambda value, own: {"": {"top_k": value}},
     ),
-    "bandwidth": NumericStudy(
+    "bandwidth": Study(
         "Bandwidth (the paper's Table 5 and Figure 6)",
         "bandwidth",
         float,
         lambda own: [0.06, 0.12, 0.24, 0.48, 0.96, own.bandwidth],
         lambda value, own: {layout: {"bandwidth": value, "band_layout": layout} for layout in ("cover", "stack")},
     ),
-    "balance_weight": NumericStudy(
+    "balance_weight": Study(
         "Weight of the balance loss (the paper's Table 6)",
         "balance weight",
         float,
         lambda own: [0, 0.001, 0.005, 0.01, 0.05, 0.1, own.balance_weight],
         lambda value, own: {"": {"balance_weight": value}},
     ),
-    "ablations": Ablations(),
+    "ablations": Study(
+        "Ablations (the paper's Figure 3)",
+        "variant",
+        Path,
+        lambda own: [FULL, *(path.stem for path in sorted(ABLATIONS.glob("*.yaml")))],
+        lambda path, own: {"": _overlay_fields(path)},
+    ),
 }
 
 
 def choose_settings(
     study: Study, values: Sequence[str] | None, own: FourierMoEConfig, try_out: Callable[[FourierMoEConfig], None]
 ) -> tuple[list[Setting], list[str]]:
-    """The settings of a study that fit config and model.
+    """Choose the settings of a study that fit config and model.
 
     A default value that does not fit is left out, and so is one line's setting of a value that fits another line.
 
     Args:
+        study: what is varied.
         values: None for the study's own.
-        try_out: raises UserError for an adapter that the model cannot have.
+        own: the config's adapter.
+        try_out: raises UserError for an adapter that does not fit the model.
 
     Returns:
         The settings, and one line for each that was left out.
@@ -218,3 +206,20 @@ def choose_settings(
     if not chosen:
         raise UserError(f"no value of the study fits this config, give --values: {'; '.join(left_out)}")
     return list(chosen.values()), left_out
+
+
+def study_frame(study: str, settings: Sequence[Setting], results: Sequence[Result]) -> pd.DataFrame:
+    """Return `result_frame` with the study, and the series and value of every run's setting, in front."""
+    frame, by_name = result_frame(results), {setting.name: setting for setting in settings}
+    frame.insert(0, "study", study)
+    frame.insert(1, "series", [by_name[name].series for name in frame["variant"]])
+    frame.insert(2, "value", [by_name[name].label for name in frame["variant"]])
+    return frame
+
+
+def study_table(study: str, settings: Sequence[Setting], frame: pd.DataFrame, own: str | None) -> str:
+    """Return a Markdown table with a row per setting that has runs, see `format_table`; a study of layouts names them."""
+    layouts = any(setting.series for setting in settings)
+    axis = STUDIES[study].axis
+    labels = {one.name: {axis: one.label, **({"layout": one.series} if layouts else {})} for one in settings}
+    return format_table(frame, labels, ["experts"], ("load imbalance", "dead experts", "seconds"), own)

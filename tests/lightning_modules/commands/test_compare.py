@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-import lightning_modules.experiments.compare_plots
 import lightning_modules.experiments.grid
+import lightning_modules.experiments.plots
 from lightning_modules import AdaptationModule
 from lightning_modules.cli import user_error
-from lightning_modules.experiments.compare_report import format_table, unfair_runs
 from lightning_modules.experiments.graded_examples import load_examples
-from lightning_modules.experiments.grid import Result
+from lightning_modules.experiments.report import format_table, method_labels, unfair_runs
+from lightning_modules.experiments.results import Result, result_frame
 
 DEMO = ("--config", "configs/demo.yaml")
 SHORT = ("--trainer.limit_train_batches", "6", "--trainer.limit_val_batches", "1", "--trainer.limit_test_batches", "6")
@@ -37,21 +37,19 @@ def compare(main, output):
 
 @pytest.fixture
 def trained(monkeypatch):
-    """The (overlay, seed) pairs that would have been trained."""
+    """The (variant, seed) pairs that would have been trained."""
     pairs = []
 
-    def train_and_test(cli, overlay, seed):
-        pairs.append((overlay, seed))
-        return replace(RESULT, overlay=overlay, seed=seed, metrics={"test/accuracy": 0.5 + len(pairs) / 100}), {}
+    def train_and_test(cli, variant, seed):
+        pairs.append((variant, seed))
+        return replace(RESULT, variant=variant, seed=seed, metrics={"test/accuracy": 0.5 + len(pairs) / 100}), {}
 
     monkeypatch.setattr(lightning_modules.experiments.grid, "_train_and_test", train_and_test)
-    monkeypatch.setattr(
-        lightning_modules.experiments.compare_plots, "plot_methods", lambda *_: None
-    )  # takes longer than all the rest
+    monkeypatch.setattr(lightning_modules.experiments.plots, "plot_comparison", lambda *_: None)  # slower than all the rest
     return pairs
 
 
-def cells(output):
+def kept(output):
     return {str(path.relative_to(output / "cells")) for path in (output / "cells").rglob("*.json")}
 
 
@@ -68,7 +66,7 @@ def test_metrics_and_parameters_by_kind_for_every_seed(compare, output, monkeypa
     words = ("--adapters", "lora", "--seeds", "2", *SHORT, "--trainer.max_epochs", "1")
     results = compare(*words)
     rows = json.loads((output / "results.json").read_text())
-    assert [(row["overlay"], row["seed"]) for row in rows] == [("lora", 0), ("lora", 1)]
+    assert [(row["variant"], row["seed"]) for row in rows] == [("lora", 0), ("lora", 1)]
     assert [row["metrics"] for row in rows] == [result.metrics for result in results]
     for row in rows:
         assert row["parameters"] == {**PARAMETERS, "adapter": 8 * 2 * 8 * 64}
@@ -130,7 +128,7 @@ def test_every_method_sees_the_same_examples_in_the_same_order_and_every_row_say
         assert result.peak_memory > 2**20
     with open(output / "results.csv", newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    assert [(row["name"], row["seed"]) for row in rows] == [(result.overlay, str(result.seed)) for result in results]
+    assert [(row["variant"], row["seed"]) for row in rows] == [(result.variant, str(result.seed)) for result in results]
     assert [row["size"] for row in rows[:3]] == ["num_coefficients=512", "r=8", ""]
     assert float(rows[1]["last"]) == results[1].metrics["test/accuracy"]
     assert (output / "plot.png").read_bytes().startswith(b"\x89PNG")
@@ -143,11 +141,11 @@ def test_every_method_sees_the_same_examples_in_the_same_order_and_every_row_say
     graded = [load_examples(output / f"cells/{name}/seed_1.npz")[""] for name in ("lora", "head_only")]
     assert len(graded[0].ids) == 6 * 32
     assert np.array_equal(graded[0].ids, graded[1].ids)
-    assert np.array_equal(graded[0].right, graded[1].right)
+    assert np.array_equal(graded[0].targets, graded[1].targets)
     values = [
-        result.metrics["test/accuracy"] for result in results if result.seed == 1 and result.overlay in ("lora", "head_only")
+        result.metrics["test/accuracy"] for result in results if result.seed == 1 and result.variant in ("lora", "head_only")
     ]
-    assert values == pytest.approx([(one.given == one.right).mean() for one in graded])
+    assert values == pytest.approx([(one.predictions == one.targets).mean() for one in graded])
 
 
 def test_budget_sets_the_size_of_every_run(compare, output, trained, capsys):
@@ -172,10 +170,10 @@ def test_budget_sets_the_size_of_every_run(compare, output, trained, capsys):
 def test_same_command_goes_on_after_an_interruption(compare, output, trained, monkeypatch, capsys):
     train_and_test = lightning_modules.experiments.grid._train_and_test
 
-    def interrupted(cli, overlay, seed):
-        if (overlay, seed) == ("head_only", 0):
+    def interrupted(cli, variant, seed):
+        if (variant, seed) == ("head_only", 0):
             raise SystemExit(1)  # as Lightning does on Ctrl-C and on SIGTERM
-        return train_and_test(cli, overlay, seed)
+        return train_and_test(cli, variant, seed)
 
     words = ("--adapters", "lora,head_only,config", "--seeds", "1")
     with monkeypatch.context() as patch:
@@ -184,7 +182,7 @@ def test_same_command_goes_on_after_an_interruption(compare, output, trained, mo
             compare(*words)
     assert trained == [("lora", 0)]  # it stops at once
     assert "interrupted: 1 of 3 runs are in" in capsys.readouterr().out
-    assert cells(output) == {"lora/seed_0.json"}
+    assert kept(output) == {"lora/seed_0.json"}
     results = compare(*words)
     assert trained[1:] == [("head_only", 0), ("config", 0)]
     assert [result.metrics["test/accuracy"] for result in results] == [0.51, 0.52, 0.53]
@@ -203,7 +201,7 @@ def test_run_of_another_resolved_config_is_made_again_and_another_seed_added(com
     assert trained == [(str(overlay), seed) for seed in (0, 0, 1)]
 
 
-def test_damaged_cell_is_named_and_run_again(compare, output, trained, capsys):
+def test_damaged_run_is_named_and_run_again(compare, output, trained, capsys):
     words = ("--adapters", "lora,head_only", "--seeds", "1")
     compare(*words)
     (output / "cells/lora/seed_0.json").write_text('{"format": 3, ')
@@ -219,6 +217,17 @@ def test_damaged_cell_is_named_and_run_again(compare, output, trained, capsys):
     assert len(trained) == 4
 
 
+def test_run_of_an_older_version_is_kept(compare, output, trained):
+    words = ("--adapters", "lora", "--seeds", "1")
+    compare(*words)
+    path = output / "cells/lora/seed_0.json"
+    stored = json.loads(path.read_text())
+    stored["result"]["overlay"] = stored["result"].pop("variant")
+    path.write_text(json.dumps({"format": 2, "config": stored["config"], "result": stored["result"]}))
+    assert compare(*words)[0].variant == "lora"
+    assert len(trained) == 1
+
+
 @pytest.mark.parametrize("logger", ["false", "lightning.pytorch.loggers.MLFlowLogger"])
 def test_logger_without_names_for_the_runs_is_refused_before_any_run(compare, trained, monkeypatch, logger):
     monkeypatch.setattr("lightning.pytorch.loggers.MLFlowLogger.__init__", lambda self, save_dir="x": None)
@@ -230,9 +239,9 @@ def test_logger_without_names_for_the_runs_is_refused_before_any_run(compare, tr
 def test_progress_says_how_long_the_rest_will_take(compare, trained, monkeypatch, capsys):
     train_and_test, clock = lightning_modules.experiments.grid._train_and_test, [0.0]
 
-    def slow(cli, overlay, seed):
-        clock[0] += {"lora": 100.0, "head_only": 20.0}[overlay]
-        return train_and_test(cli, overlay, seed)
+    def slow(cli, variant, seed):
+        clock[0] += {"lora": 100.0, "head_only": 20.0}[variant]
+        return train_and_test(cli, variant, seed)
 
     monkeypatch.setattr(lightning_modules.experiments.grid, "_train_and_test", slow)
     monkeypatch.setattr(lightning_modules.experiments.grid.time, "perf_counter", lambda: clock[0])
@@ -269,12 +278,14 @@ def test_runs_of_another_order_commit_or_version_are_told():
         replace(RESULT, data_order="a", commit="1", versions={"torch": "2"}),
         replace(RESULT, seed=1, data_order="b", commit="1"),
     ]
-    assert unfair_runs([*runs[:1], replace(runs[0], overlay="lora"), replace(runs[0], seed=1, data_order="b")]) == []
-    assert unfair_runs([runs[0], replace(runs[0], overlay="lora", data_order="c")]) == [
+    assert (
+        unfair_runs(result_frame([*runs[:1], replace(runs[0], variant="lora"), replace(runs[0], seed=1, data_order="b")])) == []
+    )
+    assert unfair_runs(result_frame([runs[0], replace(runs[0], variant="lora", data_order="c")])) == [
         "seed 0: the training examples came in 2 different orders"
     ]
-    assert unfair_runs([runs[0], replace(runs[0], commit=None)]) == ["the runs are of 2 commits: 1, none"]
-    assert unfair_runs(runs) == ["the runs are of 2 versions of torch: 2, none"]
+    assert unfair_runs(result_frame([runs[0], replace(runs[0], commit=None)])) == ["the runs are of 2 commits: 1, none"]
+    assert unfair_runs(result_frame(runs)) == ["the runs are of 2 versions of torch: 2, none"]
 
 
 # ---------------------------------------------------------------- failures
@@ -283,17 +294,17 @@ def test_runs_of_another_order_commit_or_version_are_told():
 def test_failing_run_is_reported_and_the_rest_goes_on(compare, output, trained, monkeypatch, capsys):
     train_and_test = lightning_modules.experiments.grid._train_and_test
 
-    def some_fail(cli, overlay, seed):
-        if overlay == "lora" and seed == 0:
+    def some_fail(cli, variant, seed):
+        if variant == "lora" and seed == 0:
             raise ValueError("a bad day")
-        return train_and_test(cli, overlay, seed)
+        return train_and_test(cli, variant, seed)
 
     monkeypatch.setattr(lightning_modules.experiments.grid, "_train_and_test", some_fail)
     with pytest.raises(SystemExit) as stop:
         compare("--adapters", "lora,head_only", "--seeds", "2")
     assert stop.value.code == 1
     assert trained == [("head_only", 0), ("lora", 1), ("head_only", 1)]
-    assert cells(output) == {"head_only/seed_0.json", "lora/seed_1.json", "head_only/seed_1.json"}
+    assert kept(output) == {"head_only/seed_0.json", "lora/seed_1.json", "head_only/seed_1.json"}
     text = (output / "results.md").read_text()
     for shown in (text, capsys.readouterr().err):
         assert "failed: lora, seed 0: ValueError: a bad day" in shown
@@ -327,7 +338,10 @@ def _no_run(monkeypatch):
         (("--adapters", "config,fourier_moe"), "names must differ"),
         (("--adapters", "lora,head_only,lora"), "names must differ"),
         (("--config", "configs/adapters/lora.yaml", "--adapters", "fourier_moe"), "fourier_moe: .*own adapter is LoRAConfig"),
-        (("--adapters", "lora", "--metric", "f1"), "lora: --metric 'f1' is no metric of the task; known: accuracy, balanced_"),
+        (
+            ("--adapters", "lora", "--metric", "f1"),
+            "lora: --metric 'f1' is not a metric of the task; known: accuracy, balanced_",
+        ),
         (("--adapters", "lora", "--match-parameters", "many"), "'many' must be a positive number"),
         (("--adapters", "lora", "--match-parameters", "0%"), "'0%' must be a positive number"),
         (("--adapters", "lora", "--model.adapter.init_args.r", "65"), "lora: .*is 64 x 64: r=65 must be at most 64"),
@@ -343,7 +357,7 @@ def test_what_does_not_fit_is_one_message_before_any_run(compare, words, message
 
 
 @pytest.mark.usefixtures("_no_run")
-def test_problems_of_all_cells_are_told_together(compare, tmp_path, capsys):
+def test_problems_of_all_variants_are_told_together(compare, tmp_path, capsys):
     target, unparsed, group = tmp_path / "target.yaml", tmp_path / "unparsed.yaml", tmp_path / "group.yaml"
     target.write_text(UNKNOWN_TARGET)
     unparsed.write_text("model: {optimisation: null}")
@@ -377,7 +391,10 @@ def test_no_seed_is_a_wrong_command_line(compare, capsys):
 
 
 def rows_of(results):
-    lines = format_table(results, "test/accuracy").splitlines()
+    frame = result_frame(results)
+    labels = {name: {"method": label} for name, label in method_labels(frame).items()}
+    kinds = [kind for kind in frame.attrs["kinds"] if frame[kind].any()]
+    lines = format_table(frame, labels, kinds, ("seconds", "MiB")).splitlines()
     assert len({len(line) for line in lines}) == 1
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
@@ -395,8 +412,8 @@ def test_table_has_mean_and_spread_of_the_last_and_of_the_best_weights():
 def test_table_names_the_overlay_where_a_method_comes_twice_and_leaves_out_a_best_that_not_all_have():
     best = replace(RESULT, best_metrics={"test/accuracy": 0.7})
     path = Path("elsewhere/other.yaml")
-    lora = replace(RESULT, method="LoRA", overlay="lora", parameters={**PARAMETERS, "adapter": 8192})
-    rows = rows_of([best, replace(RESULT, seed=1), replace(best, overlay=str(path)), lora])[2:]
+    lora = replace(RESULT, method="LoRA", variant="lora", parameters={**PARAMETERS, "adapter": 8192})
+    rows = rows_of([best, replace(RESULT, seed=1), replace(best, variant=str(path)), lora])[2:]
     assert [row[0] for row in rows] == ["HeadOnly (head_only)", f"HeadOnly ({path})", "LoRA"]
     assert [row[2] for row in rows] == ["-", "70.0 %", "-"]
     assert [row[5:7] for row in rows] == [["650", "0"], ["650", "0"], ["650", "8,192"]]

@@ -9,12 +9,12 @@ import yaml
 from support import REPOSITORY
 
 import lightning_modules.experiments.grid
-import lightning_modules.experiments.sweep_plots
+import lightning_modules.experiments.plots
 from fourier_moe import FourierMoEConfig
-from lightning_modules.experiments.grid import Result
-from lightning_modules.experiments.studies import ABLATIONS, STUDIES, Setting, choose_settings
-from lightning_modules.experiments.sweep_plots import plot_study
-from lightning_modules.experiments.sweep_report import Row, format_rows, write_csv
+from lightning_modules.experiments.plots import plot_study
+from lightning_modules.experiments.report import publish
+from lightning_modules.experiments.results import Result
+from lightning_modules.experiments.studies import ABLATIONS, STUDIES, Setting, choose_settings, study_frame, study_table
 
 DEMO = ("--config", "configs/demo.yaml")
 OWN = FourierMoEConfig(targets=["q_proj"], num_coefficients=512, num_experts=8, top_k=2)
@@ -39,15 +39,13 @@ def trained(monkeypatch):
     """(name, seed, adapter) of every run that would have been trained; a run's accuracy counts them."""
     runs = []
 
-    def train_and_test(cli, overlay, seed):
-        runs.append((overlay, seed, cli.model.adapter))
+    def train_and_test(cli, variant, seed):
+        runs.append((variant, seed, cli.model.adapter))
         metrics = {"test/accuracy": 0.5 + len(runs) / 100}
-        return replace(RESULT, overlay=overlay, seed=seed, metrics=metrics, router=ROUTER), {}
+        return replace(RESULT, variant=variant, seed=seed, metrics=metrics, router=ROUTER), {}
 
     monkeypatch.setattr(lightning_modules.experiments.grid, "_train_and_test", train_and_test)
-    monkeypatch.setattr(
-        lightning_modules.experiments.sweep_plots, "plot_study", lambda *_: None
-    )  # drawing takes longer than all the rest
+    monkeypatch.setattr(lightning_modules.experiments.plots, "plot_study", lambda *_: None)  # slower than all the rest
     return runs
 
 
@@ -65,7 +63,7 @@ def labels(study, values=None, own=OWN):
 
 
 def table_of(output):
-    lines = [line for line in (output / "table.md").read_text().splitlines() if line.startswith("|")]
+    lines = [line for line in (output / "results.md").read_text().splitlines() if line.startswith("|")]
     header, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     return [dict(zip(header, row, strict=True)) for row in rows]
 
@@ -161,7 +159,7 @@ def test_bands_beyond_the_plane_are_left_out_before_any_run(sweep, trained, outp
     sweep("bandwidth", "--values", "0.12,0.24", "--seeds", "1", "--model.adapter.init_args.num_coefficients", "128")
     assert [name for name, *_ in trained] == ["bandwidth_0.12_cover", "bandwidth_0.12_stack", "bandwidth_0.24_cover"]
     expected = r"left out: bandwidth 0\.24 \(stack\): .*_proj: num_coefficients asks for 8 .* bandwidth=0\.24 holds only 0 in"
-    for text in (capsys.readouterr().out, (output / "table.md").read_text()):
+    for text in (capsys.readouterr().out, (output / "results.md").read_text()):
         assert re.search(expected, text)
     assert [row["layout"] for row in table_of(output)] == ["cover", "stack", "cover"]
 
@@ -223,14 +221,14 @@ def test_wrong_command_line(sweep, capsys, words, message):
 def test_real_runs_with_their_load(sweep, output):
     short = ("--trainer.max_steps", "4", "--trainer.log_every_n_steps", "2", "--trainer.limit_test_batches", "2")
     results = sweep("active_experts", "--values", "8,2", "--seeds", "1", *short)
-    assert [result.overlay for result in results] == ["active_experts_8", "active_experts_2"]
+    assert [result.variant for result in results] == ["active_experts_8", "active_experts_2"]
     rows = {row["active experts"]: row for row in table_of(output)}
     assert rows["8"]["load imbalance"] == "1.00"  # all experts serve every token
     assert rows["8"]["dead experts"] == "0.00"
     assert float(rows["2"]["load imbalance"]) > 1
     assert rows["2"]["against 2"] == "-"
     assert rows["2"]["trained"] == "8,842"
-    assert {path.name for path in output.glob("*.*")} == {"table.md", "results.csv", "plot.png"}
+    assert {path.name for path in output.glob("*.*")} == {"results.md", "results.json", "results.csv", "plot.png"}
     assert len(list(output.glob("*/seed_0/version_0/router_load.csv"))) == 2
 
 
@@ -255,9 +253,9 @@ def test_configured_router_load_is_not_doubled(sweep, monkeypatch, tmp_path):
 
     counts = []
 
-    def count(cli, overlay, seed):
+    def count(cli, variant, seed):
         counts.append(sum(isinstance(callback, RouterLoad) for callback in cli.trainer.callbacks))
-        return replace(RESULT, overlay=overlay, seed=seed), {}
+        return replace(RESULT, variant=variant, seed=seed), {}
 
     monkeypatch.setattr(lightning_modules.experiments.grid, "_train_and_test", count)
     own = tmp_path / "load.yaml"
@@ -270,16 +268,16 @@ def test_configured_router_load_is_not_doubled(sweep, monkeypatch, tmp_path):
 def test_failing_run_is_reported_and_the_rest_goes_on(sweep, trained, output, monkeypatch):
     train_and_test = lightning_modules.experiments.grid._train_and_test
 
-    def some_fail(cli, overlay, seed):
-        if overlay == "active_experts_2" and seed == 1:
+    def some_fail(cli, variant, seed):
+        if variant == "active_experts_2" and seed == 1:
             raise ValueError("a bad day")
-        return train_and_test(cli, overlay, seed)
+        return train_and_test(cli, variant, seed)
 
     monkeypatch.setattr(lightning_modules.experiments.grid, "_train_and_test", some_fail)
     with pytest.raises(SystemExit) as stop:
         sweep("active_experts", "--values", "1,2", "--seeds", "2")
     assert stop.value.code == 1
-    assert "failed: active_experts_2, seed 1: ValueError: a bad day" in (output / "table.md").read_text()
+    assert "failed: active_experts_2, seed 1: ValueError: a bad day" in (output / "results.md").read_text()
     rows = {row["active experts"]: row for row in table_of(output)}
     assert rows["1"]["each seed"] == "51.0 / 53.0"
     assert rows["2"]["each seed"] == "52.0"
@@ -293,7 +291,7 @@ def test_nothing_but_failures_leaves_no_table(sweep, output, monkeypatch):
     monkeypatch.setattr(lightning_modules.experiments.grid, "_train_and_test", fail)
     with pytest.raises(SystemExit):
         sweep("active_experts", "--values", "2", "--seeds", "1")
-    assert "failed: active_experts_2, seed 0: ValueError: a bad day" in (output / "table.md").read_text()
+    assert "failed: active_experts_2, seed 0: ValueError: a bad day" in (output / "results.md").read_text()
     assert not (output / "plot.png").exists()
 
 
@@ -301,33 +299,42 @@ def test_nothing_but_failures_leaves_no_table(sweep, output, monkeypatch):
 
 
 def row(label, accuracies, series="", **changes):
-    runs = [
-        replace(RESULT, seed=seed, metrics={"test/accuracy": accuracy}, **changes) for seed, accuracy in enumerate(accuracies)
-    ]
-    return Row(Setting(f"name_{label}{series}", label, series=series), runs)
+    """A setting and its runs, which have these accuracies."""
+    name = f"name_{label}{series}"
+    runs = [replace(RESULT, variant=name, seed=s, metrics={"test/accuracy": a}, **changes) for s, a in enumerate(accuracies)]
+    return Setting(name, label, series=series), runs
+
+
+def frame(study, rows):
+    return study_frame(study, [setting for setting, _ in rows], [run for _, runs in rows for run in runs])
+
+
+def table(study, rows, own=None):
+    return study_table(study, [setting for setting, _ in rows], frame(study, rows), own)
 
 
 def test_differences_are_taken_seed_by_seed():
-    table = format_rows("experts", [row("4", [0.40, 0.60]), row("8", [0.45, 0.66])], "name_8")
-    assert "| 4 " in table
-    assert "50.0 % ± 14.1" in table
-    assert "-5.5 ± 0.7" in table  # of -5 and -6, whatever the seeds have in common
+    text = table("experts", [row("4", [0.40, 0.60]), row("8", [0.45, 0.66])], "name_8")
+    assert "| 4 " in text
+    assert "50.0 % ± 14.1" in text
+    assert "-5.5 ± 0.7" in text  # of -5 and -6, whatever the seeds have in common
 
 
 @pytest.mark.parametrize(("second", "said"), [([0.5, 0.6], "(mean of 2)"), ([0.5], "(mean of 1 to 2)")])
 def test_header_says_over_how_many_seeds_the_means_are(second, said):
-    assert said in format_rows("experts", [row("4", [0.4, 0.6]), row("8", second)], None).splitlines()[0]
+    assert said in table("experts", [row("4", [0.4, 0.6]), row("8", second)]).splitlines()[0]
 
 
 def test_unknown_load_and_best_are_dashes():
-    (line,) = format_rows("experts", [row("4", [0.4])], None).splitlines()[2:]
+    (line,) = table("experts", [row("4", [0.4])]).splitlines()[2:]
     cells = [cell.strip() for cell in line.strip("|").split("|")]
     assert cells == ["4", "40.0 %", "-", "40.0", "8,842", "4,096", "-", "-", "2.0"]
 
 
 def test_csv_has_a_line_per_run(tmp_path):
     best = {"best_metrics": {"test/accuracy": 0.75}, "router": ROUTER}
-    write_csv(tmp_path / "results.csv", "bandwidth", [row("0.12", [0.5, 0.6], "cover", **best), row("0.24", [0.7], "stack")])
+    runs = frame("bandwidth", [row("0.12", [0.5, 0.6], "cover", **best), row("0.24", [0.7], "stack")])
+    publish(tmp_path, [], [], runs, lambda path: None, [])
     with open(tmp_path / "results.csv", newline="", encoding="utf-8") as file:
         lines = list(csv.DictReader(file))
     names = ("study", "series", "value", "seed", "metric", "last", "best", "experts", "load_imbalance", "dead_experts")
@@ -347,7 +354,7 @@ def drawn(monkeypatch, tmp_path):
         figures = []
         savefig = Figure.savefig
         monkeypatch.setattr(Figure, "savefig", lambda self, *args, **kw: (figures.append(self), savefig(self, *args, **kw)))
-        plot_study(tmp_path / "plot.png", STUDIES[study], rows, own)
+        plot_study(tmp_path / "plot.png", STUDIES[study], frame(study, rows), own)
         assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
         return figures[0].axes
 

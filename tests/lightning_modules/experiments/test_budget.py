@@ -11,7 +11,7 @@ from fourier_moe import FFTMoEConfig, FourierMoEConfig, LoRAConfig, inject
 from fourier_moe.baselines import FullFineTuning, HeadOnly, PEANuTConfig
 from lightning_modules.cli import AdaptationCLI
 from lightning_modules.experiments.budget import Budget, adapter_parameters, match, nearest
-from lightning_modules.experiments.preflight import Cell, outline, parse_grid
+from lightning_modules.experiments.preflight import Variant, outline, parse_grid
 from lightning_modules.optimization import Optimization, ParameterGroup
 
 OVERLAYS = sorted(path.stem for path in (REPOSITORY / "configs/adapters").glob("*.yaml"))
@@ -25,13 +25,13 @@ class Model(nn.Module):
         self.head = nn.Linear(48, 3)
 
 
-def cell(adapter):
+def variant(adapter):
     optimization = Optimization(ParameterGroup(1.0), None, None, ParameterGroup(1.0))
     if isinstance(adapter, HeadOnly):
         optimization = Optimization(head=ParameterGroup(1.0))
     elif not isinstance(adapter, FourierMoEConfig):
         optimization = Optimization(adapter=ParameterGroup(1.0), head=ParameterGroup(1.0))
-    return Cell(adapter, optimization, outline(Model()), ["head"], {})
+    return Variant(adapter, optimization, outline(Model()), ["head"], {})
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ def test_outline_leaves_the_model_alone_and_shares_what_is_shared():
     ("text", "expected"), [("150000", 150000), ("150,000", 150000), ("2e4", 20000), ("0.5%", 0.005 * 5000)]
 )
 def test_budget_is_a_number_or_a_share_of_the_pretrained_model(text, expected):
-    report = dataclasses.replace(cell(HeadOnly()).try_out(HeadOnly()), frozen=5000)
+    report = dataclasses.replace(variant(HeadOnly()).try_out(HeadOnly()), frozen=5000)
     assert Budget.parse(text).parameters(report) == pytest.approx(expected)
 
 
@@ -99,7 +99,7 @@ def test_budget_that_is_none(text):
     ],
 )
 def test_match_finds_the_nearest_size(adapter, budget, size):
-    tried = cell(adapter)
+    tried = variant(adapter)
     found = match(tried, Budget.parse(budget))
     field = adapter.size_field
     assert dataclasses.replace(found, **{field: getattr(adapter, field)}) == adapter  # nothing else changes
@@ -118,7 +118,7 @@ def test_match_finds_the_nearest_size(adapter, budget, size):
 
 
 def test_method_without_a_size_stays_as_it_is():
-    assert match(cell(HeadOnly()), Budget.parse("1000")) == HeadOnly()
+    assert match(variant(HeadOnly()), Budget.parse("1000")) == HeadOnly()
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,7 @@ def test_method_without_a_size_stays_as_it_is():
 )
 def test_impossible_budget_names_the_nearest(budget, said):
     with pytest.raises(ValueError, match=said):
-        match(cell(LoRAConfig(targets=["q_proj", "v_proj"])), Budget.parse(budget))
+        match(variant(LoRAConfig(targets=["q_proj", "v_proj"])), Budget.parse(budget))
 
 
 @pytest.mark.parametrize("wanted", [1, 99, 1000, 123456, 10**7])

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 import lightning_modules.experiments.provenance
-from lightning_modules.experiments.compare_plots import pareto_front, plot_methods
-from lightning_modules.experiments.grid import Result
 from lightning_modules.experiments.peak_memory import PeakMemory
+from lightning_modules.experiments.plots import pareto_front, plot_comparison
 from lightning_modules.experiments.provenance import config_hash, repository_commit, versions
+from lightning_modules.experiments.results import Result, result_frame
 
 CPU = torch.device("cpu")
 
@@ -112,6 +112,6 @@ def test_plot_draws_many_methods_each_in_its_own_way(tmp_path, monkeypatch):
     )
     names = {f"method {number}": f"method {number}" for number in range(20)}
     results = [Result(name, name, 0, "test/accuracy", {"test/accuracy": 0.5}, {"head": 1}, 1.0) for name in names]
-    plot_methods(tmp_path / "plot.png", results, names, "test/accuracy")
+    plot_comparison(tmp_path / "plot.png", result_frame(results), names)
     assert len(drawn) == 40
     assert len(set(drawn)) == 20

@@ -12,8 +12,8 @@ from torchmetrics.classification import BinaryF1Score, MulticlassAccuracy, Multi
 
 import lightning_modules.experiments.significance
 from lightning_modules.experiments.graded_examples import GradedSet, load_examples, save_examples
-from lightning_modules.experiments.grid import Result
 from lightning_modules.experiments.paired_tests import differences, format_differences
+from lightning_modules.experiments.results import Result, result_frame
 from lightning_modules.experiments.significance import Scores, holm, paired_difference, resample
 from lightning_modules.tasks.scores import F1, SCORES, BalancedAccuracy, Matthews, accuracy, f1, matthews
 
@@ -27,7 +27,7 @@ def paired(*methods):
     """The second method less the first; each is a list of seeds, each an array of what was answered right."""
     sets = [[[graded(correct)] for correct in seeds] for seeds in methods]
     ones = np.ones(len(methods[0][0]))
-    values = [np.array([accuracy(s.given, s.right, ones) for (s,) in seeds]) for seeds in sets]
+    values = [np.array([accuracy(s.predictions, s.targets, ones) for (s,) in seeds]) for seeds in sets]
     scores = [Scores(v, r, len(ones)) for v, r in zip(values, resample(accuracy, sets), strict=True)]
     return paired_difference(scores[1], scores[0])
 
@@ -201,8 +201,11 @@ def test_f1_of_three_classes_stays_the_mean_where_the_third_does_not_occur(num_c
 
 def test_older_files_of_graded_examples_load_without_a_number_of_classes(tmp_path):
     one = graded(np.array([True, False]))
-    np.savez_compressed(tmp_path / "x.npz", **{f"/{name}": getattr(one, name) for name in ("ids", "given", "right")})
-    assert load_examples(tmp_path / "x.npz")[""].num_classes is None
+    np.savez_compressed(tmp_path / "x.npz", **{"/ids": one.ids, "/given": one.predictions, "/right": one.targets})
+    loaded = load_examples(tmp_path / "x.npz")[""]
+    assert loaded.num_classes is None
+    assert np.array_equal(loaded.predictions, one.predictions)
+    assert np.array_equal(loaded.targets, one.targets)
 
 
 @pytest.mark.parametrize("given", [0, 1])
@@ -223,16 +226,16 @@ def test_samples_are_shared_between_methods_and_stay_within_their_test_set():
 # ---------------------------------------------------------------- the table
 
 
-def result(overlay, seed, value):
-    return Result(overlay.upper(), overlay, seed, "test/accuracy", {"test/accuracy": value}, {"head": 1}, 1.0)
+def result(variant, seed, value):
+    return Result(variant.upper(), variant, seed, "test/accuracy", {"test/accuracy": value}, {"head": 1}, 1.0)
 
 
-def store(output: Path, overlay, seed, correct, ids=None):
+def store(output: Path, variant, seed, correct, ids=None):
     one = graded(correct)
-    path = output / f"cells/{overlay}/seed_{seed}.npz"
+    path = output / f"cells/{variant}/seed_{seed}.npz"
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_examples(path, {"": one if ids is None else GradedSet(np.array(ids), one.given, one.right)})
-    return result(overlay, seed, float(np.mean(correct)))
+    save_examples(path, {"": one if ids is None else GradedSet(np.array(ids), one.predictions, one.targets)})
+    return result(variant, seed, float(np.mean(correct)))
 
 
 def test_differences_are_against_the_named_method_on_common_seeds(tmp_path):
@@ -240,7 +243,7 @@ def test_differences_are_against_the_named_method_on_common_seeds(tmp_path):
     draw = lambda skill: generator.random(500) < skill  # noqa: E731
     runs = [store(tmp_path, "b", 0, draw(0.9)), store(tmp_path, "a", 0, draw(0.6)), store(tmp_path, "c", 1, draw(0.6))]
     runs += [store(tmp_path, "b", 1, draw(0.9)), store(tmp_path, "a", 1, draw(0.6))]
-    found, problems = differences(runs, "test/accuracy", "a", tmp_path)
+    found, problems = differences(result_frame(runs), "a", tmp_path)
     assert problems == []
     assert list(found) == ["b", "c"]
     assert found["b"].mean == pytest.approx(
@@ -255,7 +258,7 @@ def test_differences_are_against_the_named_method_on_common_seeds(tmp_path):
     lines = format_differences(found, {"a": "A", "b": "B", "c": "C"}, "a").splitlines()
     assert lines[0].startswith("| against A | points | 95 % interval")
     assert len(lines) == 4
-    assert differences(runs, "test/accuracy", "d", tmp_path) == ({}, ["d has no run to compare the others with"])
+    assert differences(result_frame(runs), "d", tmp_path) == ({}, ["d has no run to compare the others with"])
 
 
 def test_one_of_several_test_sets_is_tested_by_itself(tmp_path):
@@ -267,8 +270,8 @@ def test_one_of_several_test_sets_is_tested_by_itself(tmp_path):
         share = np.mean(correct)
         runs.append(result(name, 0, share / 2))
         runs[-1].metrics["test/cola/accuracy"] = share
-    of_one, problems = differences(runs, "test/cola/accuracy", "a", tmp_path)
-    of_all, _ = differences(runs, "test/accuracy", "a", tmp_path)
+    of_one, problems = differences(result_frame(runs, "test/cola/accuracy"), "a", tmp_path)
+    of_all, _ = differences(result_frame(runs), "a", tmp_path)
     assert problems == []
     assert (of_one["b"].mean, of_all["b"].mean) == (0.25, 0.125)
     assert of_one["b"].high == pytest.approx(2 * of_all["b"].high, rel=0.1)
@@ -292,7 +295,7 @@ def test_where_answers_cannot_be_paired_the_intervals_are_over_seeds_and_it_is_s
         (tmp_path / "cells/b/seed_0.npz").unlink()
     for run in runs:
         run.metrics["test/loss"] = 1.0
-    found, problems = differences(runs, metric, "a", tmp_path)
+    found, problems = differences(result_frame(runs, metric), "a", tmp_path)
     assert len(problems) == 1
     assert said in problems[0]
     assert "intervals are over seeds alone" in problems[0]

@@ -1,7 +1,7 @@
-"""Cells: what one run of a comparison or sweep leaves on disk.
+"""Kept runs: what one run of a comparison or sweep leaves on disk.
 
 `seed_<s>.json` has the run's resolved config and its result, `seed_<s>.npz` beside it the graded test examples. The JSON file
-has a checksum of both. A cell that is damaged is not used; one of another config is kept under another name.
+has a checksum of both. A damaged file is not used; the files of another config are kept under another name.
 """
 
 from __future__ import annotations
@@ -20,19 +20,31 @@ _FORMAT = 3
 _WITHOUT_CHECKSUM = 2  # an older format, still read
 
 
-def write_cell(path: Path, config: Mapping[str, Any], result: Mapping[str, Any], examples: dict[str, GradedSet]) -> None:
-    """Write a run's cell; the examples go first, so that a cell without them does not exist."""
+def variant_directory(variant: str) -> str:
+    """Return the directory name of a variant: an overlay's file name if it is given by its path, else the variant itself."""
+    return Path(variant).name.removesuffix(".yaml")
+
+
+def kept_file(output: Path, variant: str, seed: int) -> Path:
+    """Return the file of a run's result and resolved config; beside it, as .npz, are its graded test examples."""
+    return output / "cells" / variant_directory(variant) / f"seed_{seed}.json"
+
+
+def write_run(path: Path, config: Mapping[str, Any], result: Mapping[str, Any], examples: dict[str, GradedSet]) -> None:
+    """Write a run's files; the examples go first, so that a result never exists without them."""
     path.parent.mkdir(parents=True, exist_ok=True)
     save_examples(path.with_suffix(".npz"), examples)
     content = {"format": _FORMAT, "config": config, "result": result, "examples": _file_checksum(path.with_suffix(".npz"))}
     write_file(path, json.dumps(content | {"sha256": _checksum(content)}, indent=2))
 
 
-def read_cell(path: Path, config: Mapping[str, Any], first_process: bool = True) -> dict[str, Any] | None:
-    """The result of a run with this config, None if it has to be made; says what is kept, and what cannot be used.
+def read_run(path: Path, config: Mapping[str, Any], first_process: bool = True) -> dict[str, Any] | None:
+    """Return the result of a run with this config, None if it has to be made; print what is kept, and what cannot be used.
 
     Args:
-        first_process: whether this process may move cells of other configs aside, and back.
+        path: see `kept_file`.
+        config: the resolved config.
+        first_process: whether this process may move the files of other configs aside, and back.
     """
     own = _aside(path, config)
     for candidate in (path, own, path):  # the first process may move one of them in between
@@ -52,7 +64,7 @@ def read_cell(path: Path, config: Mapping[str, Any], first_process: bool = True)
 
 
 def _usable(path: Path) -> dict[str, Any] | None:
-    """A cell's content if it is whole; says what is wrong otherwise."""
+    """Return the content of a file if it is intact; print what is wrong otherwise."""
     try:
         content = path.read_bytes()
     except FileNotFoundError:
