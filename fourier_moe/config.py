@@ -183,11 +183,6 @@ def multiple(config: Any, field: str, step: int, meaning: str) -> list[str]:
     return [f"{field}={value} must be a positive multiple of {meaning} = {step}; nearest valid: {nearest}"]
 
 
-def lora_problems(config: Any) -> list[str]:
-    """Check `r`, `alpha` and `dropout` of a LoRA."""
-    return [*at_least_one(config, "r"), *positive(config, "alpha"), *dropout(config)]
-
-
 def rank_problem(r: int, largest: int) -> str | None:
     """What is wrong with a rank above the largest possible one, or None."""
     return f"r={r} must be at most {largest}" if r > largest else None

@@ -14,35 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fourier_moe.adapter import Adapter, ParameterKind, layer_of
-from fourier_moe.config import ProjectionAdapterConfig, at_least_one, lora_problems, rank_problem
+from fourier_moe.baselines.peft_library import LoRASettings
+from fourier_moe.config import at_least_one, rank_problem
 from fourier_moe.models.projection import device_of, weight_matrix
 from fourier_moe.spectral.frequencies import named_generator
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoRARelativeConfig(ProjectionAdapterConfig):
-    """Base of these methods.
-
-    Args:
-        r: rank.
-        alpha: the update's factor is alpha / r.
-        dropout: dropout on the input of A.
-    """
-
-    r: int = 8
-    alpha: float = 16.0
-    dropout: float = 0.0
-
-    size_field = "r"
-
-    def problems(self) -> list[str]:
-        return [*super().problems(), *lora_problems(self)]
-
-    def check_fit(self, in_features: int, out_features: int) -> str | None:
-        return rank_problem(self.r, min(in_features, out_features))
-
-    def num_stored(self, in_features: int, out_features: int) -> int:
-        return self.r * (in_features + out_features)
 
 
 class LoRARelativeLinear(Adapter):
@@ -54,7 +29,7 @@ class LoRARelativeLinear(Adapter):
         name: the projection's name in its model; with config.seed it fixes the start.
     """
 
-    def __init__(self, base: nn.Module, config: LoRARelativeConfig, name: str) -> None:
+    def __init__(self, base: nn.Module, config: LoRASettings, name: str) -> None:
         super().__init__(base)
         self.scaling = config.alpha / config.r
         self.dropout = nn.Dropout(config.dropout)
@@ -73,7 +48,7 @@ class LoRARelativeLinear(Adapter):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoRADashConfig(LoRARelativeConfig):
+class LoRADashConfig(LoRASettings):
     """LoRA-Dash (arXiv 2409.01035): LoRA that, after some steps, also scales the directions of the weight that it changes most.
 
     y = base(x) + alpha/r B A x + U diag(t) V^T x. For the first `start` optimiser steps U = V = 0. Then, with W = sum_i s_i u_i
@@ -156,7 +131,7 @@ class LoRADashLinear(LoRARelativeLinear):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TopLoRAConfig(LoRARelativeConfig):
+class TopLoRAConfig(LoRASettings):
     """TopLoRA (NeurIPS 2025): LoRA whose r directions every token weighs.
 
     y = base(x) + alpha/r B (exp(RMSNorm(Q x)) * A x), with Q (r x in) random and RMSNorm's gain (r) trained, too.
@@ -184,7 +159,7 @@ class TopLoRALinear(LoRARelativeLinear):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MELoRAConfig(LoRARelativeConfig):
+class MELoRAConfig(LoRASettings):
     """MELoRA (arXiv 2402.17263): n small LoRAs side by side, each from a slice of the input to a slice of the output.
 
     y_i = base(x)_i + alpha/r B_i A_i x_i for each of n equal slices i: an update of rank n r with the parameters of a LoRA of

@@ -17,7 +17,7 @@ from fourier_moe.adapter import Adapter, ParameterKind, layer_of
 from fourier_moe.config import (
     ProjectionAdapterConfig,
     at_least_one,
-    lora_problems,
+    dropout,
     not_negative,
     positive,
     rank_problem,
@@ -42,16 +42,13 @@ class PeftConfig(ProjectionAdapterConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoRAConfig(PeftConfig):
-    """LoRA (arXiv 2106.09685): y = base(x) + alpha/r B A x, with A (r x in) random and B (out x r) zero at the start.
+class LoRASettings(ProjectionAdapterConfig):
+    """What LoRA and its relatives are told.
 
     Args:
         r: rank.
         alpha: the update's factor is alpha / r.
         dropout: dropout on the input of A.
-
-    Raises:
-        UserError: for an impossible value, naming it and what would be valid.
     """
 
     r: int = 8
@@ -59,22 +56,28 @@ class LoRAConfig(PeftConfig):
     dropout: float = 0.0
 
     size_field = "r"
-    _options: ClassVar[dict[str, Any]] = {}  # what a variant changes in peft's LoraConfig
 
     def problems(self) -> list[str]:
-        return [*super().problems(), *lora_problems(self)]
-
-    def to_peft(self, target: str) -> peft.PeftConfig:
-        from peft import LoraConfig  # imported when it is used, as all of peft: its import takes seconds
-
-        options = {"lora_alpha": self.alpha, "lora_dropout": self.dropout, **self._options}
-        return LoraConfig(r=self.r, target_modules=[target], **options)
+        return [*super().problems(), *at_least_one(self, "r"), *positive(self, "alpha"), *dropout(self)]
 
     def check_fit(self, in_features: int, out_features: int) -> str | None:
         return rank_problem(self.r, min(in_features, out_features))
 
     def num_stored(self, in_features: int, out_features: int) -> int:
         return self.r * (in_features + out_features)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRAConfig(PeftConfig, LoRASettings):
+    """LoRA (arXiv 2106.09685): y = base(x) + alpha/r B A x, with A (r x in) random and B (out x r) zero at the start."""
+
+    _options: ClassVar[dict[str, Any]] = {}  # what a variant changes in peft's LoraConfig
+
+    def to_peft(self, target: str) -> peft.PeftConfig:
+        from peft import LoraConfig  # imported when it is used, as all of peft: its import takes seconds
+
+        options = {"lora_alpha": self.alpha, "lora_dropout": self.dropout, **self._options}
+        return LoraConfig(r=self.r, target_modules=[target], **options)
 
 
 @dataclass(frozen=True, kw_only=True)
