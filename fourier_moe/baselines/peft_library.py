@@ -1,6 +1,7 @@
 """LoRA and other methods with one adapter per projection, computed by the peft library.
 
-Trained from the same start on the same data, a model gets the same losses as one from `peft.get_peft_model`.
+Trained from the same start on the same data, a model gets the same losses as one from `peft.get_peft_model`. peft is imported
+inside of functions, when a layer is built: importing it takes seconds.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ class LoRAConfig(PeftConfig, LoRASettings):
     _options: ClassVar[dict[str, Any]] = {}  # what a variant changes in peft's LoraConfig
 
     def to_peft(self, target: str) -> peft.PeftConfig:
-        from peft import LoraConfig  # imported when it is used, as all of peft: its import takes seconds
+        from peft import LoraConfig
 
         options = {"lora_alpha": self.alpha, "lora_dropout": self.dropout, **self._options}
         return LoraConfig(r=self.r, target_modules=[target], **options)

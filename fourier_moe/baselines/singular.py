@@ -77,7 +77,7 @@ class KaSAConfig(SingularLoRAConfig):
         return problems
 
     def to_peft(self, target: str) -> peft.PeftConfig:
-        from peft import KasaConfig
+        from peft import KasaConfig  # see peft_library.py
 
         config = super().to_peft(target)
         config.kasa_config = KasaConfig(beta=self.beta, gamma=self.gamma)  # type: ignore[attr-defined]

@@ -9,6 +9,7 @@ from fourier_moe import (
     FourierMoELinear,
     FullFineTuning,
     HeadOnly,
+    ProjectionAdapterConfig,
     adapter_state_dict,
     adapters,
     inject,
@@ -236,6 +237,15 @@ def test_model_of_which_a_part_is_adapted_is_refused(second):
     with pytest.raises(ValueError, match="adapted already, or a part of it is"):
         inject(model, second)
     assert [name for name, _ in model.named_modules()] == names
+
+
+class Unbuilt(ProjectionAdapterConfig):
+    """A config that no layer is registered for."""
+
+
+def test_config_without_a_layer_says_how_one_is_registered():
+    with pytest.raises(ValueError, match=r"Unbuilt has no layer; decorate one with @layer_of\(Unbuilt\)"):
+        inject(Transformer(), Unbuilt(targets=["q_proj"]))
 
 
 def test_method_that_would_train_nothing_is_refused():
