@@ -5,8 +5,10 @@ from datamodules.images import ImageDataModule
 from datamodules.instructions import InstructionDataModule
 from datamodules.instructions.commonsense import CommonsenseDataModule
 from datamodules.instructions.math_reasoning import MathReasoningDataModule
+from datamodules.shared.data_module import BaseDataModule
 
 __all__ = [
+    "BaseDataModule",
     "CommonsenseDataModule",
     "GlueDataModule",
     "GlueMixtureDataModule",

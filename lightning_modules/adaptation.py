@@ -49,7 +49,7 @@ from lightning_modules.run_directory import attach_run_directory
 from lightning_modules.strategies.blocks import checkpoint_activations
 from lightning_modules.strategies.sharding import check_strategy
 from lightning_modules.tasks import Task
-from lightning_modules.tasks.base import without_weights
+from lightning_modules.tasks.base import run_data, without_weights
 from lightning_modules.tasks.building_code import building_code
 from lightning_modules.tasks.generation import is_sharded
 from lightning_modules.training.planned_schedule import PlannedSchedule, accumulated_batches
@@ -147,7 +147,7 @@ class AdaptationModule(L.LightningModule):
         if self._trainer is not None:
             check_strategy(self._trainer.strategy, self.adapter, getattr(self.task, "quantization", None))
         of_adapter = self._stored.class_names if self._stored else None
-        of_data = self._class_names_of_data() or self.class_names  # without data a checkpoint's may be known
+        of_data = list(run_data(self._trainer).class_names) or self.class_names  # without data a checkpoint's may be known
         self.class_names = _agree(f"adapter_path={self.adapter_path!r}", of_adapter, "the data", of_data)
         # A local directory may hold fewer classes than its source is known for, and so may its adapter.
         num_classes = len(self.class_names) if self.class_names else self.num_classes
@@ -159,10 +159,6 @@ class AdaptationModule(L.LightningModule):
             checkpoint_activations(model)
         self._untrained = not (self.adapter_path or self.task.works_untrained)
         rank_zero_info(f"\n{backbone_name(model)}, {type(self.adapter).__name__}\n{self.report}\n")
-
-    def _class_names_of_data(self) -> list[str] | None:
-        names = getattr(getattr(self._trainer, "datamodule", None), "class_names", None)
-        return list(names) if names else None
 
     def configure_callbacks(self) -> list[L.Callback]:
         """What every run needs: a directory of its own, to survive an interruption, and not to train beside the model.
@@ -332,16 +328,15 @@ class AdaptationModule(L.LightningModule):
 
     def save_adapter(self, directory: Path, metrics: Mapping[str, float]) -> None:
         """Write the adapter, and what a user of it needs to know of this run; see `fourier_moe.save_adapter`."""
-        data = getattr(self._trainer, "datamodule", None)
-        dataset = getattr(data, "dataset", None)
+        data = run_data(self._trainer)
         task = {
             "class": type(self.task).__name__,
             "pipeline_tag": self.task.pipeline_tag,
             "main_metric": self.task.main_metric,
-            "data": dataset if isinstance(dataset, str) or data is None else type(data).__name__,
+            "data": data.dataset_name,
         }
-        if revision := getattr(data, "data_revision", None):
-            task["data_revision"] = revision
+        if data.data_revision:
+            task["data_revision"] = data.data_revision
         code = building_code(self.task, self.num_classes, self.class_names)
         with self.average.in_use() if self.average is not None else nullcontext():
             save_adapter(self.model, directory, class_names=self.class_names, metrics=metrics, task=task, code=code)

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import datasets
-import lightning as L
-import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
-from transformers import PreTrainedTokenizerBase
 
 from datamodules.glue.benchmarks import TEST, TRAIN, VALIDATION, find_task
 from datamodules.glue.custom import OWN, OwnSentences
@@ -23,11 +20,9 @@ from datamodules.glue.source import Examples, GlueSource
 from datamodules.glue.summary import SetSummary, summarise
 from datamodules.glue.synthetic import write_tsv_files
 from datamodules.glue.tokenization import TokenizedExamples, tokenize
-from datamodules.shared.arguments import require, require_one_origin
-from datamodules.shared.generated import generated_directory
-from datamodules.shared.loading import TrainLoader, leave_signals_to_main_process
-from datamodules.shared.sampling import ShuffledSampler, TrainShare, evaluation_sampler, hold_out, num_shares, run_seed
-from datamodules.shared.tokenizers import check_max_length, load_tokenizer
+from datamodules.shared.arguments import require
+from datamodules.shared.data_module import TextDataModule, incomplete, one_or_all
+from datamodules.shared.sampling import hold_out
 from fourier_moe.errors import UserError
 
 MAX_SELECTION = 5000
@@ -41,7 +36,7 @@ _PARTS_OF_STAGE = {
 _ROLES = {TRAIN: "train", SELECTION: "val", TESTED: "test", PREDICT: "predict"}
 
 
-class GlueDataModule(L.LightningDataModule):
+class GlueDataModule(TextDataModule):
     """Sentences or sentence pairs and class labels of a GLUE task, from the Hugging Face hub, a directory, or generated.
 
     A batch is a dict, padded on the right to its longest example: ``input_ids`` and ``attention_mask`` int64 (B, T),
@@ -94,17 +89,20 @@ class GlueDataModule(L.LightningDataModule):
         predict_split: Literal["test", "validation"] | None = None,
         synthetic: bool = False,
     ) -> None:
-        super().__init__()
-        if tokenizer is None:
-            raise UserError("tokenizer is None; give the name or directory of a Hugging Face model, or bytes")
+        super().__init__(
+            tokenizer,
+            max_length,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            seed=seed,
+            directory=directory,
+            synthetic=synthetic,
+            revision=revision,
+        )
         require("max_length", max_length, max_length >= 8, "8 or more")
-        require("batch_size", batch_size, batch_size >= 1, "1 or more")
-        require("num_workers", num_workers, num_workers >= 0, "0 or more")
         require("selection", selection, selection in (TRAIN, VALIDATION), "train or validation")
         require("selection_fraction", selection_fraction, 0 < selection_fraction < 1, "between 0 and 1, exclusive")
-        require("seed", seed, seed >= 0, "0 or more")
         require("predict_split", predict_split, predict_split in (None, TEST, VALIDATION), "test, validation or null")
-        require_one_origin(directory, synthetic, revision)
         if dataset == OWN:
             if directory is None:
                 raise UserError(f"dataset '{OWN}' needs directory, the folder of its train and dev files")
@@ -116,20 +114,10 @@ class GlueDataModule(L.LightningDataModule):
             own = None
             self.dataset, self._task = find_task(dataset)
 
-        self.max_length = max_length
-        self.batch_size = batch_size
-        self.num_workers = num_workers
         self.selection = selection
         self.selection_fraction = selection_fraction
-        self.seed = seed
-        self.synthetic = synthetic
-        self._directory = None if directory is None else Path(directory).expanduser()
         self._cache_directory = None if cache_directory is None else Path(cache_directory).expanduser()
-        self._revision = revision
         self._predict_split = predict_split
-        self._tokenizer_name = tokenizer
-        self._tokenizer: PreTrainedTokenizerBase | None = None
-        self._remove_synthetic: Callable[[], object] | None = None
         self._source: GlueSource | None = own
         self._splits: dict[str, tuple[Examples, TokenizedExamples]] = {}
         self._datasets: dict[str, dict[str, TextDataset]] = {}
@@ -137,8 +125,8 @@ class GlueDataModule(L.LightningDataModule):
             self._open()
 
     @property
-    def num_classes(self) -> int:
-        return len(self._task.class_names)
+    def dataset_name(self) -> str:
+        return self.dataset
 
     @property
     def class_names(self) -> list[str]:
@@ -186,52 +174,31 @@ class GlueDataModule(L.LightningDataModule):
         if parts:
             rank_zero_info(self._summary(parts))
 
-    def teardown(self, stage: str) -> None:
-        """Removes the generated files; a later ``setup`` writes the same ones again."""
-        if self._remove_synthetic is not None:
-            self._remove_synthetic()
-            self._remove_synthetic = self._source = None
-            self._splits.clear()
-            self._datasets.clear()
+    def forget(self) -> None:
+        self._source = None
+        self._splits.clear()
+        self._datasets.clear()
 
     def datasets(self, part: str) -> dict[str, TextDataset]:
         """After ``setup``: the sets of ``train``, ``selection``, ``tested`` or ``predict``; more than one for mnli."""
         return self._datasets[part]
 
+    @property
+    def collate(self) -> PadBatch:
+        return PadBatch(self.load_tokenizer().pad_token_id)
+
     def train_dataloader(self) -> DataLoader[dict[str, Any]]:
         dataset = self.datasets(TRAIN)[TRAIN]
-        batch_size = self.batch_size * num_shares(self.trainer)
-        # Seeded by the run, not by what a model has drawn before: all methods see the same order under the same seed.
-        sampler = ShuffledSampler(dataset, run_seed(self.trainer), lengths=dataset.lengths, batch_size=batch_size)
-        return TrainLoader(sampler=TrainShare(sampler, self.trainer), generator=sampler.generator, **self._options(dataset))
+        return self.train_loader(dataset, lengths=dataset.lengths)
 
     def val_dataloader(self) -> Any:
-        return self._evaluation_loaders(SELECTION)
+        return one_or_all(self.evaluation_loaders(self.datasets(SELECTION)))
 
     def test_dataloader(self) -> Any:
-        return self._evaluation_loaders(TESTED)
+        return one_or_all(self.evaluation_loaders(self.datasets(TESTED)))
 
     def predict_dataloader(self) -> Any:
-        return self._evaluation_loaders(PREDICT)
-
-    def _evaluation_loaders(self, part: str) -> Any:
-        """A loader, or a dict of loaders where there is more than one evaluation set."""
-        loaders = {
-            name: DataLoader(sampler=evaluation_sampler(dataset, self.trainer), **self._options(dataset))
-            for name, dataset in self.datasets(part).items()
-        }
-        return loaders if len(loaders) > 1 else next(iter(loaders.values()))
-
-    def _options(self, dataset: TextDataset) -> dict[str, Any]:
-        return {
-            "dataset": dataset,
-            "batch_size": self.batch_size,
-            "num_workers": self.num_workers,
-            "persistent_workers": self.num_workers > 0,
-            "pin_memory": torch.cuda.is_available(),
-            "collate_fn": PadBatch(self.load_tokenizer().pad_token_id),
-            "worker_init_fn": leave_signals_to_main_process,
-        }
+        return one_or_all(self.evaluation_loaders(self.datasets(PREDICT)))
 
     def _open(self) -> GlueSource:
         """Opens the data wherever they are, unless that has been done."""
@@ -245,21 +212,12 @@ class GlueDataModule(L.LightningDataModule):
         return self._source
 
     def _generate(self) -> Path:
-        """Writes a data set into a directory of its own, which goes at teardown, with the module or with the process."""
-        root, self._remove_synthetic = generated_directory(self, "synthetic_glue_")
+        root = self.generated_directory()
         self._cache_directory = root / "cache"
         folder = root / self._task.folder
         folder.mkdir()
         write_tsv_files(folder, self._task)
         return folder
-
-    def load_tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer, read once."""
-        if self._tokenizer is None:
-            tokenizer = load_tokenizer(self._tokenizer_name)
-            check_max_length(self.max_length, tokenizer, self._tokenizer_name)
-            self._tokenizer = tokenizer
-        return self._tokenizer
 
     def _load(self, split: str) -> tuple[Examples, TokenizedExamples]:
         if split not in self._splits:
@@ -291,13 +249,8 @@ class GlueDataModule(L.LightningDataModule):
 
     def _incomplete(self, split: str) -> str:
         """How many examples a split has where the table says another number; empty for a complete one."""
-        official = self._task.sizes.get(split)
         count = len(self._splits[split][0]) if split in self._splits else None
-        return (
-            f"{count:,} of the complete set's {official:,} examples"
-            if None not in (count, official) and count != official
-            else ""
-        )
+        return incomplete(count, self._task.sizes.get(split), "examples")
 
     def _build(self, part: str, split: str) -> TextDataset:
         examples, tokens = self._load(split)
@@ -326,5 +279,5 @@ class GlueDataModule(L.LightningDataModule):
         if self.synthetic:
             return summarise(self.dataset, self.class_names, sets, splits, self.max_length, f"generated {self._open().origin}")
         found = {summary.split: self._incomplete(summary.split) for summary in sets}
-        incomplete = [f"{split} has {note}" for split, note in found.items() if note]
-        return summarise(self.dataset, self.class_names, sets, splits, self.max_length, self._open().origin, incomplete)
+        notes = [f"{split} has {note}" for split, note in found.items() if note]
+        return summarise(self.dataset, self.class_names, sets, splits, self.max_length, self._open().origin, notes)

@@ -6,16 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import lightning as L
-import torch
 from torch.utils.data import ConcatDataset, DataLoader
 
 from datamodules.glue.benchmarks import TRAIN
 from datamodules.glue.data_module import PREDICT, SELECTION, TESTED, GlueDataModule
 from datamodules.glue.dataset import PadBatch, TaskDataset
 from datamodules.shared.arguments import require
-from datamodules.shared.loading import TrainLoader, leave_signals_to_main_process
-from datamodules.shared.sampling import ShuffledSampler, TrainShare, evaluation_sampler, num_shares, run_seed
+from datamodules.shared.data_module import BaseDataModule
 from fourier_moe.errors import UserError
 
 
@@ -34,7 +31,7 @@ class MixtureTask:
     weight: float = 1.0
 
 
-class GlueMixtureDataModule(L.LightningDataModule):
+class GlueMixtureDataModule(BaseDataModule):
     """Several tasks of GLUE, or of one's own, trained together and tested one by one.
 
     A batch is that of GlueDataModule with examples of all tasks: ``task`` names the task of each, ``label`` counts the classes
@@ -78,7 +75,7 @@ class GlueMixtureDataModule(L.LightningDataModule):
         predict_split: Literal["test", "validation"] | None = None,
         synthetic: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(batch_size=batch_size, num_workers=num_workers, seed=seed)
         if not tasks:
             raise UserError("tasks is empty; give one or more, such as {cola: {}, rte: {}}")
         for name, task in tasks.items():
@@ -103,11 +100,6 @@ class GlueMixtureDataModule(L.LightningDataModule):
             for name, task in tasks.items()
         }
         self._weights = {name: task.weight for name, task in tasks.items()}
-        self.batch_size, self.num_workers = batch_size, num_workers
-
-    @property
-    def num_classes(self) -> int:
-        return len(self.class_names)
 
     @property
     def class_names(self) -> list[str]:
@@ -143,28 +135,24 @@ class GlueMixtureDataModule(L.LightningDataModule):
         for task in self._tasks.values():
             task.teardown(stage)
 
+    @property
+    def collate(self) -> PadBatch:
+        return next(iter(self._tasks.values())).collate
+
     def train_dataloader(self) -> DataLoader[dict[str, Any]]:
         sets = self._sets(TRAIN)
         lengths = [length for dataset in sets.values() for length in dataset.lengths]
         weights = [self._weights[name] for name, dataset in sets.items() for _ in range(len(dataset))]
-        everything: ConcatDataset[dict[str, Any]] = ConcatDataset(sets.values())
-        sampler = ShuffledSampler(
-            everything,
-            run_seed(self.trainer),
-            lengths=lengths,
-            batch_size=self.batch_size * num_shares(self.trainer),
-            weights=weights,
-        )
-        return TrainLoader(sampler=TrainShare(sampler, self.trainer), generator=sampler.generator, **self._options(everything))
+        return self.train_loader(ConcatDataset(sets.values()), lengths=lengths, weights=weights)
 
     def val_dataloader(self) -> dict[str, DataLoader[dict[str, Any]]]:
-        return self._evaluation_loaders(SELECTION)
+        return self.evaluation_loaders(self._sets(SELECTION))
 
     def test_dataloader(self) -> dict[str, DataLoader[dict[str, Any]]]:
-        return self._evaluation_loaders(TESTED)
+        return self.evaluation_loaders(self._sets(TESTED))
 
     def predict_dataloader(self) -> dict[str, DataLoader[dict[str, Any]]]:
-        return self._evaluation_loaders(PREDICT)
+        return self.evaluation_loaders(self._sets(PREDICT))
 
     def _sets(self, part: str) -> dict[str, TaskDataset]:
         """A part of all tasks; a task's set has its name, with the set's own behind it if the task has several."""
@@ -173,24 +161,6 @@ class GlueMixtureDataModule(L.LightningDataModule):
             of_task = task.datasets(part)
             for set_name, dataset in of_task.items():
                 full_name = name if len(of_task) == 1 else f"{name}/{set_name}"
-                sets[full_name] = TaskDataset(dataset, name, first_class, task.num_classes)
-            first_class += task.num_classes
+                sets[full_name] = TaskDataset(dataset, name, first_class, len(task.class_names))
+            first_class += len(task.class_names)
         return sets
-
-    def _evaluation_loaders(self, part: str) -> dict[str, DataLoader[dict[str, Any]]]:
-        return {
-            name: DataLoader(sampler=evaluation_sampler(dataset, self.trainer), **self._options(dataset))
-            for name, dataset in self._sets(part).items()
-        }
-
-    def _options(self, dataset: Any) -> dict[str, Any]:
-        tokenizer = next(iter(self._tasks.values())).load_tokenizer()
-        return {
-            "dataset": dataset,
-            "batch_size": self.batch_size,
-            "num_workers": self.num_workers,
-            "persistent_workers": self.num_workers > 0,
-            "pin_memory": torch.cuda.is_available(),
-            "collate_fn": PadBatch(tokenizer.pad_token_id),
-            "worker_init_fn": leave_signals_to_main_process,
-        }

@@ -1,11 +1,10 @@
 """The image classification benchmarks as one LightningDataModule."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader
@@ -17,10 +16,10 @@ from datamodules.images.directory import open_directory
 from datamodules.images.files import describe_left_out, find_files
 from datamodules.images.source import find_source
 from datamodules.images.transforms import CLIP_MEAN, CLIP_STD, eval_transform, normalisation, train_transform
-from datamodules.shared.arguments import require, require_one_origin
-from datamodules.shared.generated import generated_directory
-from datamodules.shared.loading import TrainLoader, leave_signals_to_main_process, require_shared_memory
-from datamodules.shared.sampling import ShuffledSampler, TrainShare, evaluation_sampler, hold_out, run_seed
+from datamodules.shared.arguments import require
+from datamodules.shared.data_module import BaseDataModule, incomplete
+from datamodules.shared.loading import require_shared_memory
+from datamodules.shared.sampling import hold_out
 from fourier_moe.errors import UserError
 
 _PREDICT = "predict"
@@ -32,7 +31,7 @@ _SPLITS_OF_STAGE = {
 }
 
 
-class ImageDataModule(L.LightningDataModule):
+class ImageDataModule(BaseDataModule):
     """Images and class labels from the Hugging Face hub, from a local directory, or generated.
 
     A batch is a dict: ``image`` float32 (B, 3, image_size, image_size), normalised; ``label`` int64 (B,), absent for
@@ -80,29 +79,26 @@ class ImageDataModule(L.LightningDataModule):
         seed: int = 0,
         synthetic: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(
+            batch_size=batch_size,
+            num_workers=num_workers,
+            seed=seed,
+            directory=directory,
+            synthetic=synthetic,
+            revision=revision,
+        )
         self._source = find_source(dataset)
-        require("batch_size", batch_size, batch_size >= 1, "1 or more")
-        require("num_workers", num_workers, num_workers >= 0, "0 or more")
         require("image_size", image_size, image_size >= 1, "1 or more")
         require("mean", mean, len(mean) == 3 and all(map(math.isfinite, mean)), "three numbers")
         require("std", std, len(std) == 3 and all(0 < value < math.inf for value in std), "three positive numbers")
         require("validation_fraction", validation_fraction, 0 < validation_fraction < 1, "between 0 and 1, exclusive")
-        require("seed", seed, seed >= 0, "0 or more")
-        require_one_origin(directory, synthetic, revision)
         require("revision", revision, revision is None or self._source.on_hub, f"null for '{dataset}', which is not on the hub")
         if self._source.needs_directory and directory is None and predict_directory is None and not synthetic:
             self._source.open(dataset)  # says what is needed
 
         self.dataset = dataset
-        self.batch_size = batch_size
-        self.num_workers = num_workers
         self.image_size = image_size
         self.validation_fraction = validation_fraction
-        self.seed = seed
-        self.synthetic = synthetic
-        self._revision = revision
-        self._directory = None if directory is None else Path(directory).expanduser()
         self._predict_directory = None if predict_directory is None else Path(predict_directory).expanduser()
         if self._predict_directory is not None and not self._predict_directory.is_dir():
             raise UserError(f"predict_directory '{predict_directory}' does not exist; expected a directory of images")
@@ -111,11 +107,14 @@ class ImageDataModule(L.LightningDataModule):
         self._eval_transform = eval_transform(image_size)
         self._normalisation = normalisation(mean, std)
         self._class_names: list[str] = []
-        self._remove_synthetic: Callable[[], object] | None = None
         self._collection: ImageCollection | None = None
         self._datasets: dict[str, ImageDataset] = {}
         if self._is_local:
             self._open()
+
+    @property
+    def dataset_name(self) -> str:
+        return self.dataset
 
     @property
     def num_classes(self) -> int | None:
@@ -185,12 +184,9 @@ class ImageDataModule(L.LightningDataModule):
             self._require_shared_memory(max(len(self._datasets[split]) for split in missing))
             rank_zero_info(self._summary(missing))
 
-    def teardown(self, stage: str) -> None:
-        """Removes the generated files; a later ``setup`` writes the same ones again."""
-        if self._remove_synthetic is not None:
-            self._remove_synthetic()
-            self._remove_synthetic = self._collection = None
-            self._datasets.clear()
+    def forget(self) -> None:
+        self._collection = None
+        self._datasets.clear()
 
     def normalise(self, images: torch.Tensor) -> torch.Tensor:
         """What the model gets for the loaders' uint8 images (..., 3, H, W): float32, normalised with mean and std."""
@@ -201,9 +197,7 @@ class ImageDataModule(L.LightningDataModule):
         return {**batch, "image": self.normalise(batch["image"])}
 
     def train_dataloader(self) -> DataLoader[dict[str, Any]]:
-        # Seeded by the run, not by what a model has drawn before: all methods see the same order under the same seed.
-        sampler = ShuffledSampler(self._datasets[TRAIN], run_seed(self.trainer), with_seeds=True)
-        return TrainLoader(sampler=TrainShare(sampler, self.trainer), generator=sampler.generator, **self._options(TRAIN))
+        return self.train_loader(self._datasets[TRAIN], with_seeds=True)
 
     def val_dataloader(self) -> DataLoader[dict[str, Any]]:
         return self._evaluation_loader(VALIDATION)
@@ -215,17 +209,7 @@ class ImageDataModule(L.LightningDataModule):
         return self._evaluation_loader(_PREDICT)
 
     def _evaluation_loader(self, split: str) -> DataLoader[dict[str, Any]]:
-        return DataLoader(sampler=evaluation_sampler(self._datasets[split], self.trainer), **self._options(split))
-
-    def _options(self, split: str) -> dict[str, Any]:
-        return {
-            "dataset": self._datasets[split],
-            "batch_size": self.batch_size,
-            "num_workers": self.num_workers,
-            "persistent_workers": self.num_workers > 0,
-            "pin_memory": torch.cuda.is_available(),
-            "worker_init_fn": leave_signals_to_main_process,
-        }
+        return self.evaluation_loaders({split: self._datasets[split]})[split]
 
     def _require_shared_memory(self, num_images: int) -> None:
         num_processes = 1 if self.trainer is None else self.trainer.num_devices
@@ -249,8 +233,7 @@ class ImageDataModule(L.LightningDataModule):
         return self._collection
 
     def _generate(self) -> ImageCollection:
-        """Writes a data set into a directory of its own, which goes at teardown, with the module or with the process."""
-        root, self._remove_synthetic = generated_directory(self, "synthetic_images_")
+        root = self.generated_directory()
         (root / "data_set").mkdir()
         self._source.write_synthetic(root / "data_set", self._source.image_size, self._source.file_format, self._source.splits)
         return open_directory(root / "data_set", cache_dir=root / "cache")
@@ -274,11 +257,7 @@ class ImageDataModule(L.LightningDataModule):
         held_out = self._collection is not None and split not in self._collection.splits
         official = None if held_out else self._source.sizes.get(split)
         count = len(self._datasets[split].split) if split in self._datasets else None
-        return (
-            f"{count:,} of the complete set's {official:,} images"
-            if None not in (count, official) and count != official
-            else ""
-        )
+        return incomplete(count, official, "images")
 
     def _summary(self, splits: list[str]) -> str:
         parts = [f"{split} {len(self._datasets[split])}" for split in splits]
@@ -291,8 +270,8 @@ class ImageDataModule(L.LightningDataModule):
             parts[splits.index(VALIDATION)] += f" ({self.validation_fraction:.0%} held out of train)"
         if self.synthetic:
             return f"{self.dataset}: {classes}; {', '.join(parts)}; from generated {self._collection.origin}"
-        incomplete = "".join(f"; {split} has {note}" for split in splits if (note := self._incomplete(split)))
-        return f"{self.dataset}: {classes}; {', '.join(parts)}{incomplete}; from {self._collection.origin}"
+        notes = "".join(f"; {split} has {note}" for split in splits if (note := self._incomplete(split)))
+        return f"{self.dataset}: {classes}; {', '.join(parts)}{notes}; from {self._collection.origin}"
 
 
 def _list_predict_files(directory: Path) -> FileSplit:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-import lightning as L
-import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
-from transformers import PreTrainedTokenizerBase
 
 from datamodules.instructions.benchmarks import Benchmark, TrainSet
 from datamodules.instructions.dataset import Collator, EvaluationDataset, Example, TrainDataset
@@ -20,18 +17,15 @@ from datamodules.instructions.prompts import STYLES
 from datamodules.instructions.source import Files, LocalFiles, PinnedFiles
 from datamodules.instructions.synthetic import write_synthetic
 from datamodules.instructions.tokenization import InstructionTokenizer
-from datamodules.shared.arguments import require, require_one_origin
-from datamodules.shared.generated import generated_directory
-from datamodules.shared.loading import TrainLoader, leave_signals_to_main_process
-from datamodules.shared.sampling import ShuffledSampler, TrainShare, evaluation_sampler, num_shares, run_seed
-from datamodules.shared.tokenizers import check_max_length, load_tokenizer
+from datamodules.shared.arguments import require
+from datamodules.shared.data_module import TextDataModule, one_or_all
 from datamodules.shared.user_cache import default_cache_directory
 from fourier_moe.errors import UserError
 
 _WORTH_CACHING = 20_000  # training examples; fewer are tokenised in seconds
 
 
-class InstructionDataModule(L.LightningDataModule):
+class InstructionDataModule(TextDataModule):
     """Questions with gold answers for language models: a user's own, or as the base of the benchmarks' DataModules, which bring
     the tables.
 
@@ -70,6 +64,7 @@ class InstructionDataModule(L.LightningDataModule):
 
     benchmarks: ClassVar[Mapping[str, Benchmark]] = {}
     train_sets: ClassVar[Sequence[TrainSet]] = ()
+    keeps_workers = False  # those of many test sets would all stay
 
     def __init__(
         self,
@@ -90,21 +85,23 @@ class InstructionDataModule(L.LightningDataModule):
         seed: int = 0,
         synthetic: bool = False,
     ) -> None:
-        super().__init__()
-        if tokenizer is None:
-            raise UserError("tokenizer is missing; give the model's Hugging Face name or directory, or bytes")
+        super().__init__(
+            tokenizer,
+            max_length,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            seed=seed,
+            directory=directory,
+            synthetic=synthetic,
+        )
         if prompt not in STYLES:
             raise UserError(f"prompt must be one of {', '.join(STYLES)}, got {prompt!r}")
         require("max_length", max_length, max_length >= 2, "2 or more")
-        require("batch_size", batch_size, batch_size >= 1, "1 or more")
         require("eval_batch_size", eval_batch_size, eval_batch_size is None or eval_batch_size >= 1, "1 or more")
-        require("num_workers", num_workers, num_workers >= 0, "0 or more")
         require("validation_size", validation_size, validation_size >= 0, "0 or more")
-        require("seed", seed, seed >= 0, "0 or more")
-        require_one_origin(directory, synthetic)
         is_address = base_url is None or base_url.startswith(("http://", "https://"))
         require("base_url", base_url, is_address, "an address that begins with http:// or https://")
-        if directory is not None and not Path(directory).expanduser().is_dir():
+        if self._directory is not None and not self._directory.is_dir():
             raise UserError(f"directory '{directory}' is no directory; expected LLM-Adapters' dataset/ and ft-training_set/")
         if test is not None and not test:
             raise UserError(f"test is empty; {choices(self.benchmarks)}")
@@ -112,36 +109,17 @@ class InstructionDataModule(L.LightningDataModule):
         self._test_sources = evaluation_sources("test", list(self.benchmarks) if test is None else test, self.benchmarks)
         self._validation_sources = evaluation_sources("validation_sets", validation_sets or [], self.benchmarks)
 
-        self.tokenizer = tokenizer
-        self.max_length = max_length
-        self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size or batch_size
-        self.num_workers = num_workers
         self.train_on_prompt = train_on_prompt
         self.prompt = prompt
         self.validation_size = validation_size
-        self.seed = seed
-        self.synthetic = synthetic
-        self._directory = None if directory is None else Path(directory).expanduser()
         self._cache_directory = default_cache_directory() if cache_directory is None else Path(cache_directory).expanduser()
         self._base_url = base_url
         self._files: Files | None = None
-        self._remove_synthetic: Callable[[], object] | None = None
-        self._loaded_tokenizer: PreTrainedTokenizerBase | None = None
         self._train: TrainDataset | None = None
         self._validation: dict[str, EvaluationDataset] = {}
         self._test: dict[str, EvaluationDataset] = {}
         self._inventory = Inventory(self._sources, self.train_sets)
-
-    @property
-    def num_classes(self) -> None:
-        """None: text has no classes."""
-        return
-
-    @property
-    def class_names(self) -> list[str]:
-        """Empty: text has no classes."""
-        return []
 
     @property
     def evaluation_notes(self) -> dict[str, str]:
@@ -154,7 +132,7 @@ class InstructionDataModule(L.LightningDataModule):
 
     def prepare_data(self) -> None:
         """In one process: fetches the files and the tokenizer that this run needs, and tokenises a large training set."""
-        self._load_tokenizer()
+        self.load_tokenizer()
         stage = None if self.trainer is None else self.trainer.state.fn
         trains = stage in (None, "fit") or (stage == "validate" and self.validation_size > 0)
         sources = self._sources if trains else []
@@ -205,34 +183,21 @@ class InstructionDataModule(L.LightningDataModule):
             head = f"{type(self).__name__}: tokenizer {self.tokenizer}, prompt {self.prompt}"
             rank_zero_info("\n".join([head, *inventory.lines]))
 
-    def teardown(self, stage: str) -> None:
-        """Removes the generated files; a later `setup` writes the same ones again."""
-        if self._remove_synthetic is not None:
-            self._remove_synthetic()
-            self._remove_synthetic = self._files = None
+    def forget(self) -> None:
+        self._files = None
+
+    @property
+    def collate(self) -> Collator:
+        return Collator(self.load_tokenizer().pad_token_id)
 
     def train_dataloader(self) -> DataLoader[dict[str, Any]]:
         assert self._train is not None
         weight_of = {source.name: source.weight for source in self._sources}
-        # Seeded by the run, not by what a model has drawn before: all methods see the same order under the same seed.
-        sampler = ShuffledSampler(
-            self._train,
-            run_seed(self.trainer),
-            lengths=self._train.lengths,
-            batch_size=self.batch_size * num_shares(self.trainer),
-            weights=None if set(weight_of.values()) == {1.0} else [weight_of[str(task)] for task in self._train.tasks],
-        )
-        return TrainLoader(
-            sampler=TrainShare(sampler, self.trainer),
-            generator=sampler.generator,
-            **self._options(self._train, self.batch_size),
-        )
+        weights = None if set(weight_of.values()) == {1.0} else [weight_of[str(task)] for task in self._train.tasks]
+        return self.train_loader(self._train, lengths=self._train.lengths, weights=weights)
 
     def val_dataloader(self) -> Any:
-        loaders = self._evaluation_loaders(self._validation)
-        if not loaders:
-            return []
-        return loaders if len(loaders) > 1 else next(iter(loaders.values()))
+        return one_or_all(self._evaluation_loaders(self._validation)) if self._validation else []
 
     def test_dataloader(self) -> dict[str, DataLoader[dict[str, Any]]]:
         return self._evaluation_loaders(self._test)
@@ -241,20 +206,7 @@ class InstructionDataModule(L.LightningDataModule):
         return self._evaluation_loaders(self._test)
 
     def _evaluation_loaders(self, sets: Mapping[str, EvaluationDataset]) -> dict[str, DataLoader[dict[str, Any]]]:
-        return {
-            name: DataLoader(sampler=evaluation_sampler(dataset, self.trainer), **self._options(dataset, self.eval_batch_size))
-            for name, dataset in sets.items()
-        }
-
-    def _options(self, dataset: TrainDataset | EvaluationDataset, batch_size: int) -> dict[str, Any]:
-        return {
-            "dataset": dataset,
-            "batch_size": batch_size,
-            "num_workers": self.num_workers,
-            "pin_memory": torch.cuda.is_available(),
-            "collate_fn": Collator(self._load_tokenizer().pad_token_id),
-            "worker_init_fn": leave_signals_to_main_process,
-        }
+        return self.evaluation_loaders(sets, self.eval_batch_size)
 
     def _train_dataset(self, examples: Sequence[Example]) -> TrainDataset:
         cache = self._cache_directory / "tokens" if len(examples) >= _WORTH_CACHING else None
@@ -264,14 +216,7 @@ class InstructionDataModule(L.LightningDataModule):
         return EvaluationDataset(examples, self._coder(), train_on_prompt=self.train_on_prompt)
 
     def _coder(self) -> InstructionTokenizer:
-        return InstructionTokenizer(self._load_tokenizer(), STYLES[self.prompt], self.max_length)
-
-    def _load_tokenizer(self) -> PreTrainedTokenizerBase:
-        if self._loaded_tokenizer is None:
-            tokenizer = load_tokenizer(self.tokenizer)
-            check_max_length(self.max_length, tokenizer, self.tokenizer)
-            self._loaded_tokenizer = tokenizer
-        return self._loaded_tokenizer
+        return InstructionTokenizer(self.load_tokenizer(), STYLES[self.prompt], self.max_length)
 
     def _open(self) -> Files:
         if self._files is None:
@@ -284,8 +229,7 @@ class InstructionDataModule(L.LightningDataModule):
         return self._files
 
     def _generate(self) -> Path:
-        """Writes the sets into a directory of their own, which goes at teardown, with the module or with the process."""
-        root, self._remove_synthetic = generated_directory(self, "synthetic_instructions_")
+        root = self.generated_directory()
         self.write_synthetic(root)
         return root
 

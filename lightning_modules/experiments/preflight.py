@@ -22,6 +22,7 @@ from lightning_modules.cli import AdaptationCLI
 from lightning_modules.experiments.grid import require_named_logger, resolved_config
 from lightning_modules.optimization import Optimization
 from lightning_modules.tasks.backbones.quiet import quiet
+from lightning_modules.tasks.base import task_data
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ def _parse(words: Sequence[str], metric: str | None, outlines: dict[str, tuple[n
     require_named_logger(config)
     if model.optimization is None:
         raise UserError("optimization is missing; fit needs learning rates")
-    names: list[str] = [*(getattr(cli.datamodule, "class_names", None) or ())]
+    names: list[str] = [*task_data(cli.datamodule).class_names]
     num_classes = len(names) or model.num_classes
     key = json.dumps([config["model"]["task"], num_classes], sort_keys=True)
     if key not in outlines:

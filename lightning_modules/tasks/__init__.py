@@ -1,9 +1,17 @@
 """What is adapted and how it is scored."""
 
-from lightning_modules.tasks.base import Evaluation, Task
+from lightning_modules.tasks.base import Evaluation, Task, TaskData
 from lightning_modules.tasks.causal_language_model import CausalLanguageModel
 from lightning_modules.tasks.generation import GenerationSettings
 from lightning_modules.tasks.image_classification import ImageClassification
 from lightning_modules.tasks.sequence_classification import SequenceClassification
 
-__all__ = ["CausalLanguageModel", "Evaluation", "GenerationSettings", "ImageClassification", "SequenceClassification", "Task"]
+__all__ = [
+    "CausalLanguageModel",
+    "Evaluation",
+    "GenerationSettings",
+    "ImageClassification",
+    "SequenceClassification",
+    "Task",
+    "TaskData",
+]

@@ -7,15 +7,92 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Protocol, cast
 
+import lightning as L
 import torch
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
 from fourier_moe.errors import UserError
 
-Batch = Mapping[str, Any]
+Batch = Mapping[str, Any]  # `id`, a list of B strings that are unique in their set, beside what the task reads
+
+
+class TaskData(Protocol):
+    """What a DataModule tells about its data. `datamodules.BaseDataModule` has all of it.
+
+    Its loaders give batches: mappings with `id`, a list of B strings that are unique in their set, beside what the task reads.
+    Several evaluation sets come as a dict of loaders by name.
+
+    Attributes:
+        dataset_name: what model cards call the data; None where it has no name.
+        num_classes: outputs of a head; None where there are no classes, or before they are known.
+        class_names: name of each class, by label; empty where there are none, or before they are known.
+        evaluation_notes: what a reader of the results has to know, by name of the test set; a single set is called `test`.
+        data_revision: commit of the hub's data set that was read, None for other data.
+        num_train_examples: examples per epoch, None where that is not known before `setup`.
+        batch_size: training examples per batch and process.
+    """
+
+    @property
+    def dataset_name(self) -> str | None: ...
+    @property
+    def num_classes(self) -> int | None: ...
+    @property
+    def class_names(self) -> Sequence[str]: ...
+    @property
+    def evaluation_notes(self) -> Mapping[str, str]: ...
+    @property
+    def data_revision(self) -> str | None: ...
+    @property
+    def num_train_examples(self) -> int | None: ...
+    @property
+    def batch_size(self) -> int: ...
+
+
+_TOLD = [name for name in vars(TaskData) if not name.startswith("_")]
+
+
+@dataclass(frozen=True)
+class _UnknownData:
+    """What is known of loaders without a DataModule, or of a DataModule that tells nothing."""
+
+    dataset_name: str | None
+    num_classes: None = None
+    class_names: Sequence[str] = ()
+    evaluation_notes: Mapping[str, str] = field(default_factory=dict)
+    data_revision: None = None
+    num_train_examples: None = None
+    batch_size: int = 1
+
+
+def task_data(data: L.LightningDataModule | None) -> TaskData:
+    """What a DataModule tells; of one that has nothing of `TaskData`, as of none, nothing is known.
+
+    Raises:
+        UserError: if it has a part of `TaskData` only.
+    """
+    missing = [name for name in _TOLD if not (hasattr(type(data), name) or name in getattr(data, "__dict__", ()))]
+    told = set(_TOLD) - set(missing) - {"batch_size"}
+    if not told:
+        return _UnknownData(None if data is None else type(data).__name__)
+    if missing:
+        raise UserError(
+            f"{type(data).__name__} has {', '.join(sorted(told))} but not {', '.join(missing)}; derive it from "
+            "datamodules.BaseDataModule, which has all that a DataModule tells"
+        )
+    return cast(TaskData, data)
+
+
+def run_data(trainer: L.Trainer | None) -> TaskData:
+    """What the DataModule of a run tells; see `task_data`."""
+    return task_data(data_module(trainer))
+
+
+def data_module(trainer: L.Trainer | None) -> L.LightningDataModule | None:
+    """The DataModule of a run; None where it was given loaders."""
+    return getattr(trainer, "datamodule", None)  # Lightning sets it where there is one
 
 
 @dataclass(frozen=True)

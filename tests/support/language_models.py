@@ -8,6 +8,7 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from datamodules.shared.data_module import BaseDataModule
 from datamodules.shared.tokenizers import load_tokenizer
 from fourier_moe import FourierMoEConfig, SpectralExperts, TopKRouter, inject
 from lightning_modules import AdaptationModule
@@ -103,7 +104,7 @@ def collate(examples, extra=0, known=True):
 SETS = {"small": [(1, 2), (3, 4), (5, 60)], "large": [(700, 8), (9, 10), (11, 1200), (13, 14), (15, 16)]}
 
 
-class SumsData(L.LightningDataModule):
+class SumsData(BaseDataModule):
     """Two sets of sums; as many as `sets` says, and no name for a single one."""
 
     evaluation_notes = {"large": "leaked"}  # noqa: RUF012

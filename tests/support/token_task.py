@@ -8,6 +8,7 @@ from torch.utils.data import DataLoader
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
+from datamodules.shared.data_module import BaseDataModule
 from fourier_moe import FourierMoEConfig
 from lightning_modules import AdaptationModule
 from lightning_modules.optimization import Optimization, ParameterGroup
@@ -81,12 +82,16 @@ def token_batch(size=8, seed=0):
     }
 
 
-class TokenData(L.LightningDataModule):
+class TokenData(BaseDataModule):
     """Three training batches, one for everything else."""
 
     def __init__(self, class_names=None):
         super().__init__()
-        self.class_names = class_names
+        self._class_names = class_names or []
+
+    @property
+    def class_names(self):
+        return self._class_names
 
     def _loader(self, *seeds):
         return DataLoader([token_batch(seed=seed) for seed in seeds], batch_size=None)

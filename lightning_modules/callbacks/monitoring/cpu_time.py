@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.nn import functional as F
 
 from lightning_modules.tasks import Task
+from lightning_modules.tasks.base import task_data
 
 WORTH_SAYING_SECONDS = 1800.0
 _TOKENS, _WIDTH, _HIDDEN = 512, 768, 3072  # of the measured product, the largest of ViT-B's blocks
@@ -19,18 +20,19 @@ _REPEATS = 3
 _LEAST_FLOP = 1e14  # less takes minutes on any machine, and nothing is measured for it
 
 
-def bound_cpu_time(trainer: L.Trainer, task: Task, data: Any) -> None:
+def bound_cpu_time(trainer: L.Trainer, task: Task, data: L.LightningDataModule | None) -> None:
     """Say how long `fit` takes at least on this CPU, if that is long, and what to change.
 
     The bound counts the products of the frozen model, forward and backward to its activations, at the rate of a product
     measured now. Tasks and data whose sizes are not known before loading are left to `StepTime`.
     """
-    num_examples: int | None = getattr(data, "num_train_examples", None)
+    told = task_data(data)
+    num_examples = told.num_train_examples
     per_example = task.forward_flops() if num_examples else None
     if num_examples is None or per_example is None:
         return
     per_example *= 2
-    batch_size = data.batch_size * trainer.world_size
+    batch_size = told.batch_size * trainer.world_size
     steps = num_steps(trainer, math.ceil(num_examples / batch_size))
     per_step = min(batch_size * trainer.accumulate_grad_batches, num_examples)
     if steps is None or steps * per_step * per_example < _LEAST_FLOP:

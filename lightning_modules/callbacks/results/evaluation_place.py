@@ -13,6 +13,8 @@ import lightning as L
 import torch
 from lightning.pytorch.cli import SaveConfigCallback
 
+from lightning_modules.tasks.base import data_module
+
 _NOT_OF_DATA = ("cache_directory", "tokenizer")  # settings of a DataModule that do not say what is evaluated
 _SAME = ("command", "backbone", "precision", "settings", "data", "examples", "partial")
 
@@ -47,8 +49,7 @@ class EvaluatedExamples:
 
 def data_of(trainer: L.Trainer) -> dict[str, Any]:
     """The DataModule's class and, in a run of the command line, the settings that say where its data are."""
-    data = getattr(trainer, "datamodule", None)
-    found: dict[str, Any] = {"class": type(data).__name__}
+    found: dict[str, Any] = {"class": type(data_module(trainer)).__name__}
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, SaveConfigCallback):
             settings = callback.config.as_dict()["data"].get("init_args", {})

@@ -22,6 +22,7 @@ from lightning_modules.evaluation_sets import each_loader, limit_of, set_names
 from lightning_modules.interruption.locks import locked
 from lightning_modules.run_directory import run_directory
 from lightning_modules.tasks import CausalLanguageModel
+from lightning_modules.tasks.base import run_data
 
 UNFINISHED = "unfinished_evaluation"
 
@@ -210,7 +211,7 @@ class EvaluationReport(L.Callback):
             scored = {name: (len(of_set), score_rows(of_set)) for name, of_set in rows.items() if of_set}
         elif sets is not None:
             scored = {name: (result.count, result.values) for name, result in zip(rows, sets.results, strict=True)}
-        notes = getattr(getattr(trainer, "datamodule", None), "evaluation_notes", None) or {}
+        notes = run_data(trainer).evaluation_notes
         return {name: {"count": count, **values, "note": notes.get(name, "")} for name, (count, values) in scored.items()}
 
 

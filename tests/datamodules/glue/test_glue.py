@@ -14,6 +14,7 @@ from datamodules.glue import data_module as glue
 from datamodules.glue import tokenization
 from datamodules.glue.benchmarks import TASKS
 from datamodules.glue.synthetic import write_tsv_files
+from datamodules.shared.tokenizers import load_tokenizer
 
 SHARED = REPOSITORY.parent / "shared"
 
@@ -87,7 +88,7 @@ def trainer(**options) -> L.Trainer:
     ("arguments", "message"),
     [
         ({"dataset": "wnli"}, r"dataset 'wnli' is unknown .*choose one of cola, sst2, mrpc, qqp, mnli, qnli, rte"),
-        ({"tokenizer": None}, "tokenizer is None; give the name or directory of a Hugging Face model, or bytes"),
+        ({"tokenizer": None}, "tokenizer is missing; give the name or directory of a Hugging Face model, or bytes"),
         ({"max_length": 7}, "max_length must be 8 or more, got 7"),
         ({"batch_size": 0}, "batch_size must be 1 or more, got 0"),
         ({"num_workers": -1}, "num_workers must be 0 or more, got -1"),
@@ -246,7 +247,7 @@ def test_train_batches_hold_similar_lengths_and_evaluation_keeps_the_order(direc
 
 def test_sentences_and_labels_stay_together(directory):
     data = loaded("fit", directory=str(directory))
-    tokenizer = glue.load_tokenizer("bytes")
+    tokenizer = load_tokenizer("bytes")
     rows = [line.split("\t") for line in (directory / "RTE/train.tsv").read_text().splitlines()[1:]]
     for batch in data.train_dataloader():
         for name, tokens, label in zip(batch["id"], batch["input_ids"], batch["label"], strict=True):

@@ -315,7 +315,7 @@ def test_what_is_left_out_of_a_directory_is_named_in_a_warning(directory):
 @pytest.fixture
 def generated_directories(tmp_path, monkeypatch) -> Callable[[], list[Path]]:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    return lambda: list(tmp_path.glob("synthetic_images_*"))
+    return lambda: list(tmp_path.glob("synthetic_data_*"))
 
 
 @pytest.mark.parametrize("name", SOURCES)

@@ -20,6 +20,7 @@ from datamodules.instructions.mixture.mixing import evaluation_sources, train_so
 from datamodules.instructions.mixture.overlap import count_overlaps, question_key
 from datamodules.instructions.records import Record
 from datamodules.instructions.source import LocalFiles, PinnedFiles
+from datamodules.shared.tokenizers import load_tokenizer
 
 REAL = REPOSITORY.parent / "shared/data/llm_adapters"
 
@@ -331,9 +332,9 @@ def test_test_needs_no_training_files(directory):
 
 
 def test_more_tokens_than_the_model_takes_are_refused(directory, monkeypatch):
-    tokenizer = instructions.load_tokenizer("bytes")
+    tokenizer = load_tokenizer("bytes")
     tokenizer.model_max_length = 300
-    monkeypatch.setattr(instructions, "load_tokenizer", lambda name: tokenizer)
+    monkeypatch.setattr("datamodules.shared.data_module.load_tokenizer", lambda name: tokenizer)
     with pytest.raises(
         ValueError, match="max_length=400 is more than the 300 tokens that the model of tokenizer 'bytes' takes"
     ):
@@ -396,7 +397,7 @@ def test_synthetic_data_go_through_the_trainer(kind, num_workers):
     assert len(model.tested) == len(data.benchmarks)
     assert all(correct == [True] * 8 for correct in model.tested.values())
     assert list(run.test_dataloaders) == list(data.benchmarks)
-    files = data._remove_synthetic
+    files = data._remove_generated
     assert files is None
 
 

@@ -48,7 +48,7 @@ def test_a_short_run_and_sizes_that_are_not_known_are_passed_over(monkeypatch, t
     monkeypatch.setattr(cpu_time, "_flops_per_second", lambda _: pytest.fail("measured"))
     bound_cpu_time(trainer(max_steps=2), ImageClassification(), ImageDataModule("cars", batch_size=32))
     bound_cpu_time(trainer(max_epochs=-1), ImageClassification(), ImageDataModule("cars"))
-    bound_cpu_time(trainer(max_epochs=280), SequenceClassification(), SimpleNamespace(num_train_examples=10**6, batch_size=32))
+    bound_cpu_time(trainer(max_epochs=280), SequenceClassification(), ImageDataModule("cars"))
     bound_cpu_time(trainer(max_epochs=280), ImageClassification(), SimpleNamespace())
     assert told == []
 

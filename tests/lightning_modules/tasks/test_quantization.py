@@ -20,6 +20,7 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
+from datamodules.shared.data_module import BaseDataModule
 from fourier_moe import (
     DoRAConfig,
     FourierFTConfig,
@@ -212,7 +213,7 @@ def test_other_methods_give_what_they_give_over_plain_layers(root, config, quant
 # ---------------------------------------------------------------- runs and files
 
 
-class Sentences(L.LightningDataModule):
+class Sentences(BaseDataModule):
     class_names = ("a", "b", "c")
 
     def train_dataloader(self):
