@@ -16,16 +16,15 @@ import contextlib
 import gc
 import multiprocessing
 import os
-import resource
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from pathlib import Path
 
 import torch
 
 from benchmarks.models import Classifier
 from benchmarks.steps import Setting, Trial, build_base
+from lightning_modules.callbacks.monitoring.peak_memory import peak_resident_bytes, reset_peak, status_bytes
 
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "131072", "MALLOC_ARENA_MAX": "2"}
 _STEPS = 2  # the first makes the optimiser's state, the second runs with it
@@ -49,17 +48,17 @@ def _peak_on_cpu(method: str, setting: Setting) -> int | None:
     torch.set_num_threads(setting.threads)
     torch.ones(256, 256) @ torch.ones(256, 256)  # threads and their buffers belong to no method
     gc.collect()
-    before = _resident("VmRSS")
+    before = status_bytes("VmRSS") or peak_resident_bytes() or 0
     try:
         trial = Trial(build_base(setting), method, setting)
-        _reset_peak()
+        reset_peak()  # if the system cannot, the peak includes building the model, which takes less than a step
         for _ in range(_STEPS):
             trial.training_step()
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "allocate" not in str(error):
             raise
         return None
-    return _resident("VmHWM") - before
+    return (peak_resident_bytes() or 0) - before
 
 
 def _peak_on_cuda(base: Classifier, method: str, setting: Setting) -> int | None:
@@ -83,21 +82,6 @@ def release_memory() -> None:
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
-
-
-def _resident(field: str) -> int:
-    """VmRSS (now) or VmHWM (peak) in bytes; where /proc lacks them, the peak of the process's whole life."""
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
-    except (OSError, StopIteration):
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _reset_peak() -> None:
-    # Where the kernel refuses, the peak includes the model's construction, which takes less than a step.
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
 
 
 @contextlib.contextmanager

@@ -14,7 +14,6 @@ import socket
 import tempfile
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.memory import ALLOCATOR, environment
 from fourier_moe import FourierMoEConfig, inject
+from lightning_modules.callbacks.monitoring.peak_memory import status_bytes
 from lightning_modules.strategies.sharding import shard_frozen
 from lightning_modules.tables import markdown_table
 from lightning_modules.tasks import CausalLanguageModel
@@ -115,9 +115,8 @@ def _start(rank: int, size: int, address: str, directory: str, everyone: bool, r
 
 
 def _anonymous(pid: int) -> int:
-    """Bytes of a process's own memory that lie in no file."""
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(("RssAnon:", "RssShmem:")))
+    """Return the bytes of a process's memory that are not pages of files."""
+    return status_bytes("RssAnon", "RssShmem", pid=pid) or 0
 
 
 if __name__ == "__main__":

@@ -78,14 +78,14 @@ class ExpertSpectra:
         return self.pair_energy.sum(-1)
 
     @property
-    def centre(self) -> Tensor:
+    def center(self) -> Tensor:
         """Mean radius (E,), weighted by energy."""
         return (self._share * self.radius).sum(-1)
 
     @property
-    def spread(self) -> Tensor:
+    def radius_std(self) -> Tensor:
         """Standard deviation of the radius (E,), weighted by energy."""
-        return (self._share * (self.radius - self.centre.unsqueeze(-1)).square()).sum(-1).sqrt()
+        return (self._share * (self.radius - self.center.unsqueeze(-1)).square()).sum(-1).sqrt()
 
     def in_band(self, centers: list[float], bandwidth: float) -> Tensor:
         """Share of the energy inside the expert's band (E,); `band_edges` says where a band begins and ends."""

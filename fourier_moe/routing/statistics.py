@@ -114,8 +114,8 @@ class RouterStatistics:
         return self._entropy / math.log(self.num_experts) if self.num_experts > 1 else torch.ones_like(self.tokens)
 
     @property
-    def spread(self) -> Tensor:
-        """How far routing is from collapse (...,): 1 for an even load, 0 where the same K experts serve every token.
+    def balance(self) -> Tensor:
+        """Return how far routing is from collapse (...,): 1 for an even load, 0 where the same K experts serve every token.
 
         (exp(entropy of the load) - K) / (E - K): experts in use beyond the K that are always in use, K = `active`. 1 for K = E.
         """

@@ -1,4 +1,4 @@
-"""What a run writes beside logs and checkpoints."""
+"""Callbacks: monitoring, spectral sensitivity, and the files that a run leaves."""
 
 from lightning_modules.callbacks.monitoring.dashboard import Dashboard
 from lightning_modules.callbacks.monitoring.router_load import RouterLoad

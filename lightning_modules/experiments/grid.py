@@ -16,11 +16,11 @@ from typing import Any
 from lightning.pytorch.callbacks import ModelCheckpoint, Timer
 
 from fourier_moe.errors import UserError
+from lightning_modules.callbacks.monitoring.peak_memory import PeakMemory
 from lightning_modules.cli import AdaptationCLI, user_error
 from lightning_modules.evaluation_sets import each_loader, limit_of
 from lightning_modules.experiments.graded_examples import GradedExamples, GradedSet
 from lightning_modules.experiments.kept_runs import kept_file, read_run, variant_directory, write_run
-from lightning_modules.experiments.peak_memory import PeakMemory
 from lightning_modules.experiments.provenance import config_hash, repository_commit, versions
 from lightning_modules.experiments.results import Result
 from lightning_modules.interruption import read_checkpoint

@@ -1,1 +1,1 @@
-"""What TensorBoard shows of a training run."""
+"""Callbacks that log a training run."""

@@ -1,4 +1,4 @@
-"""How long training takes where there is no GPU: a bound before anything is fetched, a figure after the first steps."""
+"""Duration of training on a CPU: a lower bound before anything is downloaded, an estimate after the first steps."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from torch.nn import functional as F
 from lightning_modules.tasks import Task
 from lightning_modules.tasks.base import task_data
 
-WORTH_SAYING_SECONDS = 1800.0
-_TOKENS, _WIDTH, _HIDDEN = 512, 768, 3072  # of the measured product, the largest of ViT-B's blocks
+MIN_REPORTED_SECONDS = 1800.0
+_TOKENS, _WIDTH, _HIDDEN = 512, 768, 3072  # shape of the measured product, the largest of ViT-B's blocks
 _REPEATS = 3
-_LEAST_FLOP = 1e14  # less takes minutes on any machine, and nothing is measured for it
+_MIN_FLOP = 1e14  # less takes minutes on any machine, so nothing is measured
 
 
 def bound_cpu_time(trainer: L.Trainer, task: Task, data: L.LightningDataModule | None) -> None:
-    """Say how long `fit` takes at least on this CPU, if that is long, and what to change.
+    """Print the minimum duration of `fit` on this CPU, if it is long, and what to change.
 
-    The bound counts the products of the frozen model, forward and backward to its activations, at the rate of a product
-    measured now. Tasks and data whose sizes are not known before loading are left to `StepTime`.
+    The bound counts the products of the frozen model, forward and backward to its activations, at the measured rate of one
+    product. Tasks and data whose sizes are unknown before loading are left to `StepTime`.
     """
     told = task_data(data)
     num_examples = told.num_train_examples
@@ -35,11 +35,11 @@ def bound_cpu_time(trainer: L.Trainer, task: Task, data: L.LightningDataModule |
     batch_size = told.batch_size * trainer.world_size
     steps = num_steps(trainer, math.ceil(num_examples / batch_size))
     per_step = min(batch_size * trainer.accumulate_grad_batches, num_examples)
-    if steps is None or steps * per_step * per_example < _LEAST_FLOP:
+    if steps is None or steps * per_step * per_example < _MIN_FLOP:
         return
     rate = _flops_per_second(trainer.precision_plugin.forward_context)
     seconds = steps * per_step * per_example / rate / trainer.num_nodes
-    if seconds < WORTH_SAYING_SECONDS:
+    if seconds < MIN_REPORTED_SECONDS:
         return
     epoch = readable_time(num_examples * per_example / rate)
     advice = f"For a first look: configs/demo.yaml (minutes), or --trainer.max_epochs 1 --data.batch_size 32 (at least {epoch})"
@@ -54,7 +54,7 @@ def bound_cpu_time(trainer: L.Trainer, task: Task, data: L.LightningDataModule |
 
 
 class StepTime(L.Callback):
-    """On a CPU say after the first steps how long the rest is going to take, if that is long."""
+    """Estimate after the first steps on a CPU how long the rest will take, and print it if that is long."""
 
     def __init__(self) -> None:
         self._ends: list[float] = []
@@ -66,7 +66,7 @@ class StepTime(L.Callback):
         if len(self._ends) > _REPEATS:  # the first batch warms up
             seconds = (self._ends[-1] - self._ends[0]) / _REPEATS * trainer.accumulate_grad_batches
             left = trainer.estimated_stepping_batches - trainer.global_step
-            if WORTH_SAYING_SECONDS < left * seconds < math.inf:
+            if MIN_REPORTED_SECONDS < left * seconds < math.inf:
                 rank_zero_info(
                     f"A step takes {seconds:.1f} s on this CPU ({_REPEATS} batches measured): the {int(left):,} to go take "
                     f"about {readable_time(left * seconds)}, validation aside"
@@ -74,7 +74,7 @@ class StepTime(L.Callback):
 
 
 def num_steps(trainer: L.Trainer, batches: int) -> int | None:
-    """Optimiser steps of `fit` with so many batches an epoch; None for no end."""
+    """Return the optimizer steps of `fit` with this many batches in an epoch; None if it has no end."""
     limit = trainer.limit_train_batches
     batches = min(batches, limit) if isinstance(limit, int) else int(batches * (1.0 if limit is None else limit))
     steps = math.ceil(batches / trainer.accumulate_grad_batches)
@@ -85,14 +85,14 @@ def num_steps(trainer: L.Trainer, batches: int) -> int | None:
 
 
 def readable_time(seconds: float) -> str:
-    """Such as 40 min, 3.5 h or 2.1 days."""
+    """Format a duration, such as 40 min, 3.5 h or 2.1 days."""
     if seconds < 5400:
         return f"{seconds / 60:.0f} min"
     return f"{seconds / 3600:.1f} h" if seconds < 48 * 3600 else f"{seconds / 86400:.1f} days"
 
 
 def _flops_per_second(context: Any) -> float:
-    x, weight = torch.ones(_TOKENS, _WIDTH), torch.ones(_HIDDEN, _WIDTH)  # the run's random numbers stay its own
+    x, weight = torch.ones(_TOKENS, _WIDTH), torch.ones(_HIDDEN, _WIDTH)  # draws no random numbers of the run
     with torch.no_grad(), context():
         F.linear(x, weight)
         start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Dashboard: TensorBoard's pages CUSTOM SCALARS and HPARAMS, laid out for what this run logs."""
+"""Dashboard: TensorBoard's pages CUSTOM SCALARS and HPARAMS for the tags that a run logs."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from lightning_modules.adaptation import AdaptationModule
 from lightning_modules.callbacks.monitoring.hyperparameters import hyperparameters
 from lightning_modules.callbacks.monitoring.logged import log_now, tensorboards
 
-# Section -> chart -> pattern of the tags that the chart puts together.
+# Section -> chart -> pattern of the tags in the chart.
 CHARTS = {
     "Are my experts alive and balanced?": {
-        "load: share of the tokens that an expert serves": r"router/load/expert_\d+",
-        "dead experts (share of all)": r"router/dead_experts",
+        "load: share of the tokens per expert": r"router/load/expert_\d+",
+        "dead experts (share of all experts)": r"router/dead_experts",
         "load imbalance (1 is even) and entropy (1 is even)": r"router/load_(imbalance|entropy)",
-        "mean gate of an expert where it serves": r"router/gate/expert_\d+",
+        "mean gate per expert": r"router/gate/expert_\d+",
         "balance loss (top_k is even)": r"router/balance_loss_unscaled",
     },
-    "Are they specialised?": {
-        "energy of an expert's update": r"spectrum/energy/expert_\d+",
-        "centre of its spectrum": r"spectrum/centre/expert_\d+",
-        "share of its energy inside of its band": r"spectrum/in_band/expert_\d+",
-        "coefficients that it really uses": r"spectrum/effective_coefficients/expert_\d+",
-        "effective rank of its update": r"spectrum/effective_rank/expert_\d+",
+    "Are they specialized?": {
+        "energy of the update": r"spectrum/energy/expert_\d+",
+        "center: mean radius of the spectrum": r"spectrum/center/expert_\d+",
+        "share of the energy inside the expert's band": r"spectrum/in_band/expert_\d+",
+        "effective number of coefficients": r"spectrum/effective_coefficients/expert_\d+",
+        "effective rank of the update": r"spectrum/effective_rank/expert_\d+",
     },
     "Does the model learn?": {
         "loss": r"(train|val)/loss",
         "validation": r"val/(?!loss$)[^/]+",
-        "loss that is minimised, and its balance term": r"train/(total|balance)_loss",
+        "total loss and its balance term": r"train/(total|balance)_loss",
         "learning rates": r"lr-.+",
     },
     "How fast, how large?": {
@@ -46,19 +46,19 @@ CHARTS = {
 
 
 class Dashboard(L.Callback):
-    """Lay out what a run logs.
+    """Lay out the values of a run.
 
-    - TensorBoard's CUSTOM SCALARS: one page that shows whether the experts are alive, balanced and specialised, whether the
-      model learns and how fast (`CHARTS`); only charts that have something to show.
-    - HPARAMS, for every logger that takes hyper-parameters: adapter, optimisation, task, data and trainer by the names of the
-      command line; in TensorBoard beside the last `val/...` and `test/...` metrics and the best of what ModelCheckpoint
-      monitors, logged as `best/{monitor}`.
+    - TensorBoard's CUSTOM SCALARS: one page that shows whether the experts are alive, balanced and specialized, whether the
+      model learns and how fast (`CHARTS`). Charts without data are left out.
+    - HPARAMS, for every logger that takes hyperparameters: adapter, optimization, task, data and trainer by the names of the
+      command line. TensorBoard shows them beside the last `val/...` and `test/...` metrics and the best values that
+      ModelCheckpoint monitors, logged as `best/{monitor}`.
     """
 
     def __init__(self) -> None:
         self._tags: set[str] = set()
         self._layout: Mapping[str, Any] = {}
-        self._described: set[str | None] = set()  # log directories: TensorBoard reads the first description only
+        self._described: set[str | None] = set()  # log directories; TensorBoard reads the first description only
         self._best: dict[str, float] = {}
         self._last_step = 0
 
@@ -84,14 +84,14 @@ class Dashboard(L.Callback):
         self._last_step = step
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._log_best(trainer)  # of the epoch before: ModelCheckpoint scores it after all other callbacks
+        self._log_best(trainer)  # of the previous epoch: ModelCheckpoint scores it after all other callbacks
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._log_best(trainer)
         self._lay_out(trainer)
 
     def _lay_out(self, trainer: L.Trainer) -> None:
-        """Write the layout again whenever new tags have come; TensorBoard shows the last."""
+        """Write the layout again whenever there are new tags; TensorBoard shows the last one."""
         tags = set(trainer.callback_metrics)
         if tags <= self._tags:
             return
@@ -124,17 +124,17 @@ class Dashboard(L.Callback):
         columns = [*names, *(f"best/{monitor}" for monitor in monitors if monitor)]
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
-                # Not log_hyperparams: it wants the metrics' values now, or puts a placeholder for them.
+                # log_hyperparams needs the values of the metrics now, or writes placeholders.
                 logger.hparams.update(values)
             else:
                 logger.log_hyperparams(values)
         for board in tensorboards(trainer):
-            for summary in hparams(values, dict.fromkeys(columns, 0)):  # values come with the scalars of these names
+            for summary in hparams(values, dict.fromkeys(columns, 0)):  # the scalars of these names give the values
                 board._get_file_writer().add_summary(summary)
 
 
 def layout(tags: Iterable[str]) -> Mapping[str, Any]:
-    """The page, as `SummaryWriter.add_custom_scalars` takes it, without charts that none of the tags belongs to."""
+    """Return the page for `SummaryWriter.add_custom_scalars`, without charts that no tag belongs to."""
     tags = list(tags)
     page = {
         section: {title: ["Multiline", [f"{tag}$"]] for title, tag in charts.items() if any(re.fullmatch(tag, t) for t in tags)}

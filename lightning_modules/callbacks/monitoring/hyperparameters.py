@@ -1,4 +1,4 @@
-"""The hyper-parameters of a run as a flat table, by the names of the command line."""
+"""The hyperparameters of a run as a flat table, by the names of the command line."""
 
 from __future__ import annotations
 
@@ -11,13 +11,19 @@ from lightning.pytorch.cli import SaveConfigCallback
 
 from lightning_modules.adaptation import AdaptationModule
 
-TRAINER = ("max_epochs", "max_steps", "precision", "accumulate_grad_batches", "gradient_clip_val")  # what bears on the result
+TRAINER = (
+    "max_epochs",
+    "max_steps",
+    "precision",
+    "accumulate_grad_batches",
+    "gradient_clip_val",
+)  # settings that affect the result
 
 
 def hyperparameters(trainer: L.Trainer, module: AdaptationModule) -> dict[str, bool | int | float | str]:
-    """`adapter.num_experts`, `optimization.experts.lr`, `task.model`, `data.batch_size`, ...; without null and empty ones.
+    """Return `adapter.num_experts`, `optimization.experts.lr`, `task.model`, ..., without null and empty values.
 
-    Task, data, trainer and seed are known of a run that the command line has started.
+    Task, data, trainer and seed are known only if the command line started the run.
     """
     values: dict[str, Any] = {"adapter": module.adapter.to_dict()}
     if module.optimization is not None:

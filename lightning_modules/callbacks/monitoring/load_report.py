@@ -1,4 +1,4 @@
-"""How router loads look on paper: heat maps, CSV files and a table."""
+"""Heat maps, CSV files and a table of router loads."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from lightning_modules.tables import markdown_table, write_table
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-MOST_NUMBERS = 30  # rows up to which every cell shows its number
-MOST_LABELS = 64  # rows up to which every row has its name
+MAX_NUMBERS = 30  # rows up to which every cell shows its number
+MAX_LABELS = 64  # rows up to which every row has its name
 
 
 def load_map(load: Tensor, rows: Sequence[str], even: float, title: str) -> Figure:
-    """Heat map of loads (rows, E) in percent of the tokens: white is even, red is busier, blue is idler."""
-    from matplotlib.colors import TwoSlopeNorm  # here, because it takes as long to import as a small run to train
+    """Draw a heat map of loads (rows, E) in percent of the tokens: white is even, red is more, blue is less."""
+    from matplotlib.colors import TwoSlopeNorm  # here: it takes as long to import as a small run
     from matplotlib.figure import Figure
 
     percent = 100 * load.numpy()
@@ -34,10 +34,10 @@ def load_map(load: Tensor, rows: Sequence[str], even: float, title: str) -> Figu
     figure.colorbar(image, label=f"% of tokens (even: {100 * even:.3g})")
     axes.set_xticks(range(num_experts))
     axes.set_xlabel("expert")
-    every = -(-num_rows // MOST_LABELS)
+    every = -(-num_rows // MAX_LABELS)
     axes.set_yticks(range(0, num_rows, every), labels=short_names(rows)[::every], fontsize=8)
     axes.set_title(title)
-    if num_rows <= MOST_NUMBERS:
+    if num_rows <= MAX_NUMBERS:
         for (row, expert), value in np.ndenumerate(percent):
             dark = value > 0.8 * top or value < 20 * even
             color = "white" if dark else "black"
@@ -46,7 +46,7 @@ def load_map(load: Tensor, rows: Sequence[str], even: float, title: str) -> Figu
 
 
 def write_layers(path: Path, layers: Sequence[str], sums: LoadSums) -> None:
-    """One row per layer: its tokens, load imbalance and entropy, and every expert's load and mean gate."""
+    """Write a row per layer: its tokens, load imbalance and entropy, and every expert's load and mean gate."""
     statistics = sums.layers
     experts = range(statistics.num_experts)
     header = ["layer", "tokens", "load_imbalance", "load_entropy"]
@@ -61,7 +61,7 @@ def write_layers(path: Path, layers: Sequence[str], sums: LoadSums) -> None:
 
 
 def write_tasks(path: Path, layers: Sequence[str], sums: LoadSums) -> None:
-    """One row per task and layer, and one per task with the mean over the layers (layer `all`)."""
+    """Write a row per task and layer, and one per task with the mean over the layers (layer `all`)."""
     rows = []
     for task, statistics in sums.tasks.items():
         tokens, loads = statistics.tokens, statistics.load

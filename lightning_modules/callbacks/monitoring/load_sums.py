@@ -1,4 +1,4 @@
-"""LoadSums: router statistics of all layers put together, over all processes and over time."""
+"""LoadSums: router statistics of all layers, summed over processes and over time."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from fourier_moe import RouterStatistics, StatisticsReader
 
 
 class LoadSums:
-    """Statistics by layer, of all tokens and of each task's; adds up.
+    """Statistics by layer, of all tokens and of each task's tokens; sums can be added.
 
     Attributes:
         layers: statistics (layers,) of all tokens.
-        tasks: the same by task, in alphabetical order; empty where the batches name none.
+        tasks: the same by task, in alphabetical order; empty if batches name no tasks.
     """
 
     def __init__(self, layers: RouterStatistics, tasks: Mapping[str, RouterStatistics]) -> None:
@@ -31,13 +31,13 @@ class LoadSums:
 
     @classmethod
     def collect(cls, trainer: L.Trainer, reader: StatisticsReader) -> LoadSums:
-        """What the routers of all processes recorded since the reader was last asked.
+        """Return what the routers of all processes recorded since the last call, on the CPU in float64.
 
-        All processes must ask together. On the CPU, in float64.
+        All processes must call it together.
         """
         layers = list(reader.read().values())
         names = sorted({name for statistics in layers for name in statistics.by_task})
-        if trainer.world_size > 1:  # each process may have met other tasks
+        if trainer.world_size > 1:  # processes may have seen different tasks
             everyone: list[list[str]] = [[] for _ in range(trainer.world_size)]
             torch.distributed.all_gather_object(everyone, names)
             names = sorted({name for own in everyone for name in own})

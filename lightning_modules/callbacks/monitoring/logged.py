@@ -1,4 +1,4 @@
-"""How callbacks log values and figures between Lightning's own logging: at once, at intervals of their own."""
+"""Log values and figures immediately, at a callback's own intervals."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ if TYPE_CHECKING:
 
 
 def logged_step(trainer: L.Trainer) -> int:
-    """The step under which Lightning logs the values of the training step that has just ended."""
+    """Return the step under which Lightning logs the values of the training step that has just ended."""
     return max(trainer.global_step - 1, 0)
 
 
 def log_now(trainer: L.Trainer, metrics: Mapping[str, float]) -> None:
-    """To all loggers, and to what other callbacks may monitor; pl_module.log knows no interval but the trainer's."""
+    """Log to all loggers, and for callbacks that monitor it; pl_module.log knows the trainer's interval only."""
     for logger in trainer.loggers:
         logger.log_metrics(dict(metrics), step=logged_step(trainer))
     trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
 
 
 def tensorboards(trainer: L.Trainer) -> list[Any]:
-    """The TensorBoard writers of this run; none outside of the main process."""
+    """Return the TensorBoard writers of this run; none outside of the main process."""
     boards = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
     return [board.experiment for board in boards] if trainer.is_global_zero else []
 
 
 def show_figures(trainer: L.Trainer, figures: Mapping[str, Figure]) -> None:
-    """Figures by tag as images in TensorBoard."""
+    """Log figures by tag as images in TensorBoard."""
     for tag, figure in figures.items():
         image = pixels(figure)
         for board in tensorboards(trainer):
@@ -42,7 +42,7 @@ def show_figures(trainer: L.Trainer, figures: Mapping[str, Figure]) -> None:
 
 
 def pixels(figure: Figure) -> np.ndarray:
-    """A figure as an image (height, width, 4), uint8."""
+    """Render a figure as an image (height, width, 4), uint8."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     canvas = FigureCanvasAgg(figure)
@@ -51,7 +51,7 @@ def pixels(figure: Figure) -> np.ndarray:
 
 
 def short_names(names: Sequence[str]) -> list[str]:
-    """Names without the dotted beginning that all of them share."""
+    """Return the names without the dotted prefix that all of them share."""
     split = [name.split(".") for name in names]
     shared = sum(1 for _ in takewhile(lambda parts: len(set(parts)) == 1, zip(*(parts[:-1] for parts in split), strict=False)))
     return [".".join(parts[shared:]) for parts in split]

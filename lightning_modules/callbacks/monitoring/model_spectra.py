@@ -1,4 +1,4 @@
-"""ModelSpectra: the spectra of all adapted projections of a model at one time, and the files that are written of them.
+"""ModelSpectra: the spectra of all adapted projections of a model at one time, and their files.
 
 Shape legend: L layers (adapted projections), E experts, P positions per expert, R bins of the radius.
 """
@@ -35,29 +35,29 @@ class ModelSpectra:
 
     @classmethod
     def of(cls, experts: Mapping[str, SpectralExperts], config: FourierMoEConfig) -> ModelSpectra:
-        """The spectra as they are now. All processes must ask together."""
+        """Measure the current spectra. All processes must call it together."""
         return cls({name: ExpertSpectra.of(layer) for name, layer in experts.items()}, config)
 
     @property
     def centers(self) -> list[float]:
-        """f_e of every expert. Without frequency bias, of the bands that there would be."""
+        """f_e of every expert, even without frequency bias."""
         return band_centers(self.config.num_experts, self.config.bandwidth, self.config.band_layout)
 
     @cached_property
     def measures(self) -> dict[str, Tensor]:
-        """Measures (L, E) that cost next to nothing."""
+        """Cheap measures (L, E)."""
         layers = self.layers.values()
         return {
             "energy": torch.stack([layer.energy for layer in layers]),
-            "centre": torch.stack([layer.centre for layer in layers]),
-            "spread": torch.stack([layer.spread for layer in layers]),
+            "center": torch.stack([layer.center for layer in layers]),
+            "radius_std": torch.stack([layer.radius_std for layer in layers]),
             "in_band": torch.stack([layer.in_band(self.centers, self.config.bandwidth) for layer in layers]),
             "effective_coefficients": torch.stack([layer.effective_coefficients for layer in layers]),
         }
 
     @cached_property
     def effective_rank(self) -> Tensor:
-        """(L, E); a second for some dozens of layers."""
+        """Effective ranks (L, E); takes a second for some dozens of layers."""
         return torch.stack([layer.effective_rank for layer in self.layers.values()])
 
     @cached_property
@@ -67,14 +67,14 @@ class ModelSpectra:
 
     @cached_property
     def positions(self) -> Tensor:
-        """Share of all positions by radius (E, R): what `occupancy` would be if all coefficients were equal."""
+        """Share of all positions by radius (E, R): the `occupancy` if all coefficients were equal."""
         equal = (replace(layer, coefficients=torch.ones_like(layer.coefficients), scale=1.0) for layer in self.layers.values())
         counts = [layer.radial_occupancy(NUM_BINS) / layer.energy.sum() for layer in equal]
         return torch.stack(counts).mean(0)
 
     @cached_property
     def radial_overlap(self) -> Tensor:
-        """Share of energy at the same radii (E, E), over the layers together."""
+        """Share of energy at the same radii (E, E), of all layers together."""
         return radial_overlap(self.occupancy)
 
     @cached_property
@@ -88,13 +88,13 @@ class ModelSpectra:
         return torch.cat([layer.coefficients.abs() for layer in self.layers.values()], 1)
 
     def write(self, directory: Path) -> None:
-        """spectral_occupancy.csv (a row per layer and expert, first the means), radial_occupancy.csv, spectral_overlap.csv."""
+        """Write spectral_occupancy.csv (a row per layer and expert), radial_occupancy.csv and spectral_overlap.csv."""
         measures = {**self.measures, "effective_rank": self.effective_rank}
         layers = {"all": [m.mean(0).tolist() for m in measures.values()]}
         layers |= {name: [m[index].tolist() for m in measures.values()] for index, name in enumerate(self.layers)}
         write_table(
             directory / "spectral_occupancy.csv",
-            ["layer", "expert", "band_centre", *measures],
+            ["layer", "expert", "band_center", *measures],
             ([layer, e, f, *(m[e] for m in values)] for layer, values in layers.items() for e, f in enumerate(self.centers)),
             digits=6,
         )

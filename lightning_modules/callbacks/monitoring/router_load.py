@@ -1,4 +1,4 @@
-"""RouterLoad: which experts the tokens go to, while training."""
+"""RouterLoad: which experts the tokens go to during training."""
 
 from __future__ import annotations
 
@@ -23,30 +23,30 @@ MAPS = {"router/load_map": "router_load", "router/task_load_map": "task_load"}  
 
 
 class RouterLoad(L.Callback):
-    """Log how the routers share out the tokens of training, over all processes and without padding, and warn when they stop to.
+    """Log how routers distribute the tokens of training, over all processes and without padding; warn when they collapse.
 
     Every interval, means over the routers of the model (`fourier_moe.RouterStatistics` has the formulas):
 
-    - `router/active_experts`, experts that serve a token: K, or what a threshold lets pass;
+    - `router/active_experts`, experts that serve a token: K, or those above a threshold;
     - `router/load_imbalance` (1 is even), `router/load_entropy` (1 is even), `router/dead_experts` (share of all experts);
     - `router/load/expert_{e}`, share of the tokens that expert e serves, and `router/gate/expert_{e}`, its mean gate there;
     - `router/balance_loss_unscaled`, K when even: the loss's formula over all tokens of the interval;
-    - `router/balance_loss`, what the loss contained: mean over the interval's optimiser steps, in each over its batches and
-      processes by their weight in the step. A batch's is the formula over its own tokens, summed over the routers, each times
-      its projection's `balance_weight`. Few tokens are never balanced as evenly as many, so it is more than the former says.
+    - `router/balance_loss`, the balance term of the loss: mean over the interval's optimizer steps, in each over its batches
+      and processes by their weight in the step. A batch's term is the formula over its own tokens, summed over the routers,
+      each times its projection's `balance_weight`. Few tokens are less balanced than many, so it exceeds the unscaled loss.
 
-    TensorBoard also gets a map of the load per layer and expert (`router/load_map`) and, where batches name their `task`, per
+    TensorBoard also shows a map of the load per layer and expert (`router/load_map`) and, where batches name their `task`, per
     task and expert (`router/task_load_map`, mean over the layers). At the end of training the maps of the last epoch are in the
-    run directory: router_load.png, router_load.csv, task_load.png, task_load.csv (every layer). A model without routers is left
-    in peace.
+    run directory: router_load.png, router_load.csv, task_load.png, task_load.csv (every layer). Models without routers are
+    ignored.
 
     Args:
-        every_n_steps: optimiser steps in an interval; null for the trainer's log_every_n_steps.
+        every_n_steps: optimizer steps in an interval; null for the trainer's log_every_n_steps.
         detailed: also log `router_layers/{layer}/...` for every layer.
-        heat_map_every_n_steps: optimiser steps between two maps in TensorBoard; null for ten intervals, or more where drawing
+        heat_map_every_n_steps: optimizer steps between two maps in TensorBoard; null for ten intervals, or more if drawing
             would take more than a hundredth of the time.
-        dead_below: an expert whose load in an interval is less than this share of an even load counts as dead.
-        collapse_below: routing of a layer has collapsed when its `RouterStatistics.spread` (1 even, 0 collapsed) is less.
+        dead_below: an expert is dead if its load in an interval is less than this share of an even load.
+        collapse_below: a layer has collapsed if its `RouterStatistics.balance` (1 even, 0 collapsed) is less.
     """
 
     def __init__(
@@ -68,15 +68,15 @@ class RouterLoad(L.Callback):
         self.heat_map_every_n_steps = heat_map_every_n_steps
         self.dead_below = dead_below
         self.collapse_below = collapse_below
-        self._reader: StatisticsReader | None = None  # while training
+        self._reader: StatisticsReader | None = None  # during training
         self._layers: list[str] = []
         self._interval: LoadSums | None = None
         self._map: LoadSums | None = None  # since the last map
         self._epoch: LoadSums | None = None
-        self._in_step: list[torch.Tensor] = []  # weight, and weight times balance loss (2,), of each batch of a step
+        self._in_step: list[torch.Tensor] = []  # weight, and weight times balance loss (2,), of each batch in a step
         self._in_interval: list[torch.Tensor] = []  # their sums (2,) over each step, on this process
         self._last_step = 0
-        self._no_map_before = 0.0  # the clock's time
+        self._no_map_before = 0.0  # time.monotonic()
         self._warned: set[tuple[str, int | None]] = set()  # layer and expert, or None for the layer
 
     # ---------------------------------------------------------------- when
@@ -177,7 +177,7 @@ class RouterLoad(L.Callback):
         self._warn(layers, pl_module, trainer.global_step)
 
     def _balance_loss(self, trainer: L.Trainer) -> float:
-        """Mean over the steps of the interval; all processes have had the same number of steps."""
+        """Return the mean over the steps of the interval; all processes have the same number of steps."""
         sums = trainer.strategy.reduce(torch.stack(self._in_interval), reduce_op="sum")
         assert isinstance(sums, torch.Tensor)
         self._in_interval = []
@@ -185,7 +185,7 @@ class RouterLoad(L.Callback):
         return float(torch.where(weights > 0, weighted / weights, 0.0).mean())
 
     def _measures(self, layers: RouterStatistics) -> dict[str, torch.Tensor]:
-        """Measures (layers,)."""
+        """Return measures (layers,) by name."""
         return {
             "active_experts": layers.active,
             "load_imbalance": layers.load_imbalance,
@@ -195,7 +195,7 @@ class RouterLoad(L.Callback):
         }
 
     def _draw(self, sums: LoadSums, title: str) -> Mapping[str, Any]:
-        """Figures by tag."""
+        """Draw figures by tag."""
         even = float(sums.layers.even_load.mean())
         figures = {"router/load_map": load_map(sums.layers.load, self._layers, even, f"router load, {title}")}
         if sums.tasks:
@@ -212,10 +212,10 @@ class RouterLoad(L.Callback):
     # ---------------------------------------------------------------- warnings
 
     def _warn(self, layers: RouterStatistics, module: AdaptationModule, step: int) -> None:
-        """Once for a layer that collapses, once for an expert that dies."""
+        """Warn once for a layer that collapses, once for an expert that dies."""
         names = self._layers
-        spread, dead = layers.spread.tolist(), layers.dead(self.dead_below).tolist()
-        collapsed = [(name, None) for name, value in zip(names, spread, strict=True) if value < self.collapse_below]
+        balances, dead = layers.balance.tolist(), layers.dead(self.dead_below).tolist()
+        collapsed = [(name, None) for name, value in zip(names, balances, strict=True) if value < self.collapse_below]
         new_layers = [layer for layer in collapsed if layer not in self._warned]
         self._warned.update(new_layers)
         all_dead = [(name, e) for name, row in zip(names, dead, strict=True) for e, is_dead in enumerate(row) if is_dead]

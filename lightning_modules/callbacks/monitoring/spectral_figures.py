@@ -1,4 +1,4 @@
-"""How spectra look on paper: rings on the frequency plane, occupancy by radius, overlap between experts.
+"""Figures of spectra: rings on the frequency plane, occupancy by radius, overlap between experts.
 
 Shape legend: E experts, P positions per expert, R bins of the radius.
 """
@@ -21,17 +21,17 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PANEL = 3.9  # inches
-EDGE = 1.04  # of the plane as drawn: dots on its border are whole
-INK = 0.16  # share of a panel that its dots cover, if none overlap
-MOST_NUMBERS = 16  # experts up to which every cell of the overlap shows its number
+EDGE = 1.04  # limit of the axes, beyond 1 so that dots on the border are complete
+INK = 0.16  # share of a panel that dots cover if none overlap
+MAX_NUMBERS = 16  # experts up to which every cell of the overlap shows its number
 
 
 def rings(spectra: ModelSpectra, layers: Sequence[str], title: str) -> Figure:
-    """The frequency plane of some layers (the paper's Figures 5 and 6): a dot for every coefficient and for its conjugate.
+    """Draw the frequency plane of some layers (the paper's Figures 5 and 6): a dot for every coefficient and its conjugate.
 
-    Colour is the expert, area the energy (one scale within a panel); faint rings are the experts' bands.
+    The color is the expert, the area the energy (one scale within a panel); faint rings are the experts' bands.
     """
-    from matplotlib.figure import Figure  # here, because it takes as long to import as a small run to train
+    from matplotlib.figure import Figure  # here: it takes as long to import as a small run
 
     colors = _colors(spectra.config.num_experts)
     figure = Figure(figsize=(PANEL * len(layers) + 1.5, PANEL + 0.9), layout="compressed")
@@ -50,7 +50,7 @@ def rings(spectra: ModelSpectra, layers: Sequence[str], title: str) -> Figure:
 
 
 def radial_occupancy(spectra: ModelSpectra, title: str) -> Figure:
-    """Density of the energy over the radius by expert, all layers together; dotted: the same if all coefficients were equal."""
+    """Draw the density of energy over the radius by expert, all layers together; dotted: if all coefficients were equal."""
     from matplotlib.figure import Figure
 
     colors = _colors(spectra.config.num_experts)
@@ -63,7 +63,7 @@ def radial_occupancy(spectra: ModelSpectra, title: str) -> Figure:
         axes.stairs(energy, edges, fill=True, color=color, alpha=0.3)
         axes.stairs(energy, edges, color=color, linewidth=1.5)
         axes.stairs(positions, edges, color=color, linewidth=1, linestyle=":")
-    axes.set(xlim=(0, 1), xlabel="normalised radius (0: constant, 1: corner of the plane)", ylabel="energy per unit of radius")
+    axes.set(xlim=(0, 1), xlabel="normalized radius (0: constant, 1: corner of the plane)", ylabel="energy per unit of radius")
     axes.set_ylim(bottom=0)
     axes.set_title(f"radial occupancy, {title}", loc="left")
     axes.plot([], [], color="black", linewidth=1.5, label="energy")
@@ -74,7 +74,7 @@ def radial_occupancy(spectra: ModelSpectra, title: str) -> Figure:
 
 
 def overlap(spectra: ModelSpectra, title: str) -> Figure:
-    """Overlap between experts, all layers together: share of energy at the same radii, and cosine between updates."""
+    """Draw the overlap between experts, all layers together: share of energy at the same radii, cosine between updates."""
     from matplotlib.figure import Figure
 
     num_experts = spectra.config.num_experts
@@ -88,7 +88,7 @@ def overlap(spectra: ModelSpectra, title: str) -> Figure:
 
 
 def _curve(share_R: torch.Tensor) -> np.ndarray:
-    """Density of shares (R,); nothing is drawn where there is nothing."""
+    """Return the density of shares (R,), NaN where it is 0, so that nothing is drawn."""
     return (share_R * NUM_BINS).where(share_R > 0, math.nan).numpy()
 
 
@@ -96,10 +96,10 @@ def _draw_matrix(axes: Axes, values: torch.Tensor, title: str, **options: Any) -
     image = axes.imshow(values.numpy(), vmax=1, interpolation="nearest", **options)
     axes.figure.colorbar(image, ax=axes, shrink=0.8)
     axes.set(title=title, xlabel="expert", ylabel="expert")
-    every = -(-len(values) // MOST_NUMBERS)
+    every = -(-len(values) // MAX_NUMBERS)
     axes.set_xticks(range(0, len(values), every))
     axes.set_yticks(range(0, len(values), every))
-    if len(values) > MOST_NUMBERS:
+    if len(values) > MAX_NUMBERS:
         return
     for (row, column), value in np.ndenumerate(values.numpy()):
         color = "white" if abs(value) > 0.6 else "black"
@@ -113,14 +113,14 @@ def _draw_bands(axes: Axes, spectra: ModelSpectra, colors: np.ndarray) -> None:
     if not spectra.config.frequency_bias:
         return
     bands = [band_edges(center, spectra.config.bandwidth) for center in spectra.centers]
-    depth = max(1.0, sum(min(outer, 1) - inner for inner, outer in bands if inner < 1))  # how many bands overlap, on average
+    depth = max(1.0, sum(min(outer, 1) - inner for inner, outer in bands if inner < 1))  # mean number of bands that overlap
     for (inner, outer), color in zip(bands, colors, strict=True):
         width = math.sqrt(2) * (outer - inner)
         axes.add_patch(Annulus((0, 0), math.sqrt(2) * outer, width, facecolor=color, alpha=0.12 / depth, linewidth=0))
 
 
 def _draw_coefficients(axes: Axes, spectra: ExpertSpectra, colors: np.ndarray) -> None:
-    """The largest first, so that no dot hides behind another."""
+    """Draw the largest dots first, so that none hides another."""
     y, x = (2 * spectra.frequencies / torch.tensor([spectra.out_features, spectra.in_features])).flatten(0, 1).T.numpy()
     expert = np.repeat(np.arange(len(spectra.coefficients)), spectra.coefficients.shape[1])
     energy = spectra.pair_energy.flatten().numpy()
@@ -134,19 +134,19 @@ def _draw_coefficients(axes: Axes, spectra: ExpertSpectra, colors: np.ndarray) -
 
 
 def _expert_bar(figure: Figure, panels: Any, colors: np.ndarray) -> None:
-    """Which colour is which expert."""
+    """Draw the color bar of experts."""
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import BoundaryNorm, ListedColormap
 
     num_experts = len(colors)
     norm = BoundaryNorm(np.arange(num_experts + 1) - 0.5, num_experts)
     bar = figure.colorbar(ScalarMappable(norm, ListedColormap(colors)), ax=panels, label="expert", shrink=0.85, pad=0.01)
-    bar.set_ticks(range(0, num_experts, -(-num_experts // MOST_NUMBERS)))
+    bar.set_ticks(range(0, num_experts, -(-num_experts // MAX_NUMBERS)))
     bar.minorticks_off()
 
 
 def _colors(num_experts: int) -> np.ndarray:
-    """A colour per expert (E, 4), from low to high frequencies as in the rainbow."""
+    """Return a color per expert (E, 4), from low to high frequencies as in the rainbow."""
     from matplotlib import colormaps
 
     return colormaps["turbo"](np.linspace(0.06, 0.94, num_experts))

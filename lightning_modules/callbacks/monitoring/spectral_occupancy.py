@@ -1,4 +1,4 @@
-"""SpectralOccupancy: what each expert learns, as a spectrum, while training."""
+"""SpectralOccupancy: the spectrum that each expert learns during training."""
 
 from __future__ import annotations
 
@@ -28,33 +28,34 @@ FILES = {
     "spectrum/overlap": "spectral_overlap",
 }
 IMAGES_EVERY = 10  # measurements between two pictures
-MOST_OF_TIME = 0.01  # share of the time that measurements at the end of an interval may take
+TIME_BUDGET = 0.01  # share of the time that measurements at the end of an interval may take
 
 
 class SpectralOccupancy(L.Callback):
-    """Log where in the frequency plane each expert's update lies, and how much of it is used.
+    """Log where each expert's update lies in the frequency plane, and how many of its coefficients are in use.
 
     Means over the adapted projections (`fourier_moe.analysis.spectra` has the formulas), as `spectrum/{measure}/expert_{e}`:
 
-    - `energy`, the squared Frobenius norm of the update; `centre` and `spread`, mean and standard deviation of its radius;
+    - `energy`, the squared Frobenius norm of the update; `center` and `radius_std`, mean and standard deviation of its
+      radius;
     - `in_band`, share of the energy inside the expert's band;
-    - `effective_coefficients`, 1 to P complex coefficients in use, and with every picture `effective_rank`, 1 to 2P.
+    - `effective_coefficients`, 1 to P complex coefficients in use, and `effective_rank`, 1 to 2P, with every picture.
 
-    TensorBoard also gets histograms of the coefficients' moduli (`spectrum/magnitude/expert_{e}`) and pictures: coefficients on
-    the frequency plane, coloured by expert (`spectrum/rings`), energy by radius (`spectrum/radial_occupancy`) and the overlap
+    TensorBoard also shows histograms of the coefficients' moduli (`spectrum/magnitude/expert_{e}`) and pictures: coefficients
+    on the frequency plane, colored by expert (`spectrum/rings`), energy by radius (`spectrum/radial_occupancy`) and the overlap
     between experts (`spectrum/overlap`). At the end of training these are in the run directory as spectral_rings.png,
     radial_occupancy.{png,csv}, spectral_overlap.{png,csv}, and the measures of every layer as spectral_occupancy.csv.
-    A model without FourierMoE adapters is left in peace.
+    Models without FourierMoE adapters are ignored.
 
     Args:
-        every_n_steps: optimiser steps between two measurements; null for validations and ends of epochs, as many of them as
-            take 1 % of the time.
-        images_every_n_steps: optimiser steps between two pictures in TensorBoard; null for every tenth measurement.
+        every_n_steps: optimizer steps between two measurements; null for validations and ends of epochs, but so few that
+            they take at most 1 % of the time.
+        images_every_n_steps: optimizer steps between two pictures in TensorBoard; null for every tenth measurement.
         detailed: also log `spectrum_layers/{layer}/{measure}/expert_{e}` of every layer.
-        layers: projections that the rings show, by their names in the model; null for the first, the middle and the last.
+        layers: names of the projections in the picture of rings; null for the first, the middle and the last.
 
     Raises:
-        UserError: at the start of training, if `layers` names what is not adapted.
+        UserError: at the start of training, if `layers` names a projection that is not adapted.
     """
 
     def __init__(
@@ -74,10 +75,10 @@ class SpectralOccupancy(L.Callback):
         self.detailed = detailed
         self.layers = layers
         self._experts: dict[str, SpectralExperts] = {}
-        self._shown: list[str] = []  # layers of the rings
-        self._measured = self._drawn = self._seen = -1  # optimiser steps
+        self._shown: list[str] = []  # layers in the picture of rings
+        self._measured = self._drawn = self._seen = -1  # optimizer steps
         self._num_measured = 0
-        self._not_before = 0.0  # the clock's time
+        self._not_before = 0.0  # time.monotonic()
 
     # ---------------------------------------------------------------- when
 
@@ -141,12 +142,12 @@ class SpectralOccupancy(L.Callback):
     # ---------------------------------------------------------------- what
 
     def _end_of_interval(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """An epoch often ends with a validation: once per step. Where intervals are short, some are left out."""
+        """Measure at most once per step, as epochs often end with a validation, and skip some of short intervals."""
         due = self._experts and self.every_n_steps is None and self._measured != trainer.global_step
-        if due and (trainer.world_size > 1 or time.monotonic() >= self._not_before):  # processes have to agree
+        if due and (trainer.world_size > 1 or time.monotonic() >= self._not_before):  # processes must agree
             started = time.monotonic()
             self._report_and_show(trainer, pl_module, measure=True, draw=self._is_picture_due())
-            self._not_before = started + (time.monotonic() - started) / MOST_OF_TIME
+            self._not_before = started + (time.monotonic() - started) / TIME_BUDGET
 
     def _is_picture_due(self) -> bool:
         return self.images_every_n_steps is None and (self._num_measured + 1) % IMAGES_EVERY == 0
@@ -157,7 +158,7 @@ class SpectralOccupancy(L.Callback):
             show_figures(trainer, self._figures(spectra, trainer.global_step))
 
     def _report(self, trainer: L.Trainer, pl_module: L.LightningModule, measure: bool, draw: bool) -> ModelSpectra:
-        """Log what goes with a measurement and with a picture, but the picture."""
+        """Log the values of a measurement or a picture, without the picture itself."""
         assert isinstance(pl_module, AdaptationModule)
         config = adapter_config(pl_module.model)
         assert isinstance(config, FourierMoEConfig)
@@ -176,7 +177,7 @@ class SpectralOccupancy(L.Callback):
         return spectra
 
     def _by_expert(self, name: str, values: Tensor) -> dict[str, float]:
-        """A measure (layers, E) by tag."""
+        """Return a measure (layers, E) by tag."""
         metrics = {f"spectrum/{name}/expert_{expert}": float(value) for expert, value in enumerate(values.mean(0))}
         if self.detailed:
             for layer, row in zip(self._experts, values, strict=True):
@@ -189,7 +190,7 @@ class SpectralOccupancy(L.Callback):
                 board.add_histogram(f"spectrum/magnitude/expert_{expert}", magnitude, logged_step(trainer))
 
     def _figures(self, spectra: ModelSpectra, step: int) -> dict[str, Figure]:
-        """Figures by tag."""
+        """Draw figures by tag."""
         title = f"step {step}"
         return {
             "spectrum/rings": rings(spectra, self._shown, title),

@@ -1,8 +1,7 @@
-"""Throughput: how fast training goes, and how much memory it takes."""
+"""Throughput: the speed of training, and its peak memory."""
 
 from __future__ import annotations
 
-import sys
 import time
 from typing import Any
 
@@ -12,9 +11,7 @@ import torch
 from fourier_moe.errors import UserError
 from lightning_modules.adaptation import AdaptationModule
 from lightning_modules.callbacks.monitoring.logged import log_now
-
-if sys.platform != "win32":
-    import resource
+from lightning_modules.callbacks.monitoring.peak_memory import peak_resident_bytes
 
 GIB = 2**30
 
@@ -22,14 +19,16 @@ GIB = 2**30
 class Throughput(L.Callback):
     """Log speed and peak memory of training over all processes. Validation does not count, waiting for data does.
 
+    Lightning's ThroughputMonitor waits for the GPU in every step, and knows neither padding nor steps of several batches.
+
     Every interval:
 
     - `speed/step_seconds`, per optimiser step; `speed/samples_per_second`; `speed/tokens_per_second`, without padding, where
       the task knows its padding (`Task.token_mask`);
-    - `memory/gpu_peak_gib`, what tensors took since training began, and `memory/process_peak_gib`, the process's resident
-      memory since it began (not on Windows); each of the process that took most.
+    - `memory/gpu_peak_gib`, memory of tensors since training began, and `memory/process_peak_gib`, resident memory of the
+      process since it began (not on Windows), each of the process that took most.
 
-    A GPU is waited for once per interval.
+    The GPU is synchronized once per interval.
 
     Args:
         every_n_steps: optimiser steps in an interval; null for the trainer's log_every_n_steps.
@@ -40,7 +39,7 @@ class Throughput(L.Callback):
             raise UserError(f"every_n_steps={every_n_steps} must be 1 or more, or null")
         self.every_n_steps = every_n_steps
         self._device = torch.device("cpu")
-        self._started: float | None = None  # when the interval began, moved on by what does not count
+        self._started: float | None = None  # start of the interval, moved forward by what does not count
         self._paused = 0.0
         self._last_step = self._first_step = 0
         self._samples = 0
@@ -67,7 +66,7 @@ class Throughput(L.Callback):
         self._samples += len(batch["id"])
         mask = pl_module.task.token_mask(batch)
         if mask is not None:
-            tokens = mask.sum()  # stays on its device: a step never waits for it
+            tokens = mask.sum()  # stays on its device, so that no step waits for it
             self._tokens = tokens if self._tokens is None else self._tokens + tokens
         step = trainer.global_step
         if step != self._last_step and step % interval == 0:  # the same step: gradients are being accumulated
@@ -101,9 +100,9 @@ class Throughput(L.Callback):
         peaks = {}
         if self._device.type == "cuda":
             peaks["memory/gpu_peak_gib"] = torch.cuda.max_memory_allocated(self._device) / GIB
-        if sys.platform != "win32":
-            unit = 1 if sys.platform == "darwin" else 1024
-            peaks["memory/process_peak_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB
+        resident = peak_resident_bytes()
+        if resident is not None:
+            peaks["memory/process_peak_gib"] = resident / GIB
         return peaks
 
     def _reduce(self, trainer: L.Trainer, values: torch.Tensor, operation: str) -> list[float]:

@@ -84,7 +84,7 @@ class SensitivityReport:
                 row: dict[str, Any] = {"source": source, "layer": name}
                 for measure in MEASURES:
                     control, spread = one.control(measure)
-                    values = {"": getattr(one.spectrum, measure), "/permuted": control, "/permuted_spread": spread}
+                    values = {"": getattr(one.spectrum, measure), "/permuted": control, "/permuted_std": spread}
                     row |= {f"{measure}{suffix}": value for suffix, value in values.items()}
                 row |= {"mean_radius/white": one.spectrum.white_radius, "strongest_share/white": one.spectrum.white_share}
                 rows.append(row)
@@ -97,10 +97,10 @@ class SensitivityReport:
         rows = []
         for row in self.rows():
             radius, unevenness = (
-                (f"{row[m]:.3f}", f"{row[f'{m}/permuted']:.3f} ± {row[f'{m}/permuted_spread']:.3f}") for m in MEASURES[:2]
+                (f"{row[m]:.3f}", f"{row[f'{m}/permuted']:.3f} ± {row[f'{m}/permuted_std']:.3f}") for m in MEASURES[:2]
             )
             share, permuted, spread, white = (
-                f"{100 * row[f'strongest_share{suffix}']:.1f}" for suffix in ("", "/permuted", "/permuted_spread", "/white")
+                f"{100 * row[f'strongest_share{suffix}']:.1f}" for suffix in ("", "/permuted", "/permuted_std", "/white")
             )
             cells = [*radius, f"{row['mean_radius/white']:.3f}", *unevenness, share, f"{permuted} ± {spread}", white]
             rows.append([row["source"], row["layer"], *cells])
@@ -149,7 +149,7 @@ class SensitivityReport:
             for (source, name), sensitivity in {**self.results, **means}.items()
             for values in _curve(sensitivity)
         )
-        header = ["source", "layer", "radius", "density", "density/permuted", "density/permuted_spread"]
+        header = ["source", "layer", "radius", "density", "density/permuted", "density/permuted_std"]
         write_table(directory / "spectra.csv", header, curves, digits=6)
         gradient = self.means[GRADIENT]
         facts = {"structured": self.structured} | {f"{measure}/deviation": gradient.deviation(measure) for measure in MEASURES}

@@ -73,8 +73,8 @@ def test_measures_are_those_of_the_dense_update_and_its_transform(changes, shape
     torch.testing.assert_close(spectra.energy, dense.square().sum((1, 2)))
     share = energy / energy.sum((1, 2), keepdim=True)
     centre = (share * radius).sum((1, 2))
-    torch.testing.assert_close(spectra.centre, centre)
-    torch.testing.assert_close(spectra.spread, ((share * (radius - centre[:, None, None]) ** 2).sum((1, 2))).sqrt())
+    torch.testing.assert_close(spectra.center, centre)
+    torch.testing.assert_close(spectra.radius_std, ((share * (radius - centre[:, None, None]) ** 2).sum((1, 2))).sqrt())
     torch.testing.assert_close(spectra.effective_coefficients, torch.special.entr(share).sum((1, 2)).exp() / 2)
     centers = band_centers(4, 0.3, "cover")
     inside = torch.stack([band_weight(radius, center, 0.3) >= math.exp(-1) for center in centers])
@@ -113,8 +113,8 @@ def test_measures_by_hand():
     assert spectra.energy.tolist() == pytest.approx([10 * wave, 4 * wave, 2 * wave])
     r = [rho / 2, math.sqrt(((8 / 32) ** 2 + (2 / 64) ** 2) / 2)]
     centre = 0.9 * r[0] + 0.1 * r[1]
-    assert spectra.centre.tolist() == pytest.approx([centre, rho / 2, 0.375 * rho])
-    assert spectra.spread.tolist() == pytest.approx([0.3 * (r[0] - r[1]), 0, 0.125 * rho], abs=1e-9)
+    assert spectra.center.tolist() == pytest.approx([centre, rho / 2, 0.375 * rho])
+    assert spectra.radius_std.tolist() == pytest.approx([0.3 * (r[0] - r[1]), 0, 0.125 * rho], abs=1e-9)
     first = math.exp(-0.9 * math.log(0.9) - 0.1 * math.log(0.1))
     assert spectra.effective_coefficients.tolist() == pytest.approx([first, 1, 2])
     # Rank 1 where u or v is 0, otherwise 2. A constant has the norm of a cosine times the square root of 2.
@@ -150,8 +150,8 @@ def test_without_energy_an_expert_is_where_its_positions_are_and_uses_nothing(ch
     layer.coefficients.data.zero_()[1, 0] = 1  # the others are dead
     spectra = ExpertSpectra.of(layer)
     dead = [0, 2, 3]
-    torch.testing.assert_close(spectra.centre[dead], spectra.radius.mean(1)[dead])
-    torch.testing.assert_close(spectra.spread[dead], spectra.radius.std(1, correction=0)[dead])
+    torch.testing.assert_close(spectra.center[dead], spectra.radius.mean(1)[dead])
+    torch.testing.assert_close(spectra.radius_std[dead], spectra.radius.std(1, correction=0)[dead])
     for measure in (spectra.energy, spectra.effective_coefficients, spectra.effective_rank):
         assert measure[dead].tolist() == [0, 0, 0]
         assert measure[1] > 0
@@ -163,7 +163,7 @@ def test_a_wave_of_tiny_energy_is_still_a_wave():
     spectra = spectra_of([[[3, 4], [5, 6]]], [[1e-30, 1e-30]])
     assert spectra.effective_coefficients.item() == pytest.approx(2)
     assert spectra.effective_rank.item() == pytest.approx(4)
-    assert spectra.centre.item() == pytest.approx(spectra.radius.mean().item())
+    assert spectra.center.item() == pytest.approx(spectra.radius.mean().item())
 
 
 @pytest.mark.parametrize("center", [0.0, 0.0625, 0.5, 0.9375])

@@ -82,7 +82,7 @@ def test_hydralora_has_no_balance_loss_and_its_load_is_even():
         assert layer.balance_loss() is None
     statistics = reader.read()["router"]
     assert statistics.counts.tolist() == [6] * 4
-    assert (float(statistics.active), float(statistics.spread)) == (4, 1)
+    assert (float(statistics.active), float(statistics.balance)) == (4, 1)
     assert float(statistics.gate.sum()) == pytest.approx(1)
 
 
@@ -122,7 +122,7 @@ def test_token_without_an_expert_gets_the_base_s_output_and_the_dead_are_seen():
     assert (int(statistics.tokens), float(statistics.active), float(loss)) == (6, 0, 0)
     assert statistics.dead(0.01).all()
     assert not statistics.dead(0).any()
-    assert float(statistics.spread) < 0.3
+    assert float(statistics.balance) < 0.3
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])

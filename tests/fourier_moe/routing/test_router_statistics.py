@@ -238,7 +238,7 @@ def test_measures_of_loads_computed_by_hand():
         counts = torch.tensor(counts, dtype=torch.float64)
         tokens = counts.sum(-1, keepdim=True) / top_k
         statistics = RouterStatistics(torch.cat([counts, counts / top_k, counts / top_k, tokens]))
-        return [float(v) for v in (statistics.load_imbalance, statistics.load_entropy, statistics.spread)]
+        return [float(v) for v in (statistics.load_imbalance, statistics.load_entropy, statistics.balance)]
 
     assert measured([5, 5, 5, 5], 2) == pytest.approx([1, 1, 1])
     assert measured([10, 10, 0, 0], 2) == pytest.approx([2, 0.5, 0])
@@ -262,7 +262,7 @@ def test_measures_where_tokens_have_any_number_of_experts():
     def measured(counts, tokens):
         counts = torch.tensor(counts, dtype=torch.float64)
         statistics = RouterStatistics(torch.cat([counts, counts, counts, torch.tensor([tokens])]))
-        return [float(v) for v in (statistics.active, statistics.load_imbalance, statistics.load_entropy, statistics.spread)]
+        return [float(v) for v in (statistics.active, statistics.load_imbalance, statistics.load_entropy, statistics.balance)]
 
     assert measured([4, 4, 4, 4], 10) == pytest.approx([1.6, 1, 1, 1])
     assert measured([10, 5, 0, 0], 10) == pytest.approx([1.5, 8 / 3, 0.4591479, (math.exp(0.6365142) - 1.5) / 2.5])

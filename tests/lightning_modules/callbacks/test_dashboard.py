@@ -54,7 +54,7 @@ def test_every_chart_of_the_page_shows_tags_that_are_logged(tmp_path):
     callbacks = [RouterLoad(), Throughput(), Dashboard(), LearningRateMonitor()]
     fit(tmp_path, *callbacks, logger=board(tmp_path))
     page = shown(events_in(tmp_path))
-    assert list(page) == [section for section in CHARTS if "specialised" not in section]
+    assert list(page) == [section for section in CHARTS if "specialized" not in section]
     for section, charts in page.items():
         assert list(charts) == list(CHARTS[section])
     tags = ["router/load/expert_0", "router/load_map", "router/load/expert_10", "router/load_imbalance"]

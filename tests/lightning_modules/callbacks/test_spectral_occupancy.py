@@ -20,7 +20,7 @@ from lightning_modules.callbacks.monitoring.spectral_figures import overlap, rad
 from lightning_modules.optimization import Optimization, ParameterGroup
 
 E, P, LAYERS = ADAPTER.num_experts, ADAPTER.pairs_per_expert, ["q_proj", "v_proj"]
-MEASURES = ["energy", "centre", "spread", "in_band", "effective_coefficients", "effective_rank"]
+MEASURES = ["energy", "center", "radius_std", "in_band", "effective_coefficients", "effective_rank"]
 FILES = [
     *("radial_occupancy.csv", "radial_occupancy.png", "spectral_occupancy.csv"),
     *("spectral_overlap.csv", "spectral_overlap.png", "spectral_rings.png"),
@@ -81,7 +81,7 @@ def test_csv_has_every_layer_and_the_mean(finished):
         for e, column in enumerate(zip(*values(spectra), strict=True)):
             row = table[layer, e]
             assert [float(row[name]) for name in MEASURES] == pytest.approx([float(value) for value in column], rel=1e-5)
-            assert float(row["band_centre"]) == (e + 0.5) / E
+            assert float(row["band_center"]) == (e + 0.5) / E
     for e in range(E):
         mean = sum(float(table[layer, e]["energy"]) for layer in LAYERS) / 2
         assert float(table["all", e]["energy"]) == pytest.approx(mean, rel=1e-5)
@@ -151,7 +151,7 @@ def test_every_tenth_measurement_is_a_picture(tmp_path):
 def test_validations_within_an_epoch_and_the_end_of_training_are_measured(tmp_path):
     logger = CSVLogger(tmp_path, name="", version="")
     fit(tmp_path, SpectralOccupancy(), logger=logger, val_check_interval=2)
-    assert [int(row["step"]) for row in rows(tmp_path / "metrics.csv") if row.get("spectrum/centre/expert_0")] == [1, 2]
+    assert [int(row["step"]) for row in rows(tmp_path / "metrics.csv") if row.get("spectrum/center/expert_0")] == [1, 2]
 
 
 def test_no_logger_and_no_validation_still_write_the_files(tmp_path):
@@ -171,7 +171,7 @@ def test_what_never_moved_has_numbers_and_pictures(tmp_path):
     logged = fit(tmp_path, SpectralOccupancy(every_n_steps=1), module=module, logger=logger).callback_metrics
     assert all(math.isfinite(float(value)) for name, value in logged.items() if name.startswith("spectrum"))
     assert float(logged["spectrum/energy/expert_0"]) == float(logged["spectrum/effective_rank/expert_0"]) == 0
-    assert float(logged["spectrum/centre/expert_3"]) > float(logged["spectrum/centre/expert_0"]) > 0
+    assert float(logged["spectrum/center/expert_3"]) > float(logged["spectrum/center/expert_0"]) > 0
     assert "nan" not in (tmp_path / "spectral_occupancy.csv").read_text() + (tmp_path / "spectral_overlap.csv").read_text()
 
 

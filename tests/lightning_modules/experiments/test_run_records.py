@@ -1,13 +1,14 @@
 """What every run's row says: commit, versions, hash of the config, peak memory; and the picture of them all."""
 
 import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 import lightning_modules.experiments.provenance
-from lightning_modules.experiments.peak_memory import PeakMemory
+from lightning_modules.callbacks.monitoring.peak_memory import PeakMemory
 from lightning_modules.experiments.plots import pareto_front, plot_comparison
 from lightning_modules.experiments.provenance import config_hash, repository_commit, versions
 from lightning_modules.experiments.results import Result, result_frame
@@ -68,9 +69,7 @@ def test_versions_name_libraries_and_device():
     assert {"python", "torch", "peft", "device"} <= versions(CPU).keys()
 
 
-@pytest.mark.skipif(
-    not lightning_modules.experiments.peak_memory._CLEAR.exists(), reason="resident memory can be set back on Linux only"
-)
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak of resident memory can be reset on Linux only")
 def test_peak_is_of_this_training_and_not_of_an_earlier_larger_one():
     trainer = SimpleNamespace(strategy=SimpleNamespace(root_device=CPU, reduce=lambda value, reduce_op: value))
     size = 64 * 2**20  # bytes; as one block, which goes back to the system
