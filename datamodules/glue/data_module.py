@@ -15,7 +15,7 @@ from datamodules.glue.benchmarks import TEST, TRAIN, VALIDATION, find_task
 from datamodules.glue.custom import OWN, OwnSentences
 from datamodules.glue.dataset import PadBatch, TextDataset
 from datamodules.glue.directory import open_directory
-from datamodules.glue.hub import HubFiles
+from datamodules.glue.parquet import HubFiles
 from datamodules.glue.source import Examples, GlueSource
 from datamodules.glue.summary import SetSummary, summarise
 from datamodules.glue.synthetic import write_tsv_files

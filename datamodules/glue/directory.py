@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from datamodules.glue.benchmarks import GlueTask
-from datamodules.glue.files import TsvFiles, find_tsv_files
-from datamodules.glue.paraphrases import find_paraphrase_files
+from datamodules.glue.parquet import ParquetFiles, find_parquet_files
 from datamodules.glue.source import GlueSource
-from datamodules.glue.tables import ParquetFiles, find_parquet_files
+from datamodules.glue.tsv import TsvFiles, find_tsv_files
 from fourier_moe.errors import UserError
 
 
@@ -34,8 +33,6 @@ def open_directory(directory: Path, name: str, task: GlueTask) -> GlueSource:
     for folder in (*folders, directory):
         if files := find_tsv_files(folder, task):
             return TsvFiles(task, files, folder)
-        if name == "mrpc" and (paraphrases := find_paraphrase_files(folder, task)):
-            return paraphrases
         if parquet_files := find_parquet_files(folder, task):
             return ParquetFiles(task, parquet_files, folder)
     raise UserError(f"directory '{directory}' has no data of {name}; expected {layouts}")

@@ -6,7 +6,7 @@ import random
 from pathlib import Path
 
 from datamodules.glue.benchmarks import TEST, TRAIN, VALIDATION, GlueTask
-from datamodules.glue.files import tsv_name
+from datamodules.glue.tsv import tsv_name
 
 NUM_EXAMPLES = {TRAIN: 80, VALIDATION: 16, TEST: 8}
 

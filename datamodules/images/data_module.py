@@ -9,12 +9,12 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader
 
-from datamodules.images.collection import TEST, TRAIN, VALIDATION, ImageCollection
+from datamodules.images.benchmarks import find_benchmark
 from datamodules.images.dataset import FileSplit, ImageDataset, ImageSplit
 from datamodules.images.decoding import IMAGE_EXTENSIONS
 from datamodules.images.directory import open_directory
 from datamodules.images.files import describe_left_out, find_files
-from datamodules.images.source import find_source
+from datamodules.images.source import TEST, TRAIN, VALIDATION, ImageSource
 from datamodules.images.transforms import CLIP_MEAN, CLIP_STD, eval_transform, normalisation, train_transform
 from datamodules.shared.arguments import require
 from datamodules.shared.data_module import BaseDataModule, incomplete
@@ -87,14 +87,15 @@ class ImageDataModule(BaseDataModule):
             synthetic=synthetic,
             revision=revision,
         )
-        self._source = find_source(dataset)
+        self._benchmark = find_benchmark(dataset)
         require("image_size", image_size, image_size >= 1, "1 or more")
         require("mean", mean, len(mean) == 3 and all(map(math.isfinite, mean)), "three numbers")
         require("std", std, len(std) == 3 and all(0 < value < math.inf for value in std), "three positive numbers")
         require("validation_fraction", validation_fraction, 0 < validation_fraction < 1, "between 0 and 1, exclusive")
-        require("revision", revision, revision is None or self._source.on_hub, f"null for '{dataset}', which is not on the hub")
-        if self._source.needs_directory and directory is None and predict_directory is None and not synthetic:
-            self._source.open(dataset)  # says what is needed
+        has_revisions = revision is None or self._benchmark.on_hub
+        require("revision", revision, has_revisions, f"null for '{dataset}', which is not on the hub")
+        if self._benchmark.needs_directory and directory is None and predict_directory is None and not synthetic:
+            self._benchmark.open(dataset)  # says what is needed
 
         self.dataset = dataset
         self.image_size = image_size
@@ -107,7 +108,7 @@ class ImageDataModule(BaseDataModule):
         self._eval_transform = eval_transform(image_size)
         self._normalisation = normalisation(mean, std)
         self._class_names: list[str] = []
-        self._collection: ImageCollection | None = None
+        self._source: ImageSource | None = None
         self._datasets: dict[str, ImageDataset] = {}
         if self._is_local:
             self._open()
@@ -119,7 +120,7 @@ class ImageDataModule(BaseDataModule):
     @property
     def num_classes(self) -> int | None:
         """Number of classes; None for ``folder`` with nothing but a ``predict_directory``."""
-        return len(self._class_names) or self._source.num_classes
+        return len(self._class_names) or self._benchmark.num_classes
 
     @property
     def class_names(self) -> list[str]:
@@ -133,15 +134,15 @@ class ImageDataModule(BaseDataModule):
             return len(self._datasets[TRAIN])
         if self._is_local:
             return len(self._select(TRAIN)[1])
-        if TRAIN not in self._source.sizes:
+        if TRAIN not in self._benchmark.sizes:
             return None
-        held_out = 0.0 if VALIDATION in self._source.splits else self.validation_fraction
-        return round(self._source.sizes[TRAIN] * (1 - held_out))
+        held_out = 0.0 if VALIDATION in self._benchmark.splits else self.validation_fraction
+        return round(self._benchmark.sizes[TRAIN] * (1 - held_out))
 
     @property
     def data_revision(self) -> str | None:
         """The commit of the hub's data set that was read; None for other images."""
-        return None if self._collection is None else self._collection.revision
+        return None if self._source is None else self._source.revision
 
     @property
     def evaluation_notes(self) -> dict[str, str]:
@@ -158,9 +159,9 @@ class ImageDataModule(BaseDataModule):
         """
         predicts_files = self.trainer is not None and self.trainer.predicting and self._predict_directory is not None
         if not self._is_local and not predicts_files:
-            if self._source.sizes:
-                self._require_shared_memory(max(self._source.sizes.values()))
-            self._source.download(self.dataset, self._revision)
+            if self._benchmark.sizes:
+                self._require_shared_memory(max(self._benchmark.sizes.values()))
+            self._benchmark.download(self.dataset, self._revision)
 
     def setup(self, stage: str) -> None:
         """Loads what the stage needs, once; the train and validation splits for "fit", one split for the others.
@@ -185,7 +186,7 @@ class ImageDataModule(BaseDataModule):
             rank_zero_info(self._summary(missing))
 
     def forget(self) -> None:
-        self._collection = None
+        self._source = None
         self._datasets.clear()
 
     def normalise(self, images: torch.Tensor) -> torch.Tensor:
@@ -219,23 +220,24 @@ class ImageDataModule(BaseDataModule):
     def _is_local(self) -> bool:
         return self.synthetic or self._directory is not None
 
-    def _open(self) -> ImageCollection:
+    def _open(self) -> ImageSource:
         """Opens the data set wherever it is, unless that has been done."""
-        if self._collection is None:
+        if self._source is None:
             if self.synthetic:
-                self._collection = self._generate()
+                self._source = self._generate()
             elif self._directory is not None:
-                self._collection = open_directory(self._directory)
+                self._source = open_directory(self._directory)
             else:
-                self._collection = self._source.open(self.dataset, self._revision)
-            self._class_names = self._collection.class_names
-            _warn(self._collection.notes)
-        return self._collection
+                self._source = self._benchmark.open(self.dataset, self._revision)
+            self._class_names = self._source.class_names
+            _warn(self._source.notes)
+        return self._source
 
-    def _generate(self) -> ImageCollection:
+    def _generate(self) -> ImageSource:
         root = self.generated_directory()
         (root / "data_set").mkdir()
-        self._source.write_synthetic(root / "data_set", self._source.image_size, self._source.file_format, self._source.splits)
+        benchmark = self._benchmark
+        benchmark.write_synthetic(root / "data_set", benchmark.image_size, benchmark.file_format, benchmark.splits)
         return open_directory(root / "data_set", cache_dir=root / "cache")
 
     def _select(self, split: str) -> tuple[ImageSplit, Sequence[int]]:
@@ -243,35 +245,35 @@ class ImageDataModule(BaseDataModule):
         if split == _PREDICT and self._predict_directory is not None:
             files = _list_predict_files(self._predict_directory)
             return files, range(len(files))
-        collection = self._open()
-        if split in (TRAIN, VALIDATION) and VALIDATION not in collection.splits:
-            images = collection.load(TRAIN)
+        source = self._open()
+        if split in (TRAIN, VALIDATION) and VALIDATION not in source.splits:
+            images = source.load(TRAIN)
             assert images.labels is not None
             train, validation = hold_out(images.labels, self.validation_fraction, self.seed)
             return images, train if split == TRAIN else validation
-        images = collection.load(TEST if split == _PREDICT else split)
+        images = source.load(TEST if split == _PREDICT else split)
         return images, range(len(images))
 
     def _incomplete(self, split: str) -> str:
         """How many images a loaded split has where the table says another number; empty for a complete one."""
-        held_out = self._collection is not None and split not in self._collection.splits
-        official = None if held_out else self._source.sizes.get(split)
+        held_out = self._source is not None and split not in self._source.splits
+        official = None if held_out else self._benchmark.sizes.get(split)
         count = len(self._datasets[split].split) if split in self._datasets else None
         return incomplete(count, official, "images")
 
     def _summary(self, splits: list[str]) -> str:
         parts = [f"{split} {len(self._datasets[split])}" for split in splits]
-        if self._collection is None or (splits == [_PREDICT] and self._predict_directory is not None):
+        if self._source is None or (splits == [_PREDICT] and self._predict_directory is not None):
             return f"{self.dataset}: {parts[0]} images without labels, from '{self._predict_directory}'"
         classes = f"{self.num_classes} classes"
-        if self._source.num_classes not in (None, self.num_classes):
-            classes += f" (the complete set has {self._source.num_classes})"
-        if VALIDATION in splits and VALIDATION not in self._collection.splits:
+        if self._benchmark.num_classes not in (None, self.num_classes):
+            classes += f" (the complete set has {self._benchmark.num_classes})"
+        if VALIDATION in splits and VALIDATION not in self._source.splits:
             parts[splits.index(VALIDATION)] += f" ({self.validation_fraction:.0%} held out of train)"
         if self.synthetic:
-            return f"{self.dataset}: {classes}; {', '.join(parts)}; from generated {self._collection.origin}"
+            return f"{self.dataset}: {classes}; {', '.join(parts)}; from generated {self._source.origin}"
         notes = "".join(f"; {split} has {note}" for split in splits if (note := self._incomplete(split)))
-        return f"{self.dataset}: {classes}; {', '.join(parts)}{notes}; from {self._collection.origin}"
+        return f"{self.dataset}: {classes}; {', '.join(parts)}{notes}; from {self._source.origin}"
 
 
 def _list_predict_files(directory: Path) -> FileSplit:

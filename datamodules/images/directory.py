@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from datamodules.images.class_folders import ClassFolders, find_split_folders
-from datamodules.images.collection import TEST, TRAIN, ImageCollection
+from datamodules.images.custom import ClassFolders, find_split_folders
 from datamodules.images.parquet import ParquetFiles, find_parquet_files
+from datamodules.images.source import TEST, TRAIN, ImageSource
 from fourier_moe.errors import UserError
 
 LAYOUTS = (
@@ -13,7 +13,7 @@ LAYOUTS = (
 )
 
 
-def open_directory(directory: Path, cache_dir: Path | None = None) -> ImageCollection:
+def open_directory(directory: Path, cache_dir: Path | None = None) -> ImageSource:
     """Opens class folders or, where there are none, parquet files.
 
     Args:

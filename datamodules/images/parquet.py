@@ -10,9 +10,9 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from datamodules.images.collection import SPLIT_NAMES, TRAIN, ImageCollection, check_classes
 from datamodules.images.dataset import ImageSplit, TableSplit
 from datamodules.images.files import shorten
+from datamodules.images.source import SPLIT_NAMES, TRAIN, ImageSource, check_classes
 from fourier_moe.errors import UserError
 
 
@@ -25,7 +25,7 @@ class _Columns:
     label_names: list[str] | None
 
 
-class LoadedTables(ImageCollection):
+class LoadedTables(ImageSource):
     """Tables in memory or memory-mapped, one a split.
 
     Args:
@@ -50,7 +50,7 @@ class LoadedTables(ImageCollection):
         return TableSplit(self._tables[split], self._columns[split].image, self._labels[split], split)
 
 
-class ParquetFiles(ImageCollection):
+class ParquetFiles(ImageSource):
     """Parquet files as on the Hugging Face hub, with or without its metadata.
 
     Construction reads the label columns only; ``load`` hands a split's files to the ``datasets`` library, which keeps a

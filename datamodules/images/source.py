@@ -1,220 +1,73 @@
-"""The table of image data sets. A new one is a new row of ``SOURCES``."""
+"""A source is one data set as it lies somewhere: its splits, its classes, its images."""
 
-import difflib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
 
-import datasets
-import numpy as np
-from PIL import Image
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
-
-from datamodules.images.collection import TEST, TRAIN, VALIDATION, ImageCollection
-from datamodules.images.directory import LAYOUTS
-from datamodules.images.parquet import LoadedTables, ParquetFiles
-from datamodules.images.synthetic import write_class_folders, write_parquet_files
-from datamodules.shared.hub import HubDataset
+from datamodules.images.dataset import ImageSplit
+from datamodules.images.files import shorten
 from fourier_moe.errors import UserError
 
+TRAIN, VALIDATION, TEST = "train", "validation", "test"
 
-@dataclass(frozen=True, kw_only=True)
-class ImageSource(ABC):
-    """One data set: what is known of it without having it, and where to get it when no directory is given.
-
-    Attributes:
-        num_classes: Number of classes of the complete set; None if that is up to the user.
-        splits: What each split is called where the set comes from; "validation" only where the set has its own.
-        sizes: Number of images of each split of the complete set.
-        image_size: Typical width and height in pixels; generated images have it.
-        file_format: "JPEG" or "PNG"; generated images have it.
-        needs_directory: Whether there is nowhere else to get it from.
-        on_hub: Whether it comes from the hub, where it has revisions.
-        write_synthetic: Writes generated files in the set's own layout: directory, image size, file format, splits.
-    """
-
-    num_classes: int | None
-    splits: Mapping[str, str] = field(default_factory=lambda: {TRAIN: "train", TEST: "test"})
-    sizes: Mapping[str, int] = field(default_factory=dict)
-    image_size: tuple[int, int]
-    file_format: str
-    needs_directory: bool = False
-    on_hub: bool = False
-    write_synthetic: Callable[[Path, tuple[int, int], str, Iterable[str]], None] = write_parquet_files
-
-    def download(self, name: str, revision: str | None) -> None:
-        """Fetches the newest version of what ``open`` needs. By default there is nothing to fetch.
-
-        Args:
-            name: The set's key in the table.
-            revision: Branch, tag or commit of the hub's data set; None for its newest commit.
-        """
-        return
-
-    @abstractmethod
-    def open(self, name: str, revision: str | None = None) -> ImageCollection:
-        """The data set without a local directory; arguments as for ``download``."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class HubSource(ImageSource):
-    """A data set on the Hugging Face hub. Of its splits only those in ``splits`` are fetched.
-
-    Attributes:
-        hub_id: Its name there.
-        folder: Where its parquet files are there.
-    """
-
-    hub_id: str
-    folder: str = "data"
-    on_hub: bool = True
-
-    def download(self, name: str, revision: str | None) -> None:
-        dataset = self._dataset(name, revision)
-        dataset.look_up()
-        collection = self._open(name, dataset)
-        for split in self.splits:
-            collection.load(split)
-
-    def open(self, name: str, revision: str | None = None) -> ImageCollection:
-        return self._open(name, self._dataset(name, revision))
-
-    def _dataset(self, name: str, revision: str | None) -> HubDataset:
-        includes = " ".join(f"--include '{self.folder}/{split}*'" for split in self.splits.values())
-        return HubDataset(
-            name,
-            self.hub_id,
-            [self.folder],
-            revision,
-            f"Without access to the hub, fetch `hf download {self.hub_id} --repo-type dataset {includes} --local-dir DIR` "
-            f"elsewhere and give --data.directory DIR/{self.folder}, or give class folders {{train,test}}/<class name>/*.jpg",
-        )
-
-    def _open(self, name: str, dataset: HubDataset) -> ImageCollection:
-        files = dataset.files(self.splits.values())
-        by_split = {split: files[hub_split] for split, hub_split in self.splits.items()}
-        collection = ParquetFiles(by_split, dataset.origin, revision=dataset.commit)
-        if len(collection.class_names) != self.num_classes:
-            raise UserError(
-                f"dataset '{name}' has {len(collection.class_names)} classes on the hub ('{self.hub_id}') where "
-                f"{self.num_classes} are expected: the hub's version has changed; give an older commit as --data.revision"
-            )
-        return collection
-
-
-@dataclass(frozen=True, kw_only=True)
-class DigitsSource(ImageSource):
-    """scikit-learn's bundled handwritten digits, half of each class for train and half for test, always the same."""
-
-    def open(self, name: str, revision: str | None = None) -> ImageCollection:
-        digits = load_digits()
-        pixels = (digits.images * (255 / 16)).astype(np.uint8)
-        features = datasets.Features(
-            {"image": datasets.Image(), "label": datasets.ClassLabel(names=[str(digit) for digit in range(10)])}
-        )
-        halves = train_test_split(range(len(pixels)), test_size=0.5, stratify=digits.target, random_state=0)
-        tables = {}
-        for split, indices in zip((TRAIN, TEST), halves, strict=True):
-            images = [Image.fromarray(pixels[index]).convert("RGB") for index in indices]
-            rows = {"image": images, "label": digits.target[indices].tolist()}
-            tables[split] = datasets.Dataset.from_dict(rows, features=features)
-        return LoadedTables(tables, "scikit-learn's bundled digits")
-
-
-@dataclass(frozen=True, kw_only=True)
-class FolderSource(ImageSource):
-    """The user's own images; the classes are whatever the directory holds."""
-
-    needs_directory: bool = True
-    write_synthetic: Callable[[Path, tuple[int, int], str, Iterable[str]], None] = write_class_folders
-
-    def open(self, name: str, revision: str | None = None) -> ImageCollection:
-        raise UserError(f"dataset '{name}' needs directory: a directory with {LAYOUTS}")
-
-
-SOURCES: dict[str, ImageSource] = {
-    "cars": HubSource(
-        hub_id="tanganke/stanford_cars",
-        num_classes=196,
-        sizes={TRAIN: 8144, TEST: 8041},
-        image_size=(96, 64),
-        file_format="JPEG",
-    ),
-    "dtd": HubSource(
-        hub_id="tanganke/dtd",
-        num_classes=47,
-        sizes={TRAIN: 3760, TEST: 1880},
-        image_size=(80, 72),
-        file_format="JPEG",
-    ),
-    "eurosat": HubSource(
-        hub_id="tanganke/eurosat",
-        num_classes=10,
-        sizes={TRAIN: 21600, TEST: 2700},
-        image_size=(64, 64),
-        file_format="JPEG",
-    ),
-    "gtsrb": HubSource(
-        hub_id="tanganke/gtsrb",
-        num_classes=43,
-        sizes={TRAIN: 26640, TEST: 12630},
-        image_size=(42, 40),
-        file_format="PNG",
-    ),
-    "resisc45": HubSource(
-        hub_id="tanganke/resisc45",
-        num_classes=45,
-        sizes={TRAIN: 18900, TEST: 6300},
-        image_size=(64, 64),
-        file_format="JPEG",
-    ),
-    "svhn": HubSource(
-        hub_id="ufldl-stanford/svhn",
-        folder="cropped_digits",
-        num_classes=10,
-        sizes={TRAIN: 73257, TEST: 26032},
-        image_size=(32, 32),
-        file_format="PNG",
-    ),
-    "sun397": HubSource(  # the partition with the paper's sizes
-        hub_id="dpdl-benchmark/sun397",
-        splits={TRAIN: "train", VALIDATION: "validation", TEST: "test"},
-        num_classes=397,
-        sizes={TRAIN: 76128, VALIDATION: 10875, TEST: 21750},
-        image_size=(80, 64),
-        file_format="JPEG",
-    ),
-    "sun397_19850": HubSource(  # the first official partition: 50 images a class and split
-        hub_id="tanganke/sun397",
-        num_classes=397,
-        sizes={TRAIN: 19850, TEST: 19850},
-        image_size=(80, 64),
-        file_format="JPEG",
-    ),
-    "digits": DigitsSource(
-        num_classes=10,
-        sizes={TRAIN: 898, TEST: 899},
-        image_size=(8, 8),
-        file_format="PNG",
-    ),
-    "folder": FolderSource(
-        num_classes=None,
-        image_size=(64, 48),
-        file_format="JPEG",
-    ),
+# What folders and parquet files of a split may be called, in lower case: the names that the `datasets` library knows.
+SPLIT_NAMES = {
+    TRAIN: ("train", "training"),
+    VALIDATION: ("validation", "valid", "val", "dev"),
+    TEST: ("test", "testing", "eval", "evaluation"),
 }
 
 
-def find_source(name: str) -> ImageSource:
-    """Looks up a row of the table.
+class ImageSource(ABC):
+    """One data set with a train and a test split and, perhaps, a validation split.
+
+    Attributes:
+        origin: Where the images come from, in words.
+        class_names: The classes; a label is an index into this list.
+        splits: Which of "train", "validation" and "test" there are.
+        notes: What was found and is not used, in sentences.
+        revision: The commit of the hub's data set that they are from; None for other images.
+    """
+
+    origin: str
+    class_names: list[str]
+    splits: frozenset[str]
+    notes: Sequence[str] = ()
+    revision: str | None = None
+
+    @abstractmethod
+    def load(self, split: str) -> ImageSplit:
+        """The images of one of ``splits``."""
+
+
+def check_classes(classes: Mapping[str, Iterable[str]], origin: str) -> None:
+    """Checks that whatever is evaluated can have been learnt, and that every name can be written to a file.
+
+    Args:
+        classes: By split, the names of the classes that have images there.
+        origin: What the data set is called in the error.
 
     Raises:
-        UserError: There is no such row; names like it are suggested.
+        UserError: A class of the validation or the test split has no train images, or a name is not UTF-8.
     """
-    if name not in SOURCES:
-        near = difflib.get_close_matches(name, SOURCES)
-        suggestion = f" (did you mean {' or '.join(near)}?)" if near else ""
-        raise UserError(f"dataset '{name}' is unknown{suggestion}; choose one of {', '.join(SOURCES)}")
-    return SOURCES[name]
+    not_text = sorted({name for names in classes.values() for name in names if not _is_text(name)})
+    if not_text:
+        raise UserError(
+            f"{len(not_text)} class name(s) are not UTF-8, which adapter files are written in: {shorten(not_text)} ({origin}); "
+            "rename them"
+        )
+    learnt = set(classes[TRAIN])
+    for split in (VALIDATION, TEST):
+        unknown = sorted(set(classes.get(split, ())) - learnt)
+        if unknown:
+            raise UserError(
+                f"{len(unknown)} class(es) of the {split} split have no train images: {shorten(unknown)} ({origin}); "
+                f"add train images of them or remove them from {split}"
+            )
+
+
+def _is_text(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

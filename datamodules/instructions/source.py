@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 
 from lightning.pytorch.utilities import rank_zero_info
 
-from datamodules.instructions.download import download
+from datamodules.shared.download import download
 from fourier_moe.errors import UserError
 
 COMMIT = "816657208af4db747803f87ba40a4c71383fed7a"

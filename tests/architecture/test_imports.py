@@ -47,8 +47,6 @@ KNOWN_CIRCLES = {
     frozenset(f"fourier_moe.routing.{name}" for name in ("recording", "reminders", "router")),
 }
 MOST_ENTRIES = {
-    "datamodules/glue": 15,
-    "datamodules/instructions": 14,
     "lightning_modules": 13,
     "lightning_modules/experiments": 14,
 }

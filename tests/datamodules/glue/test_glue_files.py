@@ -2,8 +2,8 @@ import pytest
 
 from datamodules.glue.benchmarks import TASKS, find_task
 from datamodules.glue.directory import open_directory
-from datamodules.glue.files import read_tsv
 from datamodules.glue.synthetic import NUM_EXAMPLES, write_tsv_files
+from datamodules.glue.tsv import read_tsv
 
 RTE_HEADER = ["index", "sentence1", "sentence2", "label"]
 
@@ -150,36 +150,6 @@ def test_directory_without_the_task_says_what_is_expected(write, tmp_path):
         open_directory(tmp_path / "glue", "rte", TASKS["rte"])
     with pytest.raises(ValueError, match="nowhere' does not exist; expected a directory with RTE's files"):
         open_directory(tmp_path / "nowhere", "rte", TASKS["rte"])
-
-
-# MRPC as Microsoft publishes it
-
-MSR_HEADER = ["Quality", "#1 ID", "#2 ID", "#1 String", "#2 String"]
-
-
-def test_paraphrase_corpus_is_divided_by_its_list(write):
-    rows = [["1", "10", "11", 'a "', "b"], ["0", "12", "13", "c", "d"], ["1", "14", "15", "e", "f"]]
-    folder = write("mrpc", "msr_paraphrase_train.txt", [MSR_HEADER, *rows], "utf-8-sig")
-    write("mrpc", "msr_paraphrase_test.txt", [MSR_HEADER, ["1", "1", "2", "x", "y"]], "utf-8-sig")
-    write("mrpc", "dev_ids.tsv", [["12", "13"]])
-    source = open_directory(folder, "mrpc", TASKS["mrpc"])
-    train, validation, test = (source.load(split) for split in ("train", "validation", "test"))
-    assert (train.ids, train.labels, train.sentences) == (["train/0", "train/2"], [1, 1], (['a "', "e"], ["b", "f"]))
-    assert (validation.ids, validation.labels, validation.sentences) == (["validation/1"], [0], (["c"], ["d"]))
-    assert (test.labels, test.sentences) == (None, (["x"], ["y"]))
-
-
-def test_paraphrase_corpus_without_its_list_has_no_train_split(write):
-    folder = write("mrpc", "msr_paraphrase_train.txt", [MSR_HEADER, ["1", "10", "11", "a", "b"]])
-    source = open_directory(folder, "mrpc", TASKS["mrpc"])
-    assert source.splits == set()
-    assert source.missing("train").startswith("expected msr_paraphrase_train.txt and dev_ids.tsv, or GLUE's own files")
-
-
-def test_glues_own_files_go_before_the_corpus_they_were_made_of(write):
-    folder = write("mrpc", "msr_paraphrase_train.txt", [MSR_HEADER, ["1", "10", "11", "a", "b"]])
-    write("mrpc", "train.tsv", [MSR_HEADER, ["0", "1", "2", "c", "d"]])
-    assert open_directory(folder, "mrpc", TASKS["mrpc"]).load("train").labels == [0]
 
 
 # Generated files

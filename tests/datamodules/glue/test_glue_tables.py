@@ -6,8 +6,7 @@ from support import hub_repositories
 
 from datamodules.glue.benchmarks import TASKS
 from datamodules.glue.directory import open_directory
-from datamodules.glue.hub import HubFiles
-from datamodules.glue.tables import read_table
+from datamodules.glue.parquet import HubFiles, read_table
 
 RTE = TASKS["rte"]
 

@@ -10,8 +10,8 @@ from PIL import Image, ImageOps
 from support.hub_repositories import parquet
 from support.hub_server import Repository
 
+from datamodules.images.benchmarks import HubBenchmark
 from datamodules.images.decoding import FORMATS, UnusableImageError, decode_rgb
-from datamodules.images.source import HubSource
 
 GRAY = np.array([[8000, 40000]], np.uint16)  # of 65535: 31 and 156 of 255
 
@@ -134,7 +134,7 @@ def test_images_of_a_table_are_turned_upright(hub, encode):
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a"])})
     rows = parquet(features, {"image": [image], "label": [0]})
     hub.datasets["x/y"] = Repository({f"data/{split}-00000-of-00001.parquet": rows for split in ("train", "test")})
-    source = HubSource(hub_id="x/y", num_classes=1, image_size=(4, 2), file_format="JPEG")
+    source = HubBenchmark(hub_id="x/y", num_classes=1, image_size=(4, 2), file_format="JPEG")
     assert decode_rgb(*source.open("y").load("test").read(0)).size == (2, 4)
 
 

@@ -2,7 +2,7 @@ import os
 
 import pytest
 
-from datamodules.images.class_folders import ClassFolders
+from datamodules.images.custom import ClassFolders
 from datamodules.images.directory import open_directory
 
 

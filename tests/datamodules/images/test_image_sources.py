@@ -5,10 +5,10 @@ from support.hub_server import Repository
 
 from datamodules import ImageDataModule
 from datamodules.images import data_module
-from datamodules.images.source import SOURCES, HubSource, find_source
+from datamodules.images.benchmarks import BENCHMARKS, HubBenchmark, find_benchmark
 from fourier_moe.errors import UserError
 
-HUB_NAMES = [name for name, source in SOURCES.items() if isinstance(source, HubSource)]
+HUB_NAMES = [name for name, source in BENCHMARKS.items() if isinstance(source, HubBenchmark)]
 
 
 @pytest.fixture
@@ -25,15 +25,15 @@ def module(name="svhn", **arguments):
 
 def test_unknown_name_is_answered_with_near_names_and_all_names():
     with pytest.raises(ValueError, match=r"dataset 'eurosatt' is unknown \(did you mean eurosat\?\); choose one of cars, dtd"):
-        find_source("eurosatt")
+        find_benchmark("eurosatt")
     with pytest.raises(ValueError, match="dataset 'qqq' is unknown; choose one of"):
-        find_source("qqq")
+        find_benchmark("qqq")
 
 
 @pytest.mark.parametrize("name", HUB_NAMES)
 def test_number_of_classes_of_a_hub_data_set_is_known_before_it_is_loaded(name):
     data = ImageDataModule(name)
-    assert data.num_classes == SOURCES[name].num_classes
+    assert data.num_classes == BENCHMARKS[name].num_classes
     assert data.class_names == []
 
 

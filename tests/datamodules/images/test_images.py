@@ -14,7 +14,7 @@ from support import REPOSITORY
 
 from datamodules import ImageDataModule
 from datamodules.images import data_module as images
-from datamodules.images.source import SOURCES
+from datamodules.images.benchmarks import BENCHMARKS
 from datamodules.shared.sampling import evaluation_sampler
 
 REAL_CARS = REPOSITORY.parent / "shared/data/images/cars"
@@ -170,7 +170,7 @@ def test_trainer_normalises_what_the_workers_hand_over_as_bytes(directory):
 def test_too_little_shared_memory_is_refused_before_anything_is_downloaded(monkeypatch, free, fits):
     monkeypatch.setattr("datamodules.shared.loading.SHARED_MEMORY", Path.cwd())
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=free))
-    monkeypatch.setattr("datamodules.images.source.HubSource.download", lambda *_: None)
+    monkeypatch.setattr("datamodules.images.benchmarks.HubBenchmark.download", lambda *_: None)
     data = ImageDataModule("cars", batch_size=512, num_workers=2)
     if fits:
         data.prepare_data()
@@ -318,7 +318,7 @@ def generated_directories(tmp_path, monkeypatch) -> Callable[[], list[Path]]:
     return lambda: list(tmp_path.glob("synthetic_data_*"))
 
 
-@pytest.mark.parametrize("name", SOURCES)
+@pytest.mark.parametrize("name", BENCHMARKS)
 def test_every_row_has_generated_data_that_read_like_the_real_ones(name):
     data = module(name, synthetic=True)
     assert data.num_classes == 4
@@ -326,7 +326,7 @@ def test_every_row_has_generated_data_that_read_like_the_real_ones(name):
     for stage in ("fit", "test"):
         data.setup(stage)
     sizes = [len(loader.dataset) for loader in (data.train_dataloader(), data.val_dataloader(), data.test_dataloader())]
-    assert sizes == ([32, 16, 16] if "validation" in SOURCES[name].splits else [29, 3, 16])
+    assert sizes == ([32, 16, 16] if "validation" in BENCHMARKS[name].splits else [29, 3, 16])
     assert {label for batch in data.test_dataloader() for label in batch["label"].tolist()} == {0, 1, 2, 3}
 
 

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from datamodules.images.collection import SPLIT_NAMES, TRAIN, ImageCollection, check_classes
 from datamodules.images.dataset import FileSplit, ImageSplit
 from datamodules.images.files import FoundFiles, describe_left_out, find_files, is_hidden, shorten
+from datamodules.images.source import SPLIT_NAMES, TRAIN, ImageSource, check_classes
 from fourier_moe.errors import UserError
 
 
@@ -27,7 +27,7 @@ def find_split_folders(directory: Path) -> dict[str, Path]:
     return folders
 
 
-class ClassFolders(ImageCollection):
+class ClassFolders(ImageSource):
     """Images in class folders, at any depth. The classes are the folders of train, in alphabetical order.
 
     Args:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from datamodules.glue.benchmarks import TEST, GlueTask
@@ -44,16 +44,13 @@ def find_tsv_files(folder: Path, task: GlueTask) -> dict[str, Path]:
     return {split: folder / tsv_name(split) for split in task.all_splits if (folder / tsv_name(split)).is_file()}
 
 
-def read_tsv(
-    path: Path, task: GlueTask, split: str, accept: Callable[[Mapping[str, str]], bool] = lambda row: True
-) -> Examples:
+def read_tsv(path: Path, task: GlueTask, split: str) -> Examples:
     """Reads one file.
 
     Args:
         path: The file, in UTF-8 with or without byte-order mark.
         task: Says what the columns are.
         split: Its name, for the ids. A row's number counts from 0 and includes those that are left out.
-        accept: Whether a row, given by column, belongs to the split.
 
     Raises:
         UserError: A column is missing, a line has too few or too many fields or an unknown label, or there are no lines.
@@ -85,8 +82,6 @@ def read_tsv(
                 f"'{path}', line {line}: label '{row[label_column][:_LABEL_CHARACTERS_SHOWN]}' is unknown; "
                 f"{task.folder} has {', '.join(classes)} in column {columns.index(label_column) + 1}"
             )
-        if not accept(row):
-            continue
         ids.append(f"{split}/{number}")
         for column, name in zip(sentences, layout.sentences, strict=True):
             column.append(row[name])
