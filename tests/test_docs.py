@@ -43,6 +43,15 @@ def test_links_lead_somewhere(page):
     assert not broken
 
 
+def test_lines_are_short_enough_to_read_side_by_side():
+    lines = {
+        f"{page}:{number}": len(line)
+        for page in PAGES
+        for number, line in enumerate((REPOSITORY / page).read_text(encoding="utf-8").splitlines(), 1)
+    }
+    assert not {line: length for line, length in lines.items() if length > 160}
+
+
 def test_every_page_has_its_place_in_the_navigation_and_in_the_list_of_pages():
     pages = {str(page.relative_to("docs")) for page in PAGES if page.parts[0] == "docs"}
     in_navigation = re.findall(r"[\w/]+\.md", (REPOSITORY / "mkdocs.yml").read_text(encoding="utf-8").partition("nav:")[2])
