@@ -1,1 +1,1 @@
-"""What a run leaves: adapter, predictions, evaluation."""
+"""Callbacks that write the results of a run: adapter, predictions, evaluation."""

@@ -1,4 +1,4 @@
-"""AdapterCheckpoint: writes the adapter files that people use and share."""
+"""AdapterCheckpoint: the adapter files of a run."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from lightning_modules.run_directory import run_directory
 class AdapterCheckpoint(L.Callback):
     """Write the adapter to `<run directory>/adapter` whenever validation improves, and to `adapter_last` beside it at the end.
 
-    At the end the values of both are said. Where one cannot be written, or holds NaN, the run ends with the step and the cause,
-    and the one before is kept.
+    The values of both are printed at the end. If an adapter cannot be written, or holds NaN, the run ends with an error that
+    names the step and the cause, and the previous adapter is kept.
 
-    If the best adapter disappears during the run (someone deletes or moves the run directory), the run goes on, keeps the best
-    from then on, and ends with an error that says so.
+    If the best adapter disappears during the run (someone deletes or moves the run directory), the run continues, keeps the
+    best from then on, and ends with an error that says so.
 
-    Without validation only `adapter_last` is written, with fast_dev_run nothing. A run that resumes in another directory starts
-    its own record, as ModelCheckpoint does.
+    Without validation only `adapter_last` is written, with fast_dev_run nothing. A run that resumes in another directory
+    starts its own record, as ModelCheckpoint does.
 
     Args:
-        monitor: the logged value that decides which adapter is best.
-        mode: whether the best is the `max` or the `min`.
+        monitor: the logged value that selects the best adapter.
+        mode: whether `max` or `min` is best.
     """
 
     def __init__(self, monitor: str = "val/accuracy", mode: Literal["max", "min"] = "max") -> None:
@@ -36,8 +36,8 @@ class AdapterCheckpoint(L.Callback):
         self.monitor, self.mode = monitor, mode
         self.best: float | None = None
         self._last: tuple[int, float] | None = None  # step and value of the newest validation
-        self._written = False  # the best adapter, by this run or the one that it goes on from
-        self._lost: int | None = None  # at which step it was found to be gone
+        self._written = False  # whether this run, or the one that it resumes, wrote the best adapter
+        self._lost: int | None = None  # step at which the best adapter was found to be missing
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._written = self._is_there(trainer)
@@ -72,7 +72,7 @@ class AdapterCheckpoint(L.Callback):
         if self._lost is not None:
             raise UserError(
                 f"the best adapter of the first {self._lost} steps is lost: {directory} was deleted or moved during the run; "
-                "only what is named above was written since"
+                "only the files named above were written since"
             )
 
     def _is_there(self, trainer: L.Trainer) -> bool:
@@ -102,7 +102,7 @@ class AdapterCheckpoint(L.Callback):
                 pl_module.save_adapter(directory, metrics)
             except (ValueError, OSError) as error:
                 problem, cause = f"the adapter of step {trainer.global_step} was not written: {error}", error
-        problem = trainer.strategy.broadcast(problem)  # all ranks stop, not one while the others wait for it
+        problem = trainer.strategy.broadcast(problem)  # all processes stop; otherwise the others would wait for one
         if problem:
             raise UserError(problem) from cause
         self._written |= name == "adapter"

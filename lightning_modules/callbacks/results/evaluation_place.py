@@ -1,4 +1,4 @@
-"""Which evaluation it was, and where its results go: they never replace those of another one."""
+"""The identity of an evaluation, and the directory of its results, which never replace those of another evaluation."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from lightning.pytorch.cli import SaveConfigCallback
 
 from lightning_modules.tasks.base import data_module
 
-_NOT_OF_DATA = ("cache_directory", "tokenizer")  # settings of a DataModule that do not say what is evaluated
+_NOT_OF_DATA = ("cache_directory", "tokenizer")  # settings of a DataModule that do not affect what is evaluated
 _SAME = ("command", "backbone", "precision", "settings", "data", "examples", "partial")
 
 
 class EvaluatedExamples:
-    """Which examples were evaluated, whatever they were called in a config: ids with labels, or prompts with answers."""
+    """The evaluated examples, independent of their names in a config: ids with labels, or prompts with answers."""
 
     def __init__(self) -> None:
         self._seen: dict[str, set[bytes]] = {}
 
     def add(self, set_name: str, outputs: Any, batch: Mapping[str, Any]) -> None:
-        """Count the examples of a batch; the outputs are those of the test, validation or prediction step."""
+        """Add the examples of a batch, with the outputs of the test, validation or prediction step."""
         rows = outputs if isinstance(outputs, list) else outputs["rows"]
         right = None if isinstance(outputs, list) else outputs["right"]
         if rows and "prompt" in rows[0]:
@@ -37,14 +37,14 @@ class EvaluatedExamples:
         seen.update(hashlib.sha256(repr(key).encode("utf-8", "surrogatepass")).digest() for key in keys)
 
     def digests(self, trainer: L.Trainer) -> dict[str, str]:
-        """A digest by set, over all processes, which have to call it together."""
+        """Return a digest by set, over all processes, which must call it together."""
         shares: list[Any] = [self._seen]
         if trainer.world_size > 1:
             shares = [None] * trainer.world_size
             torch.distributed.all_gather_object(shares, self._seen)
         names = dict.fromkeys(name for share in shares for name in share)
-        of_set = {name: sorted(set().union(*(share.get(name, ()) for share in shares))) for name in names}
-        return {name: hashlib.sha256(b"".join(digests)).hexdigest()[:16] for name, digests in of_set.items()}
+        digests_by_set = {name: sorted(set().union(*(share.get(name, ()) for share in shares))) for name in names}
+        return {name: hashlib.sha256(b"".join(digests)).hexdigest()[:16] for name, digests in digests_by_set.items()}
 
 
 def data_of(trainer: L.Trainer) -> dict[str, Any]:
@@ -58,18 +58,19 @@ def data_of(trainer: L.Trainer) -> dict[str, Any]:
 
 
 def place(base: Path, record: Mapping[str, Any], named: bool) -> Path:
-    """Where a finished evaluation's results go: `base`, unless results of another evaluation are there; then `base_2`, ...
+    """Return the directory of a finished evaluation: `base`, or `base_2`, ... if results of another evaluation are there.
 
     Args:
-        record: what results.json is going to hold.
-        named: whether the user has named `base`; else it is beside the weights, and of these alone.
+        base: the preferred directory.
+        record: the content of results.json.
+        named: whether the user named `base`; otherwise it lies beside the weights and belongs to them alone.
     """
     keys = (*_SAME, "weights") if named else _SAME
     return _first(base, lambda path: _is_free(path / "results.json", record, keys))
 
 
 def place_unfinished(base: Path, description: str, data: Mapping[str, Any]) -> Path:
-    """Where an evaluation begins: as `place`, but apart from unfinished ones of other data, which that file describes."""
+    """Return where an evaluation begins: as `place`, but apart from those whose `description` names other data."""
     return _first(base, lambda path: (_read(path / description) or {}).get("data", data) == data)
 
 
@@ -79,7 +80,7 @@ def _first(base: Path, fits: Callable[[Path], bool]) -> Path:
 
 
 def _is_free(file: Path, record: Mapping[str, Any], keys: Iterable[str]) -> bool:
-    """Whether the file is missing, or its record the same; a damaged one is not ours to replace."""
+    """Tell whether the file is missing or has the same record; a damaged file is not replaced."""
     if not file.exists():
         return True
     stored, own = _read(file), json.loads(json.dumps(record))

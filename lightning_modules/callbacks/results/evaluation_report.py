@@ -1,4 +1,4 @@
-"""EvaluationReport: what test, validate and predict leave behind: a table, and the rows it was counted from."""
+"""EvaluationReport: the table of test, validate and predict, and the rows it was computed from."""
 
 from __future__ import annotations
 
@@ -30,23 +30,23 @@ UNFINISHED = "unfinished_evaluation"
 class EvaluationReport(L.Callback):
     """Print one table over all evaluated sets; write it as results.md and results.json, and rows as predictions/<set>.jsonl.
 
-    A language model's evaluation that was interrupted goes on where it stopped when the same user gives the same command again:
-    outputs are written batch by batch, and read again and graded again if weights, backbone, precision and task settings are
-    the same. Outputs that are damaged, or that came with somebody else's files, are not read. Every example counts once, also
-    where several processes saw it. With fast_dev_run nothing is written.
+    An interrupted evaluation of a language model resumes when the same user repeats the command: outputs are written batch by
+    batch, and loaded and graded again if weights, backbone, precision and task settings are the same. Damaged outputs, and
+    those of another user, are ignored. Every example counts once, even if several processes saw it. With fast_dev_run nothing
+    is written.
 
-    Results replace those of the same evaluation alone. Results of other data, settings or precision get a directory of their
-    own (`adapter_test_2`). So do those of a part of the data (limit_test_batches), which say so: `adapter_test_partial`.
+    Results replace only those of the same evaluation. Results of other data, settings or precision get another directory
+    (`adapter_test_2`), and so do those of a part of the data (limit_test_batches): `adapter_test_partial`.
 
     Args:
-        directory: null for a place beside what is evaluated: `RUN/adapter_test` for `test --model.adapter_path RUN/adapter`,
-            `RUN/checkpoints/last_test` for `--ckpt_path RUN/checkpoints/last.ckpt`, else `<run directory>/test`, which is a new
-            one for every run, so that nothing can be resumed from it.
+        directory: null for a directory beside the evaluated weights: `RUN/adapter_test` for
+            `test --model.adapter_path RUN/adapter`, `RUN/checkpoints/last_test` for `--ckpt_path RUN/checkpoints/last.ckpt`,
+            otherwise `<run directory>/test`, which is new in every run, so nothing can be resumed from it.
     """
 
     def __init__(self, directory: str | None = None) -> None:
         self.directory = directory
-        self._partial: str | None = None  # the limit that leaves out a part of the data
+        self._partial: str | None = None  # the limit that left out a part of the data
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, AdaptationModule)
@@ -66,7 +66,7 @@ class EvaluationReport(L.Callback):
     def on_test_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Hand the task the rows of this batch that are finished, if prompt and right answer are still the same."""
+        """Pass the finished rows of this batch to the task, if prompt and correct answer are still the same."""
         if self._writer is None:
             return
         finished = self._finished[list(self._sets)[dataloader_idx]]
@@ -94,7 +94,7 @@ class EvaluationReport(L.Callback):
         self._writer.finished = {}
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Rows of these weights are not for those that the module may have next."""
+        """Drop the rows: the module may get other weights."""
         assert isinstance(pl_module, AdaptationModule)
         if isinstance(pl_module.task, CausalLanguageModel):
             pl_module.task.finished = {}
@@ -113,7 +113,7 @@ class EvaluationReport(L.Callback):
     on_validation_end, on_predict_end = on_test_end, on_test_end
 
     def _open(self, trainer: L.Trainer, module: AdaptationModule, output: Path, task: CausalLanguageModel) -> None:
-        """Find what an interrupted evaluation left in the directory; all processes get the same.
+        """Find the rows that an interrupted evaluation left in the directory; all processes get the same.
 
         Raises:
             UserError: if the directory cannot be written.
@@ -155,7 +155,7 @@ class EvaluationReport(L.Callback):
     def _write(
         self, trainer: L.Trainer, module: AdaptationModule, rows: dict[str, list[Row]], examples: dict[str, str]
     ) -> None:
-        """Print and write the table; what is unfinished goes last, so that nothing is lost if this fails.
+        """Print and write the table; unfinished rows are deleted last, so that nothing is lost if this fails.
 
         Raises:
             UserError: if the directory cannot be written.
@@ -165,15 +165,15 @@ class EvaluationReport(L.Callback):
         if not results:
             return
         weights = trainer.ckpt_path or module.adapter_path
-        of = f"{_command(trainer)} of {backbone_name(module.model)}" + (f" with {weights}" if weights else "")
+        title = f"{_command(trainer)} of {backbone_name(module.model)}" + (f" with {weights}" if weights else "")
         settings = self._writer.settings() if self._writer else {}
         if settings:
-            of += f"; scoring {settings['scoring']}"
+            title += f"; scoring {settings['scoring']}"
         if settings.get("scoring") == "generate":
-            of += ", num_beams {num_beams}, at most {max_new_tokens} tokens".format(**settings["evaluation"])
+            title += ", num_beams {num_beams}, at most {max_new_tokens} tokens".format(**settings["evaluation"])
         if self._partial:
-            of += f"; on a part of the data ({self._partial})"
-        text = f"{of}\n\n{format_results(results)}\n"
+            title += f"; on a part of the data ({self._partial})"
+        text = f"{title}\n\n{format_results(results)}\n"
         rank_zero_info(f"\n{text}")
         record = {
             "command": _command(trainer),
@@ -188,9 +188,9 @@ class EvaluationReport(L.Callback):
             "average": average(results),
         }
         files = {"results.md": text, "results.json": json.dumps(record, indent=2, ensure_ascii=False)}
-        for name, of_set in rows.items():
-            lines = "".join(json.dumps({"id": row["id"], "set": name} | row, ensure_ascii=False) + "\n" for row in of_set)
-            files |= {f"predictions/{file_name(name)}.jsonl": lines} if of_set else {}
+        for name, rows_in_set in rows.items():
+            lines = "".join(json.dumps({"id": row["id"], "set": name} | row, ensure_ascii=False) + "\n" for row in rows_in_set)
+            files |= {f"predictions/{file_name(name)}.jsonl": lines} if rows_in_set else {}
         output = self._output
         try:
             with locked(output):
@@ -204,11 +204,11 @@ class EvaluationReport(L.Callback):
         rank_zero_info(f"Written to {output}{other}")
 
     def _results(self, trainer: L.Trainer, module: AdaptationModule, rows: dict[str, list[Row]]) -> dict[str, dict[str, Any]]:
-        """Count, metrics and note of every set; none for a classifier's predictions, which PredictionsWriter writes."""
+        """Return count, metrics and note of every set; none for a classifier's predictions, which PredictionsWriter writes."""
         sets = {"test": module.test_sets, "validate": module.val_sets}.get(_command(trainer))
         scored: dict[str, tuple[int, dict[str, float]]] = {}
         if self._writer is not None:
-            scored = {name: (len(of_set), score_rows(of_set)) for name, of_set in rows.items() if of_set}
+            scored = {name: (len(own), score_rows(own)) for name, own in rows.items() if own}
         elif sets is not None:
             scored = {name: (result.count, result.values) for name, result in zip(rows, sets.results, strict=True)}
         notes = run_data(trainer).evaluation_notes
@@ -242,14 +242,14 @@ def _asks(row: Row | None, prompt: str, answer: str) -> bool:
 
 
 def _gather(trainer: L.Trainer, own: dict[str, list[Row]]) -> dict[str, list[Row]]:
-    """The rows of all processes in the order of the data, each example once."""
+    """Return the rows of all processes in the order of the data, each example once."""
     shares = [own]
     if trainer.world_size > 1:
         shares = [{} for _ in range(trainer.world_size)]
         torch.distributed.all_gather_object(shares, own)
     gathered: dict[str, list[Row]] = {}
     for name in own:
-        # Examples are dealt out in turn: the first of every process come first.
+        # Processes take examples in turn, so the first of every process come first.
         turns = [(turn, rank, row) for rank, share in enumerate(shares) for turn, row in enumerate(share[name])]
         rows = (row for *_, row in sorted(turns, key=lambda item: item[:2]))
         gathered[name] = list({row["id"]: row for row in rows}.values())

@@ -12,7 +12,7 @@ Results = Mapping[str, Mapping[str, Any]]  # by set: count, metrics, note
 
 
 def score_rows(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Accuracy by the benchmark's rule and by its stricter one, and the mean loss where it is known."""
+    """Return accuracy by the benchmark's rule and by its stricter one, and the mean loss if it is known."""
     losses = [row["loss"] for row in rows if row["loss"] is not None]
     return {
         "accuracy": sum(row["correct"] for row in rows) / len(rows),
@@ -22,20 +22,20 @@ def score_rows(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def metric_names(results: Results) -> list[str]:
-    """Metrics of any set, the loss last."""
+    """Return the metrics of all sets, the loss last."""
     names = dict.fromkeys(key for result in results.values() for key in result if key not in ("count", "note"))
     return sorted(names, key=lambda name: name == "loss")
 
 
 def average(results: Results) -> dict[str, float]:
-    """Mean of every metric over the sets that have it, each set counting the same, as papers average benchmarks."""
+    """Average every metric over the sets that have it, with equal weights, as papers average benchmarks."""
     return {
         name: statistics.fmean(result[name] for result in results.values() if name in result) for name in metric_names(results)
     }
 
 
 def format_results(results: Results) -> str:
-    """Markdown table, a row per set; the average below where there are several."""
+    """Return a Markdown table with a row per set, and an average below several sets."""
     names = metric_names(results)
     rows = [[name, f"{r['count']:,}", *_cells(r, names), r["note"]] for name, r in results.items()]
     if len(results) > 1:
@@ -48,7 +48,7 @@ def format_results(results: Results) -> str:
 
 
 def _cells(values: Mapping[str, Any], names: Sequence[str]) -> list[str]:
-    """Shares in percent; losses and correlations are none."""
+    """Format shares in percent; losses and correlations are not shares."""
     return [
         "" if name not in values else f"{values[name]:.4f}" if name in ("loss", "matthews") else f"{values[name]:.1%}"
         for name in names

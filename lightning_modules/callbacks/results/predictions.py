@@ -1,4 +1,4 @@
-"""PredictionsWriter: what `predict` leaves behind."""
+"""PredictionsWriter: the CSV file of `predict`."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ UNFINISHED = "unfinished_predictions"
 class PredictionsWriter(L.Callback):
     """Write one CSV row per example: the task's `prediction_columns`.
 
-    A classifier has id, label (where known), prediction, its probability, and the probability of every class.
+    A classifier has id, label (if known), prediction, its probability, and the probability of every class.
 
     Rows are written batch by batch to a directory `unfinished_predictions` and become the CSV file at the end; memory holds one
-    batch. A prediction that was interrupted goes on where it stopped when the same user gives the same command again: batches
-    are not computed again if weights, backbone, precision, batch size, number of processes and inputs are the same. The
-    directory lies beside the file that `path` names, else beside the adapter or checkpoint; where there is neither, it lies in
-    the run directory, which is a new one for every run, so that nothing can be resumed. With limit_predict_batches the file is
-    called `..._partial.csv`; with fast_dev_run nothing is written.
+    batch. An interrupted prediction resumes when the same user repeats the command: batches are not computed again if weights,
+    backbone, precision, batch size, number of processes and inputs are the same. The directory lies beside the file that
+    `path` names, otherwise beside the adapter or checkpoint. Without either it lies in the run directory, which is new in every
+    run, so nothing can be resumed. With limit_predict_batches the file is called `..._partial.csv`; with fast_dev_run
+    nothing is written.
 
     Cells are made safe to open: control characters are escaped, and text that a spreadsheet would take for a formula gets an
     apostrophe in front.
@@ -74,7 +74,7 @@ class PredictionsWriter(L.Callback):
     def on_predict_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Skip a batch whose rows are on disk; where the model is sharded, all processes skip it or none does."""
+        """Skip a batch whose rows are on disk; if the model is sharded, all processes skip it or none does."""
         assert isinstance(pl_module, AdaptationModule)
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
@@ -112,13 +112,13 @@ class PredictionsWriter(L.Callback):
         pl_module.skips_prediction = False
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Make one file of all batches, in the order of the data."""
+        """Write one file of all batches, in the order of the data."""
         assert isinstance(pl_module, AdaptationModule)
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         path = Path(self.path) if self.path else run_directory(trainer) / "predictions.csv"  # asks all processes
         if limit_of(trainer, "predict", each_loader(trainer.predict_dataloaders)):
-            path = path.with_name(f"{path.stem}_partial{path.suffix}")  # not in the place of all predictions
+            path = path.with_name(f"{path.stem}_partial{path.suffix}")  # does not replace complete predictions
         self._rows.keep(self._seen)
         lines = self._all_lines(trainer)
         first = next(lines, None)
@@ -129,9 +129,9 @@ class PredictionsWriter(L.Callback):
                     count = _write(path, _header(first, pl_module), first, lines)
                 except OSError as error:
                     problem = f"predictions cannot be written to '{path}' ({error.strerror})"
-            for _ in lines:  # other processes only hand theirs over
+            for _ in lines:  # other processes only pass on their lines
                 pass
-            problem = trainer.strategy.broadcast(problem)  # else the others would wait for the one that failed
+            problem = trainer.strategy.broadcast(problem)  # otherwise the others would wait for the one that failed
             if problem is not None:
                 raise UserError(problem)
             rank_zero_info(f"Predictions written: {path} ({count} rows)")
@@ -145,7 +145,7 @@ class PredictionsWriter(L.Callback):
             self._rows.close()
 
     def _open(self, trainer: L.Trainer, module: AdaptationModule) -> UnfinishedPredictions:
-        """The rows that this process has on disk. Their file's name depends on all that they depend on."""
+        """Open the rows that this process has on disk. The name of their file depends on all that they depend on."""
         description = json.dumps({**about(trainer, module, {}), "data": describe_data(trainer)}, sort_keys=True)
         key, description = trainer.strategy.broadcast((user_key() if trainer.is_global_zero else b"", description))
         name = hmac.new(key, description.encode(), "sha256").hexdigest()[:16]
@@ -165,7 +165,7 @@ class PredictionsWriter(L.Callback):
         return rows
 
     def _directory(self, trainer: L.Trainer, module: AdaptationModule) -> Path:
-        """Where the same command finds again what an interrupted one left; the run directory where there is no such place."""
+        """Return the directory where a repeated command finds the rows of an interrupted one, else the run directory."""
         own = run_directory(trainer)  # asks all processes
         if self.path:
             return Path(self.path).parent
@@ -175,9 +175,9 @@ class PredictionsWriter(L.Callback):
         return own
 
     def _all_lines(self, trainer: L.Trainer) -> Iterator[str]:
-        """The lines of all processes, one set after the other, in the order of the data: examples are dealt out in turn.
+        """Yield the lines of all processes, set by set in the order of the data: processes take examples in turn.
 
-        All processes have to read it to its end.
+        All processes must read it to its end.
         """
         for index in range(len(each_loader(trainer.predict_dataloaders))):
             batches = self._rows.batches_of(index)
@@ -188,7 +188,7 @@ class PredictionsWriter(L.Callback):
 
 
 def _write(path: Path, header: str, first: str, lines: Iterator[str]) -> int:
-    """Write a file of lines; returns how many there are below the header."""
+    """Write a file of lines; return the number of lines below the header."""
     count = 1
     with replacing(path) as file:
         file.write((header + first).encode())
@@ -215,7 +215,7 @@ def _line(row: Mapping[str, Any], module: AdaptationModule) -> str:
 
 
 def _header(line: str, module: AdaptationModule) -> str:
-    """The columns of `line` and those like it."""
+    """Return the names of the columns of `line`."""
     if module.task.prediction_columns is not None:
         return csv_line(module.task.prediction_columns)
     columns = ["id", "label", "prediction", "probability"]
@@ -224,7 +224,7 @@ def _header(line: str, module: AdaptationModule) -> str:
 
 
 def _gather(trainer: L.Trainer, value: Any) -> list[Any]:
-    """The value of every process."""
+    """Return the value of every process."""
     if trainer.world_size == 1:
         return [value]
     values = [None] * trainer.world_size

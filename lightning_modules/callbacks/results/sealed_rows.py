@@ -1,4 +1,4 @@
-"""Rows on disk that count only if this user wrote them, for this very evaluation, and no bit has changed since."""
+"""Rows on disk that count only if this user wrote them for the same evaluation and no bit has changed since."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ class SealedRows:
 
     Args:
         key: see `user_key`.
-        about: what the rows belong to; rows of anything else are not read.
+        about: identifies the evaluation; rows of another one are refused.
     """
 
     def __init__(self, key: bytes, about: str) -> None:
         self._key = hmac.digest(key, about.encode(), "sha256")
 
     def line(self, set_name: str, row: Row) -> str:
-        """A row of a set as one line, without its end."""
+        """Return a row of a set as one line, without its end."""
         return self._sealed(set_name, json.dumps(row, ensure_ascii=False).encode()).decode()
 
     def read(self, set_name: str, line: bytes) -> Row | None:
-        """The row in a line; None for any line that `line` did not make."""
+        """Return the row in a line; None if `line` did not make it."""
         text = line[len(self._sealed(set_name, b"")) - 1 : -1]
         if not hmac.compare_digest(line, self._sealed(set_name, text)):
             return None
@@ -47,9 +47,9 @@ class SealedRows:
 
 
 def user_key() -> bytes:
-    """A random key that only this user knows, made when it is first asked for; one of this process where none can be kept.
+    """Return a random key that only this user knows, made on first use; a key of this process if none can be stored.
 
-    With it, rows that came with somebody else's files are told apart from those of the user's own runs.
+    The key tells rows of the user's own runs from rows in files of others.
     """
     path = default_cache_directory() / "evaluation_key"
     try:
@@ -57,12 +57,12 @@ def user_key() -> bytes:
             _make_key(path)
         key = path.read_bytes()
         return key if len(key) == _KEY_BYTES else secrets.token_bytes(_KEY_BYTES)
-    except OSError:  # a home that cannot be written to: then nothing is resumed, and nothing is trusted
+    except OSError:  # the home directory is not writable: nothing can be resumed
         return secrets.token_bytes(_KEY_BYTES)
 
 
 def _make_key(path: Path) -> None:
-    """Put a key in place whole; of processes that do so at the same time, the first one's stays."""
+    """Write a key atomically; if several processes do so at the same time, the first one's key stays."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     handle = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)

@@ -1,4 +1,4 @@
-"""UnfinishedEvaluation: the rows of an evaluation on disk while it runs, so that an interrupted one goes on."""
+"""UnfinishedEvaluation: the rows of a running evaluation on disk, so that an interrupted one can resume."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lightning_modules.adaptation import AdaptationModule
 from lightning_modules.callbacks.results.evaluation_place import data_of
 from lightning_modules.callbacks.results.sealed_rows import Row, SealedRows
 
-_FIELDS = ("id", "prompt", "answer", "output", "loss")  # of a row; grades are never read from a file
+_FIELDS = ("id", "prompt", "answer", "output", "loss")  # fields of a row; grades are never loaded from a file
 
 
 class UnfinishedEvaluation:
@@ -29,8 +29,8 @@ class UnfinishedEvaluation:
 
     Args:
         directory: made by `open`; `remove` it when the evaluation is complete.
-        rank: of this process, which appends to files of its own.
-        about: what the rows depend on.
+        rank: rank of this process, which appends to its own files.
+        about: everything that the rows depend on.
         key: seals the rows; the same in all processes.
     """
 
@@ -41,11 +41,11 @@ class UnfinishedEvaluation:
         self._rows = SealedRows(key, self._about)
 
     def open(self, sets: Iterable[str]) -> tuple[dict[str, dict[str, Row]], str | None]:
-        """Read what is finished of the same evaluation; start over where another one was interrupted. One process calls it.
+        """Load the finished rows of the same evaluation; start over if they belong to another one. One process calls it.
 
         Returns:
-            Rows by set and id, and what to tell the user, if anything. Lines that are damaged, or that another user or
-            machine wrote, are left out and counted.
+            Rows by set and id, and a note to the user, if any. Lines that are damaged, or that another user or machine wrote,
+            are left out and counted.
 
         Raises:
             OSError: if the directory cannot be written.
@@ -62,19 +62,19 @@ class UnfinishedEvaluation:
         return {name: {} for name in sets}, note
 
     def append(self, set_name: str, rows: Iterable[Row]) -> None:
-        """Write what is to be known of rows so that it outlives this process."""
+        """Write rows so that they outlive this process."""
         directory = self.directory / file_name(set_name)
         directory.mkdir(parents=True, exist_ok=True)
         kept = ({name: row[name] for name in _FIELDS} for row in rows)
         with open(directory / f"{self.rank}.jsonl", "a", encoding="utf-8") as file:
-            # The newline comes first: a line that an interruption tears does not run into the next.
+            # The newline comes first, so that a line cut off by an interruption does not run into the next.
             file.write("".join("\n" + self._rows.line(set_name, row) for row in kept))
 
     def remove(self) -> None:
         shutil.rmtree(self.directory)
 
     def _difference(self, description: Path) -> str | None:
-        """In what the interrupted evaluation differs, as a note; None if it is this one."""
+        """Return a note on how the interrupted evaluation differs; None if it is this one."""
         try:
             other = json.loads(description.read_bytes())
         except (OSError, ValueError, RecursionError):
@@ -86,7 +86,7 @@ class UnfinishedEvaluation:
         return f"what was interrupted in {self.directory} differs in {', '.join(differ)}; starting over" if differ else None
 
     def _read(self, sets: Iterable[str]) -> tuple[dict[str, dict[str, Row]], str | None]:
-        """Rows of all processes, also of more than there are now."""
+        """Load rows of all processes, even if there were more of them."""
         found: dict[str, dict[str, Row]] = {}
         num_refused = 0
         for name in sets:
@@ -105,7 +105,7 @@ class UnfinishedEvaluation:
 
 
 def about(trainer: L.Trainer, module: AdaptationModule, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What rows depend on beside their inputs; `settings` are the task's own."""
+    """Return everything that rows depend on, except their inputs; `settings` are the task's."""
     return {
         "command": str(trainer.state.fn),
         "backbone": backbone_name(module.model),
@@ -119,7 +119,7 @@ def about(trainer: L.Trainer, module: AdaptationModule, settings: Mapping[str, A
 
 
 def _checksum(model: nn.Module) -> str:
-    """SHA-256 of everything that an adapter file holds, wherever it was loaded from."""
+    """Return the SHA-256 of everything in an adapter file, wherever it was loaded from."""
     digest = hashlib.sha256()
     for name, tensor in sorted(adapter_state_dict(model).items()):
         digest.update(name.encode())

@@ -26,7 +26,7 @@ _RECORD = "batch"  # what the seals are for
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a batch lies in the file, and what it was predicted from."""
+    """Position of a batch in the file, and the fingerprint of its inputs."""
 
     set_index: int
     inputs: str
@@ -35,14 +35,14 @@ class _Place:
 
 
 class UnfinishedPredictions:
-    """A file with one sealed record per batch, in the order in which the batches come.
+    """A file with one sealed record per batch, in the order of the batches.
 
-    A record counts if it and all before it are intact. Memory holds their places alone.
+    A record counts if it and all before it are intact. Memory holds only their positions.
 
     Args:
-        path: the file; made if missing, and continued if not.
+        path: the file; it is created or continued.
         key: seals the records, see `sealed_rows.user_key`.
-        about: what the predictions depend on, apart from the inputs.
+        about: everything that the predictions depend on, except the inputs.
 
     Raises:
         OSError: if the file cannot be written.
@@ -63,11 +63,11 @@ class UnfinishedPredictions:
             raise
 
     def __len__(self) -> int:
-        """How many batches are known."""
+        """Return the number of batches."""
         return len(self._places)
 
     def inputs(self, index: int) -> str:
-        """What batch `index` was predicted from."""
+        """Return the fingerprint of the inputs of batch `index`."""
         return self._places[index].inputs
 
     def keep(self, count: int) -> None:
@@ -79,26 +79,26 @@ class UnfinishedPredictions:
         """Write a batch so that it outlives this process.
 
         Args:
-            set_index: which of the sets it belongs to.
-            inputs: identifies what it was predicted from.
+            set_index: index of its set.
+            inputs: fingerprint of its inputs.
             lines: its rows.
 
         Raises:
-            OSError: if the disk is full; what was there before is kept.
+            OSError: if the disk is full; earlier batches are kept.
         """
         record = {"set": set_index, "inputs": inputs, "lines": list(lines)}
         content = self._records.line(_RECORD, record).encode() + b"\n"
         start = end = self._end
-        while end < start + len(content):  # a buffered file would try what did not fit on the disk again when it is closed
+        while end < start + len(content):  # a buffered file would write again on close what did not fit on the disk
             end += os.pwrite(self._file.fileno(), content[end - start :], end)
         self._places.append(_Place(set_index, inputs, start, end))
 
     def count(self, set_index: int) -> int:
-        """How many batches of a set are known."""
+        """Return the number of batches of a set."""
         return sum(place.set_index == set_index for place in self._places)
 
     def batches_of(self, set_index: int) -> Iterator[list[str]]:
-        """The rows of each batch of a set."""
+        """Yield the rows of each batch of a set."""
         for place in self._places:
             if place.set_index == set_index:
                 record = self._records.read(_RECORD, os.pread(self._file.fileno(), place.end - place.start - 1, place.start))
@@ -121,7 +121,7 @@ class UnfinishedPredictions:
         return self._places[-1].end if self._places else 0
 
     def _find(self) -> Iterator[_Place]:
-        """The intact records at the start of the file; what comes after them is overwritten."""
+        """Yield the intact records at the start of the file; the rest is overwritten."""
         start = 0
         self._file.seek(0)
         for line in self._file:
@@ -133,9 +133,9 @@ class UnfinishedPredictions:
 
 
 def describe_data(trainer: L.Trainer) -> Any:
-    """Tells the data of one command from those of another before the first batch: sizes, first and last examples.
+    """Describe the data before the first batch by sizes, first and last examples.
 
-    Whatever this misses, a batch's own fingerprint shows before the batch is skipped.
+    A difference that this misses shows in a batch's own fingerprint before the batch is skipped.
     """
     sets = []
     for loader in each_loader(trainer.predict_dataloaders):
@@ -148,7 +148,7 @@ def describe_data(trainer: L.Trainer) -> Any:
 
 
 def fingerprint(batch: Mapping[str, Any]) -> str:
-    """Of the ids and of (a part of) all tensors, the same for the same inputs on the same kind of device."""
+    """Return a fingerprint of the ids and of (a part of) all tensors, the same for the same inputs on one kind of device."""
     digest = hashlib.sha256()
     for name, value in sorted(batch.items()):
         digest.update(name.encode())

@@ -1,4 +1,4 @@
-"""SpectralSensitivity: which frequencies the loss asks each adapted projection for, before training."""
+"""SpectralSensitivity: the frequencies at which the loss is sensitive to each adapted projection, before training."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ Batch = Mapping[str, Any]
 class SpectralSensitivity(L.Callback):
     """When training starts, measure the spectrum of the loss's gradient with respect to each adapted projection's dense update.
 
-    Also that of the frozen weights, and where batches name several tasks, of each task's gradient. Writes a table, curves and a
-    suggested band layout to `<run directory>/sensitivity`. The model is in evaluation mode meanwhile. Training is not
-    changed, but that workers of the DataLoader (`num_workers` above 0) go on in their random augmentation.
+    The spectra of the frozen weights, and of each task's gradient if batches name several tasks, are measured too. A table,
+    curves and a suggested band layout are written to `<run directory>/sensitivity`. The model is in evaluation mode then.
+    Training does not change, except that workers of the DataLoader (`num_workers` above 0) advance their random augmentation.
     `python train.py analyze` is this callback without the training.
 
     Args:
-        num_batches: batches of training data to sum the gradient over.
-        permutations: random reorderings of rows and columns, the control.
-        num_bins: rings of the radius.
+        num_batches: number of training batches over which the gradient is summed.
+        permutations: number of random reorderings of rows and columns, the control.
+        num_bins: number of bins of the radius.
         memory_gib: memory for gradients in GiB. If it does not hold those of all projections and tasks at once, the same
-            batches are gone through several times; one projection at a time is the least.
+            batches are read several times, for one projection at a time if necessary.
         full_weights: file of a fully fine-tuned model of the same architecture, whose W1 - W0 is measured too: a checkpoint or
             an `adapter.safetensors` of FullFineTuning, or any state dict.
-        directory: where to write instead.
-        stop: do not train.
+        directory: output directory; null for `<run directory>/sensitivity`.
+        stop: whether to end before training.
 
     Raises:
         UserError: for an impossible value, a missing file, several devices, or an adapter other than FourierMoE.
@@ -111,7 +111,7 @@ class SpectralSensitivity(L.Callback):
         batches: Sequence[Batch],
         full_weights: Mapping[str, Tensor] | None,
     ) -> Iterator[tuple[tuple[str, str], Tensor]]:
-        """Every matrix (M, N) to measure by (source, name of the projection), few at a time."""
+        """Yield every matrix (M, N) to measure with (source, name of the projection), few at a time."""
         by_task: dict[str, list[tuple[Batch, float]]] = {}
         for batch in batches:
             for task, part in split_by_task(batch).items():
@@ -137,7 +137,7 @@ class SpectralSensitivity(L.Callback):
 
 
 def split_by_task(batch: Batch) -> dict[str, Batch]:
-    """The examples of each task as a batch of their own; a batch that names no tasks is one, called ''."""
+    """Split a batch into one per task; a batch that names no tasks stays one, called ''."""
     tasks = batch.get("task")
     if tasks is None:
         return {"": batch}
@@ -154,7 +154,7 @@ def _rows(values: Any, rows: list[int]) -> Any:
 
 
 def group_by_memory(projections: Mapping[str, Adapter], num_bytes: float) -> Iterator[dict[str, Adapter]]:
-    """Projections in their order, in groups whose float32 gradients fit in `num_bytes`, at least one in each."""
+    """Yield projections in their order, in groups whose float32 gradients fit in `num_bytes`, at least one in each."""
     group: dict[str, Adapter] = {}
     used = 0.0
     for name, adapter in projections.items():
@@ -180,7 +180,7 @@ def _update(name: str, full: Tensor, frozen: Tensor) -> Tensor:
 
 
 def _full_weights(path: str, projections: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-    """W1 of every projection, by name, from a state dict in which attention may still be fused."""
+    """Load W1 of every projection, by name, from a state dict in which attention may still be fused."""
     from safetensors.torch import load_file
 
     state: Mapping[str, Any]
