@@ -25,11 +25,14 @@ class Adapter(nn.Module, ABC):
     A subclass is constructed as `Layer(base, config, name)`; `name` is the projection's name in its model.
 
     Attributes:
+        named_generator: whether the layer draws from a generator of its own. If not, `inject` seeds PyTorch's global one while
+            it builds the layers, and puts it back.
         changes_base: whether `base` is a changed copy of the model's projection and not that projection itself.
         projection_name: the projection's name in its model, for messages; `inject` sets it.
         reminders: what warns a training loop that leaves out `regularization` or `after_step`, by method.
     """
 
+    named_generator = False
     changes_base = False
     projection_name = "the adapted projection"
 

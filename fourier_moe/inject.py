@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -83,8 +84,7 @@ def replace_projections(model: nn.Module, config: ProjectionAdapterConfig, names
     split_fused(model, names)
     _check_projections(model, names, config)
     layers: dict[int, Adapter] = {}  # by identity of the base: a projection shared by two parents stays shared
-    with torch.random.fork_rng(devices=[]):  # dropout and data must not depend on how much a layer draws
-        torch.default_generator.manual_seed(config.seed or 0)
+    with nullcontext() if layer_class(config).named_generator else _seeded(config.seed or 0):
         for name in (name for name, _ in list(model.named_modules(remove_duplicate=False)) if name in names):
             base = model.get_submodule(name)
             if isinstance(base, Adapter):  # reached before by another name of a shared parent
@@ -94,6 +94,14 @@ def replace_projections(model: nn.Module, config: ProjectionAdapterConfig, names
                 layer.changes_base, layer.projection_name = layer.base is not base, name
             replace_module(model, name, layers[id(base)])
     layer_class(config).connect(adapters(model), config)
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """PyTorch's generator of the CPU is seeded; afterwards it goes on as before: dropout and data must not depend on layers."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield
 
 
 def _check_projections(model: nn.Module, names: Iterable[str], config: ProjectionAdapterConfig) -> None:

@@ -63,6 +63,8 @@ class FFTMoELinear(Adapter):
         name: the projection's name in its model; with config.seed it fixes the router's start.
     """
 
+    named_generator = True
+
     def __init__(self, base: nn.Module, config: FFTMoEConfig, name: str) -> None:
         super().__init__(_Upcycled(base))
         self.balance_weight = config.balance_weight

@@ -152,6 +152,8 @@ class RoutedLoRALinear(Adapter):
         name: the projection's name in its model; with config.seed it fixes the start.
     """
 
+    named_generator = True
+
     def __init__(self, base: nn.Module, config: RoutedLoRAConfig, name: str) -> None:
         super().__init__(base)
         self.balance_weight = config.loss_weight()

@@ -29,6 +29,8 @@ class LoRARelativeLinear(Adapter):
         name: the projection's name in its model; with config.seed it fixes the start.
     """
 
+    named_generator = True
+
     def __init__(self, base: nn.Module, config: LoRASettings, name: str) -> None:
         super().__init__(base)
         self.scaling = config.alpha / config.r

@@ -30,6 +30,8 @@ class FourierMoELinear(Adapter):
         name: the projection's name in its model; with config.seed it fixes positions and the router's start.
     """
 
+    named_generator = True
+
     def __init__(self, base: nn.Module, config: FourierMoEConfig, name: str) -> None:
         super().__init__(base)
         device, generator = device_of(base), named_generator(config.seed or 0, name)

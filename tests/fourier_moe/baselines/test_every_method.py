@@ -40,7 +40,7 @@ from fourier_moe import (
     regularization,
     save_adapter,
 )
-from fourier_moe.adapter import build_layer
+from fourier_moe.adapter import build_layer, layer_class
 
 METHODS = [config(head=["classifier"], seed=3), *PEFT_LIBRARY, *LORA_RELATIVES, *ROUTED]
 X = torch.randn(8, 5, 16, generator=torch.Generator().manual_seed(1))
@@ -128,7 +128,13 @@ def test_start_depends_on_the_seed_only_and_draws_nothing_that_others_would_miss
 
 
 @of_each(but={*map(type, PEFT_LIBRARY), KaSAConfig, MiLoRAConfig})
-def test_start_depends_on_the_name_and_not_on_other_projections(method):
+def test_start_depends_on_the_name_and_not_on_other_projections(method, monkeypatch):
+    assert layer_class(method).named_generator
+    model = Transformer()
+    with monkeypatch.context() as patch:  # other threads may draw from the global generator
+        patch.setattr(torch.random, "fork_rng", lambda **_: pytest.fail("the global generator was touched"))
+        inject(model, method)
+
     def start(name):
         layer = build_layer(nn.Linear(16, 16), method, name)
         layer.base = nn.Identity()
