@@ -74,16 +74,14 @@ class Adapter(nn.Module, ABC):
         """Call `base`, another module with the same weight, from now on."""
         self.base = base
 
-    def merged(self, gates: Tensor | None = None) -> nn.Module:
+    def merged(self) -> nn.Module:
         """A copy of `base` with the update in its weight, W0 + dW: no adapter any more.
 
-        Args:
-            gates: for a method that routes, the gate (E,) of every expert, the same for all tokens.
-
         Raises:
-            UserError: if the method has no merge, or the weight cannot take an update (quantised, sharded).
+            UserError: if the method has no merge, as no method that routes tokens has, or the weight cannot take an update
+                (quantised, sharded).
         """
-        raise UserError(f"{type(self).__name__}: this method has no merge into a weight")
+        raise UserError(f"{type(self).__name__} cannot be merged into one weight; serve it with its adapter")
 
     # Code around a projection (dtype look-ups, fused kernels' checks) may look at its weight, but not multiply with it.
     @property

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 from fourier_moe.adapter import Adapter, ParameterKind
 from fourier_moe.config import ProjectionAdapterConfig, at_least_one, dropout, multiple, not_negative, positive, rank_problem
-from fourier_moe.errors import UserError
-from fourier_moe.models.projection import device_of, with_update
+from fourier_moe.models.projection import device_of
 from fourier_moe.routing.router import Router
 from fourier_moe.spectral.frequencies import named_generator
 
@@ -131,11 +130,6 @@ class LoRAExperts(nn.Module):
         """s B_e A_e (M, N)."""
         return self.scaling * self.B[expert] @ self.A[expert if len(self.A) > 1 else 0]
 
-    @torch.no_grad()
-    def mixture(self, gates_E: Tensor) -> Tensor:
-        """sum_e gates_e s B_e A_e (M, N) for gates that are the same for all tokens."""
-        return sum(gate * self.delta_weight(expert) for expert, gate in enumerate(gates_E.to(self.B)))  # type: ignore[return-value]
-
     def extra_repr(self) -> str:
         E, M, R = self.B.shape
         return f"in_features={self.A.shape[-1]}, out_features={M}, experts={E}, rank={R}, scaling={self.scaling:.4g}"
@@ -176,11 +170,6 @@ class RoutedLoRALinear(Adapter):
         y = self.base(x)
         gates = self.router(x).dense(self.router.num_experts)
         return y + self.experts(self.dropout(x), gates).to(y.dtype)
-
-    def merged(self, gates: Tensor | None = None) -> nn.Module:
-        if gates is None:
-            raise UserError("this method routes every token on its own; give the gates to freeze")
-        return with_update(self.base, self.experts.mixture(gates))
 
     def parameter_groups(self) -> Mapping[ParameterKind, list[nn.Parameter]]:
         return {"experts": list(self.experts.parameters()), "router": list(self.router.parameters())}

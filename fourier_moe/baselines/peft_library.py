@@ -206,7 +206,7 @@ class PeftLinear(Adapter):
         super().rebase(base)
         self.layer.__dict__["base_layer"] = base
 
-    def merged(self, gates: Tensor | None = None) -> nn.Module:
+    def merged(self) -> nn.Module:
         check_takes_update(self.base)
         layer: Any = copy.deepcopy(self.layer)
         layer.merge()

@@ -133,21 +133,6 @@ class SpectralExperts(nn.Module):
         return self._permuted(delta_MN)
 
     @torch.no_grad()
-    def mixture(self, gates_E: Tensor) -> Tensor:
-        """sum_e gates_e alpha dW_e (M, N) for gates that are the same for all tokens, in one inverse transform."""
-        coefficients = self.complex_coefficients()
-        coefficients = gates_E.to(coefficients).view(-1, 1, 1) * coefficients
-        delta_MN = dense_delta_weight(
-            coefficients.flatten(0, 1),
-            self.frequencies.flatten(0, 1),
-            self.out_features,
-            self.in_features,
-            scaling=self.scaling,
-            hermitian=self.hermitian,
-        )
-        return self._permuted(delta_MN)
-
-    @torch.no_grad()
     def low_rank(self, expert: int) -> tuple[Tensor, Tensor]:
         """The same as a product, left (M, r) @ right (r, N), float64, r <= 2P: the expert as an exact LoRA."""
         coefficients = self.complex_coefficients()[expert]

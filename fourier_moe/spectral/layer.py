@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fourier_moe.adapter import Adapter, ParameterKind, layer_of
 from fourier_moe.errors import UserError
-from fourier_moe.models.projection import device_of, with_update
+from fourier_moe.models.projection import device_of
 from fourier_moe.routing.router import TopKRouter
 from fourier_moe.routing.sharing import SharedRouter, share_routers
 from fourier_moe.spectral.config import FourierMoEConfig
@@ -58,11 +58,6 @@ class FourierMoELinear(Adapter):
     def forward(self, x: Tensor) -> Tensor:
         y = self.base(x)
         return y + self.experts(self.dropout(x), self.router(x)).to(y.dtype)
-
-    def merged(self, gates: Tensor | None = None) -> nn.Module:
-        if gates is None:
-            raise UserError("FourierMoELinear routes every token on its own; give the gates to freeze")
-        return with_update(self.base, self.experts.mixture(gates))
 
     def parameter_groups(self) -> Mapping[ParameterKind, list[nn.Parameter]]:
         return {"experts": [self.experts.coefficients], "router": list(self.router.parameters())}

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
+from jsonargparse.typing import PositiveInt
 
 from fourier_moe import FourierMoEConfig
 from fourier_moe.errors import UserError
+from lightning_modules.commands.command_line import CommandLine
 from lightning_modules.experiments.budget import Budget, adapter_parameters, match
 from lightning_modules.experiments.grid import run_grid
 from lightning_modules.experiments.kept_runs import variant_directory
@@ -24,42 +25,61 @@ FOURIER_MOE = "fourier_moe"  # the same, which has to be FourierMoE
 _OVERLAYS = Path("configs/adapters")
 
 
-def compare(args: list[str]) -> list[Result]:
-    """Run every adapter with every seed, print the table and write it to `--output`.
+def compare(
+    line: CommandLine,
+    *,
+    adapters: str | list[str],
+    seeds: PositiveInt = 3,
+    match_parameters: str | int | None = None,
+    metric: str | None = None,
+    output: str | None = None,
+) -> list[Result]:
+    """Train and test one config with several adapters and seeds, and write tables and a plot.
 
-    Everything that can be checked without training is checked before the first run. A run that fails is reported and the others
-    go on. A run whose result is in `--output` already is not made again, unless its resolved config has changed: repeat the
-    command to go on after an interruption.
+    The last weights and the checkpoint that is best on validation are tested. Everything that can be checked without training
+    is checked before the first run. A run that fails is reported and the others go on. A run whose result is in `output`
+    already is not made again, unless its resolved config has changed: repeat the command to go on after an interruption.
+    Further arguments are those of fit, for example `--trainer.max_epochs 5`.
+
+    Args:
+        line: the config and the arguments of fit.
+        adapters: overlays, separated by commas: names in `configs/adapters/`, names with a folder in `configs/`
+            (`ablations/real_only`), paths, or `config` for the config's own adapter, `fourier_moe` if that is FourierMoE; the
+            others are tested against the first.
+        seeds: number of seeds: 0, 1, ...
+        match_parameters: choose every adapter's size (rank, coefficients) such that it trains this many parameters beside the
+            head: `150000`, or a share of the pretrained model's: `0.42%`.
+        metric: test metric to compare: `matthews`, or `cola/matthews` of one of several test sets; the task's main metric by
+            default.
+        output: directory of the results; `runs/compare/<config's name>` by default.
 
     Raises:
-        SystemExit: with status 2 for a wrong command line; with 1, at the end, if a run failed.
+        SystemExit: with status 1, at the end, if a run failed.
         UserError: before any run, if one does not parse, does not fit its model, or cannot have the budget.
     """
-    options, fit_args = _parse(args)
-    names = options.adapters.split(",")
+    names = adapters.split(",") if isinstance(adapters, str) else adapters
     overlays = {name: _overlay(name) for name in names}
     if len({variant_directory(name) for name in names}) < len(names) or {OWN, FOURIER_MOE} <= overlays.keys():
-        raise UserError(f"--adapters {options.adapters}: names must differ, results go to directories of these names")
-    budget = Budget.parse(options.match_parameters) if options.match_parameters else None
-    output = Path(options.output or f"runs/compare/{Path(options.config[0]).stem}")
+        raise UserError(f"--adapters {','.join(names)}: names must differ, results go to directories of these names")
+    budget = Budget.parse(str(match_parameters)) if match_parameters else None
+    directory = Path(output or f"runs/compare/{line.name}")
 
-    configs = [word for path in options.config for word in ("--config", path)]
-    grid = {name: [*configs, *overlay, *fit_args] for name, overlay in overlays.items()}
-    variants = parse_grid(grid, options.metric)
+    grid = {name: [*line.configs, *overlay, *line.arguments] for name, overlay in overlays.items()}
+    variants = parse_grid(grid, metric)
     sized, sizes = _sizes(variants, budget)
     grid = {name: [*words, *sized[name]] for name, words in grid.items()}
     notes = unfair_differences(variants)
     del variants  # the runs need the memory
     print(f"\n{sizes}")
 
-    results, failures = run_grid(grid, options.seeds, output)
+    results, failures = run_grid(grid, seeds, directory)
     frame, labels, parts = None, {}, []
     if results:
-        frame = _frame(results, options.metric)
+        frame = _frame(results, metric)
         labels = method_labels(frame)
-        parts = _tables(frame, labels, next(iter(grid)), notes, output)
+        parts = _tables(frame, labels, next(iter(grid)), notes, directory)
     if budget:
-        parts.append(f"Parameters matched to {options.match_parameters}:\n\n{sizes}")
+        parts.append(f"Parameters matched to {match_parameters}:\n\n{sizes}")
 
     def plot(path: Path) -> None:
         from lightning_modules.experiments.plots import plot_comparison  # here: matplotlib is slow to import
@@ -67,42 +87,8 @@ def compare(args: list[str]) -> list[Result]:
         assert frame is not None
         plot_comparison(path, frame, labels)
 
-    publish(output, parts, results, frame, plot, failures)
+    publish(directory, parts, results, frame, plot, failures)
     return results
-
-
-def _parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    parser = argparse.ArgumentParser(
-        prog="train.py compare",
-        description="Train and test one config with several adapters and seeds; tested are the last weights and the checkpoint "
-        "that is best on validation. Results that --output holds already are kept: repeat the command after an interruption. "
-        "Further arguments are handed to fit, for example --trainer.max_epochs 5.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--config", action="append", required=True, help="as for fit; repeat for overlays")
-    parser.add_argument(
-        "--adapters",
-        required=True,
-        help=f"comma-separated overlays: names in {_OVERLAYS}/, names with a folder in configs/ (ablations/real_only), paths, "
-        f"or '{OWN}' for the config's own adapter, '{FOURIER_MOE}' if that is FourierMoE; the others are tested against the "
-        "first",
-    )
-    parser.add_argument("--seeds", type=int, default=3, help="number of seeds: 0, 1, ... (default 3)")
-    parser.add_argument(
-        "--match-parameters",
-        metavar="BUDGET",
-        help="choose every adapter's size (rank, coefficients) such that it trains this many parameters beside the head: "
-        "150000, or a share of the pretrained model's: 0.42%%",
-    )
-    parser.add_argument(
-        "--metric",
-        help="test metric to compare: matthews, or cola/matthews of one of several test sets (default: the task's main metric)",
-    )
-    parser.add_argument("--output", help="directory of the results (default runs/compare/<config's name>)")
-    options, fit_args = parser.parse_known_args(args)
-    if options.seeds < 1:
-        parser.error(f"--seeds {options.seeds} must be at least 1")
-    return options, fit_args
 
 
 def _overlay(name: str) -> list[str]:

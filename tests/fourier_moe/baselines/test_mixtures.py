@@ -81,23 +81,6 @@ def test_delta_weight_of_each_expert_is_what_its_gate_weighs(config):
     torch.testing.assert_close(layer(x), expected, rtol=1e-10, atol=1e-10)
 
 
-@of_each(LORA)
-def test_merged_projection_is_the_adapted_one_where_all_tokens_have_the_same_gates(config):
-    layer, _ = moved_layer(config, 7, 5)
-    token = tokens(5)
-    merged = layer.merged(layer.router(token).dense(4).detach())
-    assert type(merged) is nn.Linear
-    torch.testing.assert_close(merged(token), layer(token), rtol=1e-6, atol=1e-8)
-    with pytest.raises(ValueError, match="routes every token on its own; give the gates"):
-        layer.merged()
-
-
-def test_upcycled_experts_are_refused_by_a_merge():
-    layer, _ = moved_layer(CONFIGS[-1], 7, 5)
-    with pytest.raises(ValueError, match="FFTMoELinear: this method has no merge into a weight"):
-        layer.merged()
-
-
 @of_each(ONE_EACH)
 @pytest.mark.parametrize("shape", [(7,), (0, 7), (1, 7), (2, 3, 4, 7)])
 def test_any_leading_shape(config, shape):

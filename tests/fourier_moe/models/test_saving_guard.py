@@ -8,8 +8,8 @@ import torch
 from support.models import config
 from torch import nn
 
-from fourier_moe import FullFineTuning, LoRAConfig, adapters, inject, load_adapter, save_adapter
-from fourier_moe.serving.merge import merge_adapters, swap
+from fourier_moe import FullFineTuning, LoRAConfig, inject, load_adapter, save_adapter
+from fourier_moe.serving.merge import merge_adapters
 
 transformers = pytest.importorskip("transformers")
 
@@ -63,7 +63,7 @@ def test_merged_and_fully_fine_tuned_models_save_what_loads_right(tmp_path):
     inject(merged, LORA)
     moved(merged)
     expected = merged(TOKENS).logits
-    swap(merged, merge_adapters(adapters(merged), {}))
+    merge_adapters(merged)
     tuned = llama()
     inject(tuned, FullFineTuning())
     for model, logits, name in ((merged, expected, "merged"), (moved(tuned), tuned(TOKENS).logits, "tuned")):

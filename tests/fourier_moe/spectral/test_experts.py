@@ -167,13 +167,6 @@ def test_permuted_update_has_the_same_entries_elsewhere_by_whole_rows_and_column
         assert (permuted - expected).abs().max() > 0.1 * expected.abs().max()
 
 
-@pytest.mark.parametrize("permute", [False, True])
-def test_mixture_is_the_gated_sum_of_the_updates(permute):
-    layer, gates = experts(permute=permute), torch.rand(4, generator=torch.Generator().manual_seed(0)).double()
-    expected = sum(gate * layer.delta_weight(e) for e, gate in enumerate(gates))
-    naive.assert_relative(layer.mixture(gates), expected.detach(), 1e-10)
-
-
 def test_orders_differ_by_name_and_seed_and_only_the_control_has_any():
     drawn = [
         SpectralExperts(24, 24, config(permute=True), generator=named_generator(seed, name))

@@ -1,0 +1,85 @@
+"""The command line of compare, sweep, analyze and export: options of their own, and a command line of fit."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+@dataclass(frozen=True)
+class CommandLine:
+    """The part of a command line that fit understands.
+
+    Attributes:
+        files: the config files, as the user named them.
+        configs: `--config` and a file, or its content without the command's own options, for each of them.
+        arguments: all others, for example `--trainer.max_epochs 5`.
+    """
+
+    files: list[str]
+    configs: list[str]
+    arguments: list[str]
+
+    @property
+    def words(self) -> list[str]:
+        return [*self.configs, *self.arguments]
+
+    @property
+    def name(self) -> str:
+        """The first config's name without its ending; results go to a directory of this name."""
+        return Path(self.files[0]).stem
+
+
+def split_command_line(words: Sequence[str], options: Collection[str]) -> tuple[CommandLine, list[str]]:
+    """Separate a command's own options from what fit understands.
+
+    Config files apply in their order, before all arguments. Own options may stand in config files too; there they apply first.
+
+    Args:
+        words: the words behind the command.
+        options: names of the own options, with underscores; on the command line dashes are accepted too.
+
+    Returns:
+        What fit understands, and the words of the own options, of `--help` and of `--print_config`.
+    """
+    line, in_files, own = CommandLine([], [], []), [], []
+    rest = iter(words)
+    if words and not words[0].startswith("-"):
+        own.append(next(rest))  # the study of a sweep
+    for word in rest:
+        name, equals, value = word.partition("=")
+        key = name.removeprefix("--").replace("-", "_")
+        if name in ("--config", "-c"):
+            file = value if equals else next(rest, "")
+            config, found = _divide(file, options)
+            line.files.append(file)
+            line.configs.extend(["--config", config])
+            in_files += ["--config", found] if found else []
+        elif name.startswith("--") and key in options:
+            own += [f"--{key}={value}"] if equals else [f"--{key}", *_next(rest)]
+        elif name in ("-h", "--help", "--print_config"):
+            own.append(word)
+        else:
+            line.arguments.append(word)
+    return line, [*in_files, *own]
+
+
+def _next(rest: Any) -> list[str]:
+    """The next word, if there is one; jsonargparse says what is missing otherwise."""
+    return [word for word in (next(rest, None),) if word is not None]
+
+
+def _divide(file: str, options: Collection[str]) -> tuple[str, str]:
+    """A config file without own options, and these, as YAML; the file as it is if it has none or does not read."""
+    try:
+        content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return file, ""  # fit says what is wrong
+    if not isinstance(content, dict) or not content.keys() & set(options):
+        return file, ""
+    own = {name: content.pop(name) for name in options if name in content}
+    return yaml.safe_dump(content), yaml.safe_dump(own)

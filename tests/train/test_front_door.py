@@ -1,0 +1,136 @@
+"""Every command is a subcommand of one LightningCLI: listed, typed, read from YAML; old command lines parse as before."""
+
+from typing import get_args
+
+import pytest
+import yaml
+
+from fourier_moe.errors import UserError
+from lightning_modules.commands.command_line import CommandLine, split_command_line
+from lightning_modules.commands.front_door import COMMANDS, FrontDoor
+from lightning_modules.commands.sweep import StudyName
+from lightning_modules.experiments.studies import STUDIES
+
+ALL = ("fit", "validate", "test", "predict", "compare", "sweep", "analyze", "export")
+DEMO = ("--config", "configs/demo.yaml")
+FIT = CommandLine(["configs/demo.yaml"], [*DEMO], [])
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """What the functions of the four commands would have been called with."""
+    found = []
+
+    def note(self, name):
+        found.append((self._line, {key: self.config[name][key] for key in self._subcommand_method_arguments[name]}))
+
+    monkeypatch.setattr(FrontDoor, "_run_subcommand", note)
+    return found
+
+
+@pytest.mark.parametrize("words", [("--help",), ("nope",), ()], ids=str)
+def test_all_commands_are_offered(main, capsys, words):
+    with pytest.raises(SystemExit) as stop:
+        FrontDoor([*words])
+    assert stop.value.code == (0 if words == ("--help",) else 2)
+    shown = "".join(capsys.readouterr())
+    assert all(command in shown for command in ALL)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_shows_own_options_with_their_docstrings_and_those_of_fit(main, capsys, command):
+    with pytest.raises(SystemExit) as stop:
+        main(command, "--help")
+    assert stop.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "--trainer.max_epochs" in text
+    assert "--model.adapter" in text
+    assert {
+        "compare": "number of seeds: 0, 1, ... (type: PositiveInt, default: 3)",
+        "sweep": "what varies.",
+        "analyze": "number of batches of training data. (type: PositiveInt, default: 16)",
+        "export": "a training checkpoint, instead of `--model.adapter_path`.",
+    }[command] in text
+
+
+def test_old_command_lines(main, calls):
+    main("compare", "--adapters=lora,config", "--trainer.max_epochs", "5", *DEMO, "--seeds", "2", "--match-parameters", "0.42%")
+    main("sweep", "experts", *DEMO, "--values", "2,4", "--model.adapter.init_args.num_coefficients", "256")
+    main("analyze", *DEMO, "--memory", "2", "--data.init_args.seed", "1")
+    main("export", "--format", "lora", *DEMO, "--model.adapter_path", "adapter")
+    quiet = ["--trainer.enable_progress_bar", "false"]
+    compare = {"adapters": "lora,config", "seeds": 2, "match_parameters": "0.42%", "metric": None, "output": None}
+    assert calls == [
+        (CommandLine(FIT.files, FIT.configs, ["--trainer.max_epochs", "5", *quiet]), compare),
+        (
+            CommandLine(FIT.files, FIT.configs, ["--model.adapter.init_args.num_coefficients", "256", *quiet]),
+            {"study": "experts", "values": "2,4", "seeds": 3, "output": None},
+        ),
+        (
+            CommandLine(FIT.files, FIT.configs, ["--data.init_args.seed", "1", *quiet]),
+            {"batches": 16, "permutations": 20, "memory": 2.0, "weights": None, "output": None},
+        ),
+        (
+            CommandLine(FIT.files, FIT.configs, ["--model.adapter_path", "adapter", *quiet]),
+            {"format": "lora", "ckpt_path": None, "output": None, "push": None},
+        ),
+    ]
+
+
+def test_own_options_in_a_config_are_taken_from_it_and_the_command_line_wins(main, calls, tmp_path):
+    path = tmp_path / "study.yaml"
+    path.write_text("adapters: [lora, config]\nseeds: 5\nmatch_parameters: 1000\ntrainer: {max_epochs: 2}\n")
+    main("compare", *DEMO, "--config", str(path), "--seeds", "1")
+    ((line, options),) = calls
+    assert (options["adapters"], options["seeds"], options["match_parameters"]) == (["lora", "config"], 1, 1000)
+    assert line.files == ["configs/demo.yaml", str(path)]
+    assert yaml.safe_load(line.configs[3]) == {"trainer": {"max_epochs": 2}}
+
+
+def test_printed_config_runs(main, calls, capsys, tmp_path):
+    with pytest.raises(SystemExit):
+        main("compare", *DEMO, "--adapters", "lora", "--trainer.max_epochs", "7", "--print_config")
+    printed = tmp_path / "printed.yaml"
+    printed.write_text(capsys.readouterr().out)
+    main("compare", "--config", str(printed))
+    ((line, options),) = calls
+    assert options["adapters"] == "lora"
+    content = yaml.safe_load(line.configs[1])
+    assert content["trainer"]["max_epochs"] == 7
+    assert content.keys() == {"seed_everything", "trainer", "model", "data"}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("compare", *DEMO), "arguments are required: compare.adapters"),
+        (("compare", "--adapters", "lora"), "--config is missing"),
+        (("sweep", *DEMO), "study"),
+        (("analyze", *DEMO, "--batches", "many"), "Not of type PositiveInt"),
+        (("export", *DEMO, "--format"), "--format: expected one argument"),
+    ],
+    ids=str,
+)
+def test_wrong_command_line(capsys, main, words, message):
+    with pytest.raises(SystemExit) as stop:
+        FrontDoor([*words])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+
+
+def test_config_that_does_not_read_is_left_for_fit_to_refuse(tmp_path):
+    path = tmp_path / "broken.yaml"
+    path.write_text("a: [")
+    line, own = split_command_line(["--config", str(path), "-c=nowhere.yaml"], ["seeds"])
+    assert (line.configs, own) == (["--config", str(path), "--config", "nowhere.yaml"], [])
+
+
+def test_studies_of_the_signature_are_those_there_are():
+    assert get_args(StudyName) == tuple(STUDIES)
+
+
+def test_user_error_of_a_command_is_raised_as_it_is(main):
+    with pytest.raises(UserError, match="names must differ"):
+        main("compare", *DEMO, "--adapters", "lora,lora")
