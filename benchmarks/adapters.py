@@ -24,7 +24,7 @@ _WARM_UP = 2
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    """Measure, print and store; returns what results.json holds."""
+    """Measure, print and store; return the content of results.json."""
     options = _parse(arguments)
     setting = _setting(options)
     torch.set_num_threads(setting.threads)
@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 def _build_trials(base: Classifier, methods: list[str], setting: Setting) -> dict[str, Trial]:
-    """All methods over one frozen model, warm; on a GPU, one that no longer fits beside the others is left out."""
+    """Build and warm up all methods over one frozen model; a method that does not fit on the GPU is left out."""
     trials = {}
     for method in methods:
         try:
@@ -80,7 +80,7 @@ def _build_trials(base: Classifier, methods: list[str], setting: Setting) -> dic
 
 
 def _time(trials: dict[str, Trial], rounds: int) -> dict[str, dict[str, list[float]]]:
-    """Seconds by column, method and round."""
+    """Return seconds by column, method and round."""
     samples = {}
     for column in COLUMNS:
         for trial in trials.values():

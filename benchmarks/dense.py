@@ -1,4 +1,4 @@
-"""FourierMoE in the paper's way: the dense update of every expert is rebuilt in every forward pass."""
+"""FourierMoE as in the paper: the dense update of every expert is rebuilt in every forward pass."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class DenseFourierMoEConfig(FourierMoEConfig):
 class DenseFourierMoELinear(FourierMoELinear):
     """The same function of the same parameters as FourierMoELinear, from dense update matrices.
 
-    Each expert is applied to its active tokens only, the cheapest way to use the matrices once they are there.
+    Each expert is applied to its active tokens only, the cheapest use of dense matrices.
     """
 
     def forward(self, x: Tensor) -> Tensor:

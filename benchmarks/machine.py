@@ -1,23 +1,23 @@
-"""Where and with what a result was measured."""
+"""The machine and the versions that a result was measured with."""
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
-import subprocess
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from lightning_modules.experiments.provenance import library_versions, repository_commit
+
 _PACKAGES = ("torch", "triton", "peft", "transformers", "open_clip_torch", "numpy")
-REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 def describe_machine() -> dict[str, Any]:
-    """Processor, memory, versions, commit and load, as plain values for JSON."""
+    """Return processor, memory, versions, commit and load, as plain values for JSON."""
+    commit = repository_commit() or ""
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "platform": platform.platform(),
@@ -29,9 +29,9 @@ def describe_machine() -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "cuda": torch.version.cuda if torch.cuda.is_available() else None,
         "python": platform.python_version(),
-        "versions": {package: version for package in _PACKAGES if (version := _version(package))},
-        "commit": _git("rev-parse", "HEAD"),
-        "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "versions": library_versions(_PACKAGES),
+        "commit": commit.removesuffix("+dirty") or None,
+        "uncommitted_changes": commit.endswith("+dirty"),
         "environment": {key: value for key, value in os.environ.items() if key.startswith(("FOURIER_MOE_", "OMP_", "MKL_"))},
     }
 
@@ -42,17 +42,3 @@ def _processor() -> str:
         return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor()
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _git(*words: str) -> str | None:
-    try:
-        return subprocess.run(["git", *words], cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None

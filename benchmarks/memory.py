@@ -1,13 +1,13 @@
-"""Peak memory of a training step, per method, with nothing else in memory.
+"""Peak memory of a training step of each method, measured alone.
 
-On CPU each method runs in a process of its own, and what is reported is the growth of the resident set from before the model is
-built (all libraries imported) to the peak during two training steps: weights, adapters, gradients, optimiser state, activations
-and the scratch space of FFT and matrix libraries, which a tracker of PyTorch's own allocations would miss. Two measures make
-the figure reproducible to about 1 %: the kernel's high-water mark is reset after the model is built, so that transients of
-construction do not count, and glibc's allocator is told to hand large blocks back at once, so that free memory does not count.
-The processes are forked from a server that has imported the libraries and computed nothing.
+On CPU each method runs in its own process. Reported is the growth of resident memory from before the model is built (all
+libraries imported) to the peak during two training steps: weights, adapters, gradients, optimizer state, activations and the
+scratch space of FFT and matrix libraries, which a tracker of PyTorch's own allocations would miss. Two measures make
+the figure reproducible to about 1 %: the kernel's peak is reset after the model is built, so that construction does not count,
+and glibc's allocator returns large blocks at once, so that free memory does not count. The processes are forked from a server
+that has imported the libraries and computed nothing.
 
-On CUDA it is torch.cuda.max_memory_allocated in this process, frozen model included; run it while no other method exists.
+On CUDA it is torch.cuda.max_memory_allocated in this process, frozen model included; no other method may exist then.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _STEPS = 2  # the first makes the optimiser's state, the second runs with it
 
 
 def peak_memory(base: Classifier | None, method: str, setting: Setting) -> int | None:
-    """Peak bytes of `method`, or None where memory runs out. `base` is needed on CUDA only."""
+    """Return the peak bytes of `method`, or None if memory runs out. `base` is needed on CUDA only."""
     if setting.device != "cpu":
         assert base is not None
         return _peak_on_cuda(base, method, setting)
@@ -46,7 +46,7 @@ def peak_memory(base: Classifier | None, method: str, setting: Setting) -> int |
 
 def _peak_on_cpu(method: str, setting: Setting) -> int | None:
     torch.set_num_threads(setting.threads)
-    torch.ones(256, 256) @ torch.ones(256, 256)  # threads and their buffers belong to no method
+    torch.ones(256, 256) @ torch.ones(256, 256)  # threads and their buffers do not count
     gc.collect()
     before = status_bytes("VmRSS") or peak_resident_bytes() or 0
     try:
@@ -77,7 +77,7 @@ def _peak_on_cuda(base: Classifier, method: str, setting: Setting) -> int | None
 
 
 def release_memory() -> None:
-    """Collect garbage, and give a GPU's free blocks back."""
+    """Collect garbage and release a GPU's free blocks."""
     gc.collect()
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         torch.cuda.synchronize()
@@ -86,7 +86,7 @@ def release_memory() -> None:
 
 @contextlib.contextmanager
 def environment(values: dict[str, str]) -> Iterator[None]:
-    """For the fork server, which starts inside and keeps what it finds."""
+    """Set environment variables for a process that starts inside and keeps them, as the fork server does."""
     previous = {key: os.environ.get(key) for key in values}
     os.environ.update(values)
     try:

@@ -1,4 +1,4 @@
-"""The methods in the table: each turns a frozen Classifier into one that trains its head and its adapters."""
+"""The methods in the table: each makes the head and the adapters of a frozen Classifier trainable."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fourier_moe import FourierMoEConfig, SpectralExperts, TopKRouter, inject
 
 
 def _head_only(model: Classifier, entry: ModelEntry) -> None:
-    """The floor. Nothing in front of the head asks for a gradient, so that its backward pass ends at the head."""
+    """The floor: nothing before the head needs a gradient, so the backward pass ends at the head."""
 
 
 def _lora(model: Classifier, entry: ModelEntry) -> None:
@@ -31,7 +31,7 @@ def _fourierft(model: Classifier, entry: ModelEntry) -> None:
 
 
 def _adapt_with_peft(model: Classifier, config: Any) -> None:
-    """PEFT's public way, float32 adapters over half-precision weights included; its layers are put into `model` in place."""
+    """Use PEFT's public interface, including float32 adapters over half-precision weights; it changes `model` in place."""
     from peft import get_peft_model
 
     get_peft_model(model, config)  # type: ignore[arg-type]
@@ -69,7 +69,7 @@ FLOOR, LORA = "head_only", "lora"
 
 
 def adapt(model: Classifier, method: str, entry: ModelEntry, *, balanced: bool) -> Classifier:
-    """Adapt `model` in place; `balanced` forces balanced routing where the method routes."""
+    """Adapt `model` in place; `balanced` forces balanced routing if the method routes."""
     METHODS[method](model, entry)
     model.head.requires_grad_(True)
     if balanced:
@@ -78,7 +78,7 @@ def adapt(model: Classifier, method: str, entry: ModelEntry, *, balanced: bool) 
 
 
 def trained_parameters(model: Classifier) -> dict[str, int]:
-    """Trained scalars by kind: adapters (experts, where the method has them), router, head."""
+    """Count trained scalars by kind: adapters (or experts), router, head."""
     head = {id(parameter) for parameter in model.head.parameters()}
     routers = {id(p) for module in model.modules() if isinstance(module, TopKRouter) for p in module.parameters()}
     counts = {"adapters": 0, "router": 0, "head": 0}
@@ -89,5 +89,5 @@ def trained_parameters(model: Classifier) -> dict[str, int]:
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters that an optimiser is given."""
+    """Return the parameters for an optimizer."""
     return [parameter for parameter in model.parameters() if parameter.requires_grad]

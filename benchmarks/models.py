@@ -1,4 +1,4 @@
-"""The models that are timed: random weights of the published shapes, and what is adapted in each of them.
+"""The timed models: random weights of the published shapes, and the adapted projections of each.
 
 Dropout is off everywhere: it costs every method the same and would dilute the differences.
 """
@@ -21,9 +21,9 @@ class ModelEntry:
 
     Attributes:
         build: makes the backbone with this many layers and the trained head.
-        targets: adapted projections, as ends of module names.
+        targets: adapted projections, as suffixes of module names.
         num_coefficients: n, FourierMoE's and FourierFT's coefficients per projection.
-        layers, batch, length: defaults; length 0: the model has images as inputs.
+        layers, batch, length: defaults; length 0 for a model of images.
         vocabulary: number of token ids; 0 for images.
     """
 
@@ -41,7 +41,7 @@ class ModelEntry:
 
 
 class Classifier(nn.Module):
-    """`head(backbone(inputs))`: the frozen part and the part that every method trains in full."""
+    """`head(backbone(inputs))`: the frozen part, and the part that every method trains in full."""
 
     def __init__(self, backbone: nn.Module, head: nn.Module) -> None:
         super().__init__()
@@ -53,14 +53,14 @@ class Classifier(nn.Module):
 
 
 class LastToken(nn.Linear):
-    """Classifies a sequence by its last token, as transformers' decoders do."""
+    """Classify a sequence by its last token, as transformers' decoders do."""
 
     def forward(self, input: Tensor) -> Tensor:
         return super().forward(input[:, -1])
 
 
 def build_model(entry: ModelEntry, layers: int, device: torch.device, frozen_dtype: torch.dtype) -> Classifier:
-    """Random weights on `device`, all frozen: the backbone in `frozen_dtype`, the head in float32."""
+    """Build random weights on `device`, all frozen: the backbone in `frozen_dtype`, the head in float32."""
     torch.manual_seed(0)
     with torch.device(device):
         backbone, head = entry.build(layers)
@@ -69,13 +69,13 @@ def build_model(entry: ModelEntry, layers: int, device: torch.device, frozen_dty
 
 
 def copy_with_shared_backbone(model: Classifier) -> Classifier:
-    """A copy with modules and head of its own over the backbone tensors of `model`: any number of methods fit at once."""
+    """Copy modules and head but share the backbone tensors of `model`, so that any number of methods fit at once."""
     tensors = [*model.backbone.parameters(), *model.backbone.buffers()]
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
 
 def make_batch(entry: ModelEntry, batch: int, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Random (inputs, labels); no padding."""
+    """Draw random (inputs, labels) without padding."""
     generator = torch.Generator().manual_seed(1)
     if entry.vocabulary:
         inputs = torch.randint(5, entry.vocabulary, (batch, length), generator=generator)
@@ -110,7 +110,7 @@ def _roberta(width: int, heads: int, vocabulary: int) -> Callable[[int], tuple[n
 
 
 def _clip_vit_b_32(layers: int) -> tuple[nn.Module, nn.Module]:
-    """open_clip's vision tower, attention split for every method alike: PEFT and the floor run the same modules as we do."""
+    """open_clip's vision tower with split attention, so that PEFT and the floor run the same modules as FourierMoE."""
     from open_clip.transformer import VisionTransformer
 
     tower = VisionTransformer(image_size=224, patch_size=32, width=768, layers=layers, heads=12, mlp_ratio=4.0)
@@ -122,7 +122,7 @@ def _clip_vit_b_32(layers: int) -> tuple[nn.Module, nn.Module]:
 
 
 def _llama_2_7b(layers: int) -> tuple[nn.Module, nn.Module]:
-    """Without the 32,000-way output layer, which with few layers would outweigh what is measured."""
+    """LLaMA without the 32,000-way output layer, which would dominate a model of few layers."""
     from transformers import LlamaConfig, LlamaModel
 
     config = LlamaConfig(

@@ -1,4 +1,4 @@
-"""One picture per scaling study: times on the left, the product's share of the frozen projection's time on the right."""
+"""A picture per scaling study: times on the left, the product's time over the frozen projection's on the right."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _TIMES = (("frozen", "frozen projection"), ("product", "routed spectral product"
 
 
 def plot_study(title: str, axis: str, rows: Sequence[dict[str, Any]], path: Path, *, clock: str = "wall") -> None:
-    """Write a PNG; lines are medians, bands run from quartile to quartile."""
+    """Write a PNG; lines are medians, bands lie between the quartiles."""
     figure = Figure(figsize=(10, 4), layout="constrained")
     FigureCanvasAgg(figure)
     times, ratio = figure.subplots(1, 2)

@@ -1,4 +1,4 @@
-"""Imported by the fork server of memory.py before it forks: every library that some method or model needs."""
+"""Every library that a method or model needs; the fork server of memory.py imports it before it forks."""
 
 import open_clip.transformer  # noqa: F401
 import peft  # noqa: F401

@@ -6,6 +6,7 @@ from typing import Any
 
 from benchmarks.methods import FLOOR, LORA
 from benchmarks.timing import paired_ratio, summarize
+from lightning_modules.tables import markdown_table
 
 COLUMNS = ("training_step", "inference")
 
@@ -13,13 +14,13 @@ COLUMNS = ("training_step", "inference")
 def method_result(
     samples: dict[str, list[float]], peak_memory: int | None, parameters: dict[str, int], references: dict[str, dict[str, Any]]
 ) -> dict[str, Any]:
-    """One method's entry in results.json.
+    """Return one method's entry in results.json.
 
     Args:
         samples: seconds of every round, by column.
         peak_memory: bytes.
         parameters: trained scalars by kind.
-        references: `samples` and `peak_memory` of the methods that ratios are formed to, by name.
+        references: `samples` and `peak_memory` of the methods that ratios are relative to, by name.
     """
     ratios: dict[str, dict[str, Any]] = {}
     for name, reference in references.items():
@@ -35,7 +36,7 @@ def method_result(
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """The table with its setting above and its legend below."""
+    """Return the table with its setting above and its legend below."""
     setting, machine = results["setting"], results["machine"]
     size = f"{setting['batch']} x {setting['length']} tokens" if setting["length"] else f"{setting['batch']} images"
     where = machine["gpu"] if setting["device"] != "cpu" else f"{machine['processor']}, {setting['threads']} threads"
@@ -45,7 +46,6 @@ def markdown(results: dict[str, Any]) -> str:
         "memory / LoRA", "step / floor", "inference / floor",
     ]  # fmt: skip
     rows = [_row(name, method) for name, method in results["methods"].items()]
-    table = ["| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows)]
     adapted = f"{', '.join(results['adapted']['targets'])}; n={results['adapted']['num_coefficients']}"
     return "\n".join([
         f"**{setting['model']}**, {setting['layers']} layers ({adapted}, E={results['adapted']['num_experts']}, "
@@ -53,9 +53,9 @@ def markdown(results: dict[str, Any]) -> str:
         f"routing; {where}; PyTorch {machine['versions']['torch']}, PEFT {machine['versions'].get('peft')}; commit "
         f"{(machine['commit'] or 'unknown')[:10]}{' with changes' if machine['uncommitted_changes'] else ''}",
         "",
-        *table,
+        markdown_table(header, rows),
         "",
-        f"Medians of {results['rounds']} interleaved rounds, quartiles in brackets. Ratios are formed inside each round. LoRA: "
+        f"Medians of {results['rounds']} interleaved rounds, quartiles in brackets. Ratios are per round. LoRA: "
         f"{LORA}; floor: {FLOOR}. Trained parameters: adapters + routers + head.",
         "",
     ])  # fmt: skip

@@ -1,4 +1,4 @@
-"""Forced-balance routing: every expert serves the same number of tokens, whatever the router's weights are.
+"""Forced-balance routing: every expert serves the same number of tokens, independent of the router's weights.
 
 Shape legend: T tokens, E experts, K active experts per token.
 """
@@ -12,13 +12,13 @@ from fourier_moe import Routing, TopKRouter, adapters
 
 
 class BalancedRouter(TopKRouter):
-    """Token t goes to experts t*K, t*K + 1, ... (mod E) with gates 1/K, at the cost of the router that it stands in for.
+    """Token t goes to experts t*K, t*K + 1, ... (mod E) with gates 1/K, at the cost of the router that it replaces.
 
-    Logits, softmax and top-K are computed as ever, and the gates hang on the probabilities of the forced experts, so that the
-    backward pass through the router costs what it costs in training.
+    Logits, softmax and top-K are computed as usual, and the gates depend on the probabilities of the forced experts, so the
+    backward pass through the router costs as much as in training.
 
     Args:
-        router: the router whose weight and settings are taken over.
+        router: provides weight and settings.
     """
 
     def __init__(self, router: TopKRouter) -> None:
@@ -36,7 +36,7 @@ class BalancedRouter(TopKRouter):
 
 
 def balance_routing(model: nn.Module) -> None:
-    """Put a BalancedRouter in the place of every adapter's router; a router shared by several adapters stays shared."""
+    """Replace every adapter's router with a BalancedRouter; a router shared by several adapters stays shared."""
     balanced: dict[int, BalancedRouter] = {}
     for adapter in adapters(model).values():
         router = getattr(adapter, "router", None)

@@ -43,7 +43,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Study:
-    """Points along one axis; `axis` is the field of Point that varies, `title` says what is held fixed."""
+    """Points along one axis; `axis` is the field of Point that varies, `title` names the fixed ones."""
 
     axis: str
     title: str
@@ -71,7 +71,7 @@ STUDIES = {
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    """Measure, print, store and plot; returns what scaling.json holds."""
+    """Measure, print, store and plot; return the content of scaling.json."""
     options = _parse(arguments)
     torch.set_num_threads(options.threads)
     results: dict[str, Any] = {
@@ -92,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 def _measure(study: Study, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """All points of a study interleaved in one run, so that a drift of the machine bends no curve."""
+    """Measure all points of a study interleaved, so that a drift of the machine does not bend the curve."""
     tasks: dict[str, Callable[[], None]] = {}
     for number, point in enumerate(study.points):
         tasks |= {f"{number} {part}": task for part, task in _tasks(point, options).items()}

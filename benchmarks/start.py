@@ -1,9 +1,9 @@
 """Host memory of starting a sharded run: python -m benchmarks.start [--processes 2] [--layers 4]
 
 A LLaMA of random weights is read in bfloat16, adapted and sharded on CPU processes (gloo), once as ShardedBaseStrategy does,
-where the first process alone loads, and once with every process loading, as a plain FSDP start would. Reported is the memory
-of each process beyond what the libraries take, at its peak and at the end, and the peak of their sum. The file is in float32:
-of one in bfloat16 the first process would hold no copy at all, but pages that the system may drop.
+where only the first process loads, and once with every process loading, as in a plain FSDP start. Reported is the memory of
+each process beyond the libraries, at its peak and at the end, and the peak of their sum. The file is in float32: from a file in
+bfloat16 the first process would hold no copy, only pages that the system may drop.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ MB = 1e6
 
 
 def main(args: Sequence[str] | None = None) -> list[dict[str, Any]]:
-    """Measure and print the table; returns its rows."""
+    """Measure and print the table; return its rows."""
     parser = argparse.ArgumentParser(description="host memory of starting a sharded run")
     parser.add_argument("--processes", type=int, default=2, help="CPU processes")
     parser.add_argument("--layers", type=int, default=4, help="transformer blocks")
@@ -41,7 +41,7 @@ def main(args: Sequence[str] | None = None) -> list[dict[str, Any]]:
     options = parser.parse_args(args)
     with tempfile.TemporaryDirectory() as directory:
         num_bytes, block = _write_model(directory, options.layers, options.width)
-        print(f"one copy {num_bytes / MB:,.0f} MB, of it one block {block / MB:,.0f} MB; {options.processes} processes\n")
+        print(f"one copy {num_bytes / MB:,.0f} MB, one block {block / MB:,.0f} MB; {options.processes} processes\n")
         rows = [_measure(directory, options.processes, everyone) for everyone in (False, True)]
     for row in rows:
         row["peak of all / one copy"] = f"{row['peak of all, MB'] / (num_bytes / MB):.2f}"
@@ -52,7 +52,7 @@ def main(args: Sequence[str] | None = None) -> list[dict[str, Any]]:
 
 
 def _write_model(directory: str, layers: int, width: int) -> tuple[int, int]:
-    """Bytes of the whole model in bfloat16, and of one block of it."""
+    """Return the bytes of the whole model in bfloat16, and of one block."""
     config = LlamaConfig(
         vocab_size=8192, hidden_size=width, intermediate_size=width * 11 // 4, num_hidden_layers=layers, num_attention_heads=16
     )

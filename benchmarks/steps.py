@@ -1,4 +1,4 @@
-"""What is timed: one training step and one inference of one method on one fixed batch."""
+"""The timed work: one training step and one inference of one method on one fixed batch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DTYPES = ("float32", "autocast", "bfloat16")
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """One table's setting.
+    """The setting of a table.
 
     Attributes:
         dtype: `float32`; `autocast`: float32 weights under bfloat16 autocast; `bfloat16`: the same with the frozen weights
@@ -37,7 +37,7 @@ class Setting:
 
 
 def build_base(setting: Setting) -> Classifier:
-    """The frozen model that all methods share."""
+    """Build the frozen model that all methods share."""
     frozen_dtype = torch.bfloat16 if setting.dtype == "bfloat16" else torch.float32
     return build_model(MODELS[setting.model], setting.layers, torch.device(setting.device), frozen_dtype)
 
@@ -61,7 +61,7 @@ class Trial:
         self.routed = any(hasattr(adapter, "router") for adapter in adapters(self.model).values())
 
     def training_step(self) -> None:
-        """Forward, backward and AdamW, with the load-balancing loss where the method has one."""
+        """Forward, backward and AdamW, with the load-balancing loss if the method has one."""
         record: AbstractContextManager[None] = recording(self.model) if self.routed else nullcontext()
         with record:
             loss = nn.functional.cross_entropy(self._logits().float(), self.labels)
@@ -73,7 +73,7 @@ class Trial:
         self.optimizer.zero_grad(set_to_none=True)
 
     def inference(self) -> Tensor:
-        """Logits of the batch, without gradients."""
+        """Compute logits of the batch, without gradients."""
         with torch.inference_mode():
             return self._logits()
 

@@ -1,4 +1,4 @@
-"""Interleaved timing: the machines drift, so every round times every task once, and ratios are formed inside a round."""
+"""Interleaved timing: machines drift, so every round times every task once, and ratios are computed within a round."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ def time_interleaved(
     on_round: Callable[[int, dict[str, float]], None] | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
-    """Seconds of every task in every round.
+    """Return seconds of every task in every round.
 
-    The order is rotated by one from round to round and reversed in every other round, so that no task always runs first, or
-    always after the same neighbour. Garbage is collected between rounds, not during them. GPU work is waited for.
+    The order is rotated by one from round to round and reversed in every other round, so that no task always runs first
+    or after the same one. Garbage is collected between rounds, not during them. The GPU is synchronized.
 
     Args:
         tasks: what to time, by name; already warm.
         rounds: samples per task.
         on_round: called after each round with its number and seconds.
-        clock: in seconds; `time.process_time` counts this process's work only, whatever else runs on the machine.
+        clock: in seconds; `time.process_time` counts the work of this process only.
     """
     samples: dict[str, list[float]] = {name: [] for name in tasks}
     names = list(tasks)
@@ -62,11 +62,11 @@ def _synchronize() -> None:
 
 
 def summarize(samples: Sequence[float]) -> dict[str, float]:
-    """Minimum, quartiles and median."""
+    """Return minimum, quartiles and median."""
     lower, median, upper = statistics.quantiles(samples, n=4, method="inclusive") if len(samples) > 1 else [samples[0]] * 3
     return {"min": min(samples), "lower_quartile": lower, "median": median, "upper_quartile": upper}
 
 
 def paired_ratio(samples: Sequence[float], reference: Sequence[float]) -> dict[str, float]:
-    """Summary of samples[i] / reference[i], that is, of the ratios inside each round."""
+    """Summarize samples[i] / reference[i], the ratios within each round."""
     return summarize([a / b for a, b in zip(samples, reference, strict=True)])

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import importlib.metadata
 import json
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +39,17 @@ def _git(*words: str) -> str | None:
 
 def versions(device: torch.device) -> dict[str, str]:
     """Return the versions of Python and of the libraries that results depend on, and the device's name."""
-    found = {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in _LIBRARIES}
+    found = {"python": platform.python_version()} | library_versions(_LIBRARIES)
     return found | {"device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()}
+
+
+def library_versions(libraries: Sequence[str]) -> dict[str, str]:
+    """Return the versions of those libraries that are installed."""
+    found = {}
+    for name in libraries:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def config_hash(config: Mapping[str, Any]) -> str:
