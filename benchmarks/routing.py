@@ -26,13 +26,12 @@ class BalancedRouter(TopKRouter):
         super().__init__(in_features, router.num_experts, router.top_k, generator=generator)
         self.weight = router.weight
 
-    def forward(self, x: Tensor) -> Routing:
+    def route(self, x: Tensor) -> Routing:
         probabilities = self.probabilities(x)
         chosen = torch.topk(probabilities, self.top_k, -1).indices
         forced = torch.arange(chosen.numel(), device=x.device).remainder(self.num_experts).view_as(chosen)
-        self._record(probabilities, forced)
         values = probabilities.gather(-1, forced)
-        return Routing(values / values.detach() / self.top_k, forced)
+        return Routing(values / values.detach() / self.top_k, forced, probabilities)
 
 
 def balance_routing(model: nn.Module) -> None:

@@ -135,8 +135,8 @@ def _tasks(point: Point, options: argparse.Namespace) -> dict[str, Callable[[], 
         layer.router = BalancedRouter(layer.router)
     x = torch.randn(point.tokens, point.width, device=device, dtype=stored, requires_grad=True)
     gradient = torch.randn(point.tokens, point.width, device=device)
-    gates, experts = layer.router(x)
-    routing = Routing(gates.detach().requires_grad_(True), experts)
+    routing: Routing = layer.router(x)
+    routing = routing._replace(gates=routing.gates.detach().requires_grad_(True))
     leaves = [x, routing.gates, *layer.parameters()]
 
     def task(function: Callable[[], Tensor]) -> Callable[[], None]:

@@ -36,7 +36,9 @@ from fourier_moe.inject import after_step, balance_loss, inject, regularization
 from fourier_moe.models.quantization import is_quantized
 from fourier_moe.report import InjectionReport
 from fourier_moe.routing.reader import StatisticsReader
-from fourier_moe.routing.router import Router, Routing, TopKRouter, recording, routers
+from fourier_moe.routing.record import Routing
+from fourier_moe.routing.recording import recording
+from fourier_moe.routing.router import Router, TopKRouter, routers
 from fourier_moe.routing.statistics import RouterStatistics
 from fourier_moe.serving.bank import AdapterBank
 from fourier_moe.spectral.config import FourierMoEConfig

@@ -21,7 +21,7 @@ from fourier_moe.models.replacing import replace_module, split_fused
 from fourier_moe.models.saving_guard import guard_saving
 from fourier_moe.models.snapshot import unchanged_on_error
 from fourier_moe.report import InjectionReport, count_parameters
-from fourier_moe.routing.recording import NoTokensError
+from fourier_moe.routing.record import NoTokensError
 from fourier_moe.routing.reminders import attach_reminders, heed
 
 _CONFIG_ATTRIBUTE = "fourier_moe_adapter_config"

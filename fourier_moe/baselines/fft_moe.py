@@ -15,7 +15,8 @@ from fourier_moe.adapter import Adapter, ParameterKind, layer_of
 from fourier_moe.config import ProjectionAdapterConfig, at_least_one, not_negative, top_k
 from fourier_moe.models.pretrained_weight import PretrainedWeight
 from fourier_moe.models.projection import device_of, projection_shape, weight_matrix
-from fourier_moe.routing.router import Routing, TopKRouter
+from fourier_moe.routing.record import Routing
+from fourier_moe.routing.router import TopKRouter
 from fourier_moe.spectral.frequencies import named_generator
 
 

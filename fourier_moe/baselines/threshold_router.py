@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from fourier_moe.routing.logits import logits
-from fourier_moe.routing.router import Router, Routing
+from fourier_moe.routing.record import Routing
+from fourier_moe.routing.router import Router
 
 
 class ThresholdRouter(Router):
@@ -46,19 +47,12 @@ class ThresholdRouter(Router):
         self.threshold_weight = nn.Parameter(start[:-1].unsqueeze(0).to(device))  # w (1, N)
         self.threshold_bias = nn.Parameter(start[-1:].clone().to(device))  # b (1,)
 
-    def forward(self, x: Tensor) -> Routing:
+    def route(self, x: Tensor) -> Routing:
         """Gates (..., E) of all experts, 0 for those that do not pass."""
         probabilities = self.probabilities(x)
         threshold = self.max_threshold * torch.sigmoid(logits(x, self.threshold_weight) + self.threshold_bias)
         margin = probabilities - threshold
-        self._record(margin, margin)
-        return Routing.to_all(_normalized(margin.clamp(min=0)))
-
-    def active(self, probabilities: Tensor, choice: Tensor) -> Tensor:
-        return (choice >= 0).to(probabilities.dtype)
-
-    def gates(self, probabilities: Tensor, active: Tensor) -> Tensor:
-        return _normalized(active * probabilities)
+        return Routing.to_all(_normalized(margin.clamp(min=0)), margin)
 
 
 def _normalized(kept: Tensor) -> Tensor:

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from fourier_moe.routing.recording import SHARED
-from fourier_moe.routing.router import Router, routers
+from fourier_moe.routing.record import SHARED, Record
+from fourier_moe.routing.router import routers
 from fourier_moe.routing.statistics import RouterStatistics
 
 
@@ -30,10 +30,11 @@ class StatisticsReader:
     def __init__(self, model: nn.Module) -> None:
         self.routers = routers(model)
         with SHARED:
-            self._seen = {name: router._counted() for name, router in self.routers.items()}
-            for router in self.routers.values():
-                router._num_readers += 1
-        self._closing = weakref.finalize(self, _release, list(self.routers.values()))
+            self._seen = {name: router.record.counted(router.weight) for name, router in self.routers.items()}
+            records = [router.record for router in self.routers.values()]
+            for record in records:
+                record.add_reader()
+        self._closing = weakref.finalize(self, _release, records)
 
     def read(self) -> dict[str, RouterStatistics]:
         """Statistics by projection of the tokens since the last `read`, or since the reader was made.
@@ -47,7 +48,7 @@ class StatisticsReader:
             raise RuntimeError("this StatisticsReader is closed; make another one")
         statistics = {}
         for name, router in self.routers.items():
-            (known, seen), (tasks, total) = self._seen[name], router._counted()
+            (known, seen), (tasks, total) = self._seen[name], router.record.counted(router.weight)
             self._seen[name] = tasks, total
             new = total.clone()
             new[[tasks.index(task) for task in known]] -= seen
@@ -66,9 +67,6 @@ class StatisticsReader:
         self.close()
 
 
-def _release(found: Iterable[Router]) -> None:
-    with SHARED:
-        for router in found:
-            router._num_readers -= 1
-            if not router._num_readers:
-                router._total, router._tasks = None, ()
+def _release(records: Iterable[Record]) -> None:
+    for record in records:
+        record.remove_reader()

@@ -1,86 +1,74 @@
-"""What `recording` keeps of the forward passes in its body: for the thread or task that opened it, and for no other."""
+"""recording: the part of a training step in which the routers of a model keep their forward passes."""
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from fourier_moe.errors import UserError
-from fourier_moe.routing.statistics import TokenWeights
+from fourier_moe.routing.record import SHARED, Record, Recording, Routing, active, exact
+from fourier_moe.routing.router import routers
+from fourier_moe.routing.statistics import RouterStatistics, TokenWeights
 
-if TYPE_CHECKING:
-    from fourier_moe.routing.reminders import Reminder
-    from fourier_moe.routing.router import Router
-
-# Guards what recordings of several threads share: how many are open for a router, and its sums. Reentrant, because the garbage
-# collector may close a StatisticsReader at any line.
-SHARED = threading.RLock()
-
-
-class NoTokensError(UserError, RuntimeError):
-    """A router's balance loss was asked for, and no forward pass used its projection inside a `recording`."""
-
-
-class Recorded(NamedTuple):
-    """What the balance loss needs of one forward. Sums are left to `balance_loss`: under activation checkpointing an operation
-    here would belong to the recomputed region, which must be the same with and without recording."""
-
-    probabilities: Tensor  # what P_e is the mean of (..., E), carries the gradient
-    choice: Tensor  # what the router's `active` reads the active experts from, for example those in the top-K (..., K)
-
-
-class Recording:
-    """One open `recording`.
-
-    Attributes:
-        tokens: the recorded forwards of each router.
-        token_mask: as given to `recording`.
-        weights: which tokens count, and for which task.
-        balance_read: whether a router's load-balancing loss was asked for.
-        reminder: what to say if it was not and should have been.
-        open: False after its body has ended. A task or thread that was started in the body may still see it then.
-    """
-
-    def __init__(self, routers: Iterable[Router], token_mask: Tensor | None, weights: TokenWeights) -> None:
-        self.tokens: dict[Router, list[Recorded]] = {router: [] for router in routers}
-        self.token_mask, self.weights = token_mask, weights
-        self.balance_read = False
-        self.reminder: Reminder | None = None
-        self.open = True
-
-
-# Innermost last. A context variable: every thread and every asyncio task has its own value.
-_RECORDINGS: ContextVar[tuple[Recording, ...]] = ContextVar("fourier_moe_recordings", default=())
-
-
-def recording_of(router: Router) -> Recording | None:
-    """The innermost open recording of this thread or task that a router belongs to."""
-    for recording in reversed(_RECORDINGS.get()):
-        if recording.open and router in recording.tokens:
-            return recording
-    return None
+CHUNK = 16  # routers that are counted together: few operations, and a bounded copy of what they kept
 
 
 @contextmanager
-def opened(recording: Recording) -> Iterator[None]:
-    """Make it the innermost one of this thread or task during the body."""
-    _RECORDINGS.set((*_RECORDINGS.get(), recording))
-    _count_open(recording, 1)
-    try:
-        yield
-    finally:
-        recording.open = False
-        _RECORDINGS.set(tuple(other for other in _RECORDINGS.get() if other.open))
-        _count_open(recording, -1)
+def recording(model: nn.Module, token_mask: Tensor | None = None, tasks: Sequence[str] | None = None) -> Iterator[None]:
+    """While open, every router of `model` records its tokens for `balance_loss`; on exit, StatisticsReaders count them.
 
+    Without a reader nothing is counted, and nothing is kept beyond the exit. Open it around the forward pass only: activation
+    checkpointing runs the forward a second time during backward, which must not be counted again. Read `balance_loss` before it
+    closes. Tokens of a step that fails are not counted.
 
-def _count_open(recording: Recording, change: int) -> None:
+    It belongs to the thread or asyncio task that opened it, so that any number may be open on one model at the same time. A new
+    thread has none: open one there, or start it with `contextvars.copy_context().run`. Where one is opened inside another, the
+    inner one alone gets the tokens of its routers.
+
+    Args:
+        token_mask: true for real tokens, false for padding, in the leading shape of every adapted projection's input, for
+            example (batch, length). None counts all.
+        tasks: name of the task that each example belongs to, along the first dimension of the projections' inputs; None tells
+            no tasks apart.
+
+    Raises:
+        UserError: if token_mask or tasks does not fit the projections' inputs.
+    """
+    records = [router.record for router in routers(model).values()]
     with SHARED:
-        for router in recording.tokens:
-            router._num_recordings += change
-            router._recording = router._num_recordings > 0
+        read = [record for record in records if record.num_readers]
+        known = list(dict.fromkeys(name for record in read for name in record.tasks))
+    current = Recording(records, token_mask, TokenWeights(token_mask, tasks if read else None, known))
+    with current.opened():
+        yield
+        _count(read, current)
+        if current.on_unread is not None and not current.balance_read:
+            current.on_unread()
+
+
+def _count(records: Sequence[Record], current: Recording) -> None:
+    """Add the kept forward passes to the routers' sums, in few operations for many routers."""
+    alike: dict[Any, list[tuple[Record, Routing]]] = {}
+    for record in records:
+        for routing in current.kept[record]:
+            shapes = routing.probabilities.shape, routing.experts.shape, routing.probabilities.device
+            alike.setdefault(shapes, []).append((record, routing))
+    for group in alike.values():
+        for start in range(0, len(group), CHUNK):
+            owners, routings = zip(*group[start : start + CHUNK], strict=True)
+            together = Routing(*(_stacked(parts) for parts in zip(*routings, strict=True)))
+            weights_ST = current.weights.by_task(routings[0].probabilities)
+            probabilities_RTE = together.probabilities
+            active_RTE, gates_RTE = active(probabilities_RTE, together.experts), together.dense(probabilities_RTE.shape[-1])
+            statistics = RouterStatistics.of_tokens(active_RTE, probabilities_RTE, gates_RTE, weights_ST)
+            sums_RSX = statistics.sums.to(**exact(probabilities_RTE.device))
+            for record, sums_SX in zip(owners, sums_RSX, strict=True):
+                record.add(sums_SX, current.weights.names)
+
+
+def _stacked(parts: Sequence[Tensor]) -> Tensor:
+    """Of several routers (R, T, ...)."""
+    return torch.stack([part.detach() for part in parts]).reshape(len(parts), -1, parts[0].shape[-1])

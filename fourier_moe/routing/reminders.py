@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from fourier_moe.adapter import Adapter
-from fourier_moe.routing.recording import recording_of
 from fourier_moe.routing.router import Router
 
 _PATIENCE = 256  # forwards of one projection: more than the micro-batches of a step
@@ -49,11 +48,11 @@ class BalanceReminder(Reminder):
     def forward(self, adapter: Any) -> None:
         if not adapter.balance_weight:
             return
-        recording = recording_of(adapter.router)
+        recording = adapter.router.record.recording()
         if recording is None:
             self.miss()
         else:
-            recording.reminder = self
+            recording.on_unread = self.miss
 
 
 def attach_reminders(model: nn.Module) -> None:

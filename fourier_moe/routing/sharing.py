@@ -12,7 +12,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fourier_moe.routing.router import Routing, TopKRouter
+from fourier_moe.routing.record import Routing
+from fourier_moe.routing.router import TopKRouter
 from fourier_moe.routing.statistics import RouterStatistics
 
 # Projections of one parent that read the same tensor. Whatever is not listed reads an input of its own.
@@ -24,23 +25,27 @@ class SharedRouter(nn.Module):
 
     def __init__(self, router: TopKRouter) -> None:
         super().__init__()
-        self._router = (router,)  # in a tuple: not a child, or the weight would be in the state dict twice
+        self._leader = (router,)  # in a tuple: not a child, or the weight would be in the state dict twice
         self.train(router.training)
 
     @property
+    def leader(self) -> TopKRouter:
+        return self._leader[0]
+
+    @property
     def num_experts(self) -> int:
-        return self._router[0].num_experts
+        return self.leader.num_experts
 
     @property
     def weight(self) -> Tensor:
-        return self._router[0].weight
+        return self.leader.weight
 
     def forward(self, x: Tensor) -> Routing:
-        return self._router[0](x)
+        return self.leader(x)
 
     def statistics(self) -> RouterStatistics:
         """Of the tokens of all its projections together."""
-        return self._router[0].statistics()
+        return self.leader.statistics()
 
     def balance_loss(self) -> None:
         """The router itself counts the tokens of all its projections."""

@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from fourier_moe.routing.router import Routing
+from fourier_moe.routing.record import Routing
 from fourier_moe.spectral.config import FourierMoEConfig
 from fourier_moe.spectral.factors import low_rank_factors
 from fourier_moe.spectral.frequencies import band_centers, draw_frequencies

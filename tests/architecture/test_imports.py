@@ -42,10 +42,7 @@ FOREIGN = ("lightning", "pytorch_lightning", "lightning_fabric", "transformers",
 # What a function of the method may import, with a comment that says why: what is not always there, or slow to import.
 OPTIONAL = ("peft", "triton", "bitsandbytes", "huggingface_hub", "tqdm")
 KERNELS = ("fourier_moe.spectral.product", "fourier_moe.spectral.kernels.triton_product")  # need triton
-KNOWN_CIRCLES = {
-    frozenset(KERNELS),
-    frozenset(f"fourier_moe.routing.{name}" for name in ("recording", "reminders", "router")),
-}
+KNOWN_CIRCLES = {frozenset(KERNELS)}
 
 
 class Import(NamedTuple):

@@ -68,7 +68,7 @@ def test_weight_rises_where_the_load_is_uneven_and_falls_where_it_is_even(tmp_pa
     assert adapters(module)[LAYER].balance_weight == pytest.approx(weight)
     logged = [line for line in (tmp_path / "metrics.csv").read_text().splitlines()[1:] if line]
     assert len(logged) == 3
-    assert module.proj.router._num_readers == 0
+    assert module.proj.router.record.num_readers == 0
 
 
 def test_weight_stays_within_its_limits_and_counts_optimiser_steps(tmp_path):

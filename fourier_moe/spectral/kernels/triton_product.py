@@ -10,7 +10,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fourier_moe.routing.router import Routing
 from fourier_moe.spectral.kernels.triton_spectral import RowLists, accumulate, gradients
 from fourier_moe.spectral.product import Positions
 
@@ -78,7 +77,8 @@ def product_backward(
 
 def _all_gates(gates_TK: Tensor, experts_TK: Tensor, num_experts: int) -> Tensor:
     """(T, E): the kernels look a gate up by its expert and skip those that are 0."""
-    return Routing(gates_TK.detach().float(), experts_TK).dense(num_experts)
+    gates_TE = torch.zeros(len(gates_TK), num_experts, device=gates_TK.device)
+    return gates_TE.scatter_add_(-1, experts_TK, gates_TK.detach().float())
 
 
 def _half_spectrum(x_TN: Tensor) -> Tensor:

@@ -52,9 +52,9 @@ def test_readers_count_every_token_of_eight_threads():
     statistics = reader.read()[""]
     assert int(statistics.tokens) == THREADS * 20 * 10
     assert {int(statistics.by_task[f"{number}"].tokens) for number in range(3, THREADS)} == {100}
-    assert layer._num_recordings == 0
+    assert layer.record.num_recordings == 0
     reader.close()
-    assert layer._total is None
+    assert layer.record.total is None
 
 
 def test_a_thread_of_its_own_has_no_recording_and_a_copied_context_has():

@@ -71,21 +71,21 @@ def test_nothing_is_counted_and_nothing_held_while_nobody_asks(monkeypatch):
         raise AssertionError("counted for nobody")
 
     layer = router()
-    before = dict(layer.__dict__)
+    before = dict(vars(layer.record))
     with monkeypatch.context() as patch:
         patch.setattr(RouterStatistics, "of_tokens", forbidden)
         patch.setattr(TokenWeights, "by_task", forbidden)
         with recording(layer, None, ["a", "b"]):
             layer(tokens(2, 5, N))
             layer.balance_loss()
-        assert layer.__dict__ == before
+        assert vars(layer.record) == before
         reader = StatisticsReader(layer)
         with pytest.raises(AssertionError, match="counted for nobody"):
             balance(layer, tokens(2, N))
     balance(layer, tokens(2, N))
-    assert layer._total is not None
+    assert layer.record.total is not None
     reader.close()
-    assert layer.__dict__ == before
+    assert vars(layer.record) == before
 
 
 def test_asking_in_vain_says_what_to_do():
@@ -108,8 +108,8 @@ def test_a_forgotten_reader_is_closed_and_closing_twice_changes_nothing():
         assert layer.statistics().tokens == 5
         del forgotten
         gc.collect()
-        assert layer._num_readers == 1
-    assert layer._num_readers == 0
+        assert layer.record.num_readers == 1
+    assert layer.record.num_readers == 0
 
 
 def test_reading_in_inference_mode_does_not_end_the_counting():
@@ -206,7 +206,7 @@ def test_statistics_are_no_part_of_the_state_and_of_a_copy(copied):
     assert set(layer.state_dict()) == {"weight"}
     other = copied(layer)
     balance(other, tokens(5, N))
-    assert (other._num_readers, other._total) == (0, None)
+    assert (other.record.num_readers, other.record.total) == (0, None)
     assert reader.read()[""].tokens == 5
 
 

@@ -69,7 +69,7 @@ def test_shared_routers_equal_own_routers_with_the_same_weights(scope):
     layers = adapters(shared)
     for name, layer in adapters(own).items():
         router = layers[name].router
-        leader = router._router[0] if isinstance(router, SharedRouter) else router
+        leader = router.leader if isinstance(router, SharedRouter) else router
         layer.router.weight.data.copy_(leader.weight)
         layer.experts.coefficients.data.copy_(state[f"{name}.experts.coefficients"])
     torch.testing.assert_close(shared(tokens())[0], own(tokens())[0])
