@@ -151,6 +151,6 @@ def _tables(frame: pd.DataFrame, labels: Mapping[str, str], reference: str, note
     if found:
         parts.append(format_differences(found, labels, reference))
     parts += [f"Note: {note}" for note in (*notes, *unfair_runs(frame), *partial_runs(frame), *problems)]
-    first = frame.iloc[0]
+    first = frame[["commit", *frame.attrs["versions"]]].fillna("unknown").iloc[0]
     versions = ", ".join(f"{name} {first[name]}" for name in frame.attrs["versions"])
-    return [*parts, f"Commit {first['commit'] or 'unknown'}; {versions}"]
+    return [*parts, f"Commit {first['commit']}; {versions}"]
