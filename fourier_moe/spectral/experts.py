@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from fourier_moe.routing.record import Routing
 from fourier_moe.spectral.config import FourierMoEConfig
-from fourier_moe.spectral.factors import low_rank_factors
+from fourier_moe.spectral.dense import dense_delta_weight, dense_spectrum, low_rank_factors
 from fourier_moe.spectral.frequencies import band_centers, draw_frequencies
-from fourier_moe.spectral.product import dense_delta_weight, dense_spectrum, routed_spectral_product
+from fourier_moe.spectral.product import routed_spectral_product
 
 
 class SpectralExperts(nn.Module):

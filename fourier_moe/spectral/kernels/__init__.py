@@ -1,4 +1,4 @@
-"""The routed spectral product as fused GPU kernels, with the signatures of fourier_moe/spectral/product.py."""
+"""The routed spectral product as fused GPU kernels, with the signatures of fourier_moe/spectral/torch_product.py."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fourier_moe.spectral.kernels.triton_spectral import RowLists, accumulate, gradients
-from fourier_moe.spectral.product import Positions
+from fourier_moe.spectral.torch_product import Positions
 
 _CACHE = "_fourier_moe_row_lists"
 
@@ -35,7 +35,7 @@ def product_forward(
     out_features: int,
     scale: float,
 ) -> Tensor:
-    """As fourier_moe.spectral.product.product_forward."""
+    """As fourier_moe.spectral.torch_product.product_forward."""
     lists = _lists_of(frequencies_EPC, out_features, x_TN.shape[1])
     gates_TE = _all_gates(gates_TK, experts_TK, len(coefficients_EPC))
     spectrum_TFC = _half_spectrum(x_TN)
@@ -53,7 +53,7 @@ def product_backward(
     scale: float,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As fourier_moe.spectral.product.product_backward."""
+    """As fourier_moe.spectral.torch_product.product_backward."""
     needs_x, needs_gates, needs_coefficients = needs
     N = x_TN.shape[1]
     lists = _lists_of(frequencies_EPC, grad_TM.shape[1], N)

@@ -1,13 +1,42 @@
-"""One expert's update as an exact product of two narrow matrices, whose basis is fixed by the drawn frequencies.
+"""One expert's update as the paper defines it: its spectrum, its matrix, and the matrix as an exact product of two narrow ones.
+
+These are the reference for the routed product, and serve analysis and export.
 
 Shape legend: N in_features, M out_features, P positions, C = 2 (real and imaginary part), r basis vectors, W distinct
-|frequencies|, L a length (M or N). The update is scale * Re sum_j c_j a_j b_j^T, see spectral.py.
+|frequencies|, L a length (M or N). The update is scale * Re sum_j c_j a_j b_j^T, see product.py.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+
+def dense_spectrum(
+    coefficients_PC: Tensor, frequencies_PC: Tensor, out_features: int, in_features: int, *, hermitian: bool
+) -> Tensor:
+    """The spectrum F (M, N) of one expert, complex, in numpy order: F[u, v] += c and, if `hermitian`, F[-u, -v] += conj(c)."""
+    c_P = torch.view_as_complex(coefficients_PC.contiguous())
+    u_P, v_P = frequencies_PC.long().unbind(-1)
+    spectrum_MN = c_P.new_zeros(out_features, in_features)
+    spectrum_MN = spectrum_MN.index_put((u_P % out_features, v_P % in_features), c_P, accumulate=True)
+    if hermitian:
+        spectrum_MN = spectrum_MN.index_put((-u_P % out_features, -v_P % in_features), c_P.conj(), accumulate=True)
+    return spectrum_MN
+
+
+def dense_delta_weight(
+    coefficients_PC: Tensor,
+    frequencies_PC: Tensor,
+    out_features: int,
+    in_features: int,
+    *,
+    scaling: float,
+    hermitian: bool = True,
+) -> Tensor:
+    """dW = alpha Re IDFT2(F) (M, N): the paper's definition (Eq. 1), kept as the reference and for analysis."""
+    spectrum_MN = dense_spectrum(coefficients_PC, frequencies_PC, out_features, in_features, hermitian=hermitian)
+    return scaling * torch.fft.ifft2(spectrum_MN).real
 
 
 def low_rank_factors(
