@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fourier_moe.adapter import adapters
 from fourier_moe.config import AdapterConfig, ProjectionAdapterConfig, StoredProjection
 from fourier_moe.errors import UserError
-from fourier_moe.files.format import CARD, DESCRIPTION, TENSORS, AdapterDescription, encode, has_version_1, read, tensors
+from fourier_moe.files.format import CARD, DESCRIPTION, TENSORS, AdapterDescription, encode, read, tensors
 from fourier_moe.files.hub import local_directory
 from fourier_moe.files.model_card import is_edited, loading_code, model_card
 from fourier_moe.files.writing import FileParts, replace_files
@@ -104,8 +104,7 @@ def save_adapter(
     files: dict[str, FileParts] = {TENSORS: data, DESCRIPTION: [text]}
     if not is_edited(directory / CARD):
         files[CARD] = [model_card(description, code or loading_code(model)).encode()]
-    # The old copy of the description would not fit the new tensors; version 1 needs it until then.
-    replace_files(directory, files, remove_first=() if has_version_1(directory) else (DESCRIPTION,))
+    replace_files(directory, files, remove_first=(DESCRIPTION,))  # the old copy would not fit the new tensors
     return directory
 
 

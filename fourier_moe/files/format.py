@@ -52,7 +52,7 @@ class AdapterDescription:
             commit on the Hugging Face hub; empty for a plain model.
         trained_parameters: counts by kind, as in InjectionReport.
         modules: what is adapted and what is trained in full, None where an older version left it to the config's patterns.
-        written_by: version of fourier_moe, None before 0.1.0's format 2.
+        written_by: version of fourier_moe, None where the file does not tell.
     """
 
     config: AdapterConfig
@@ -104,13 +104,13 @@ def encode(description: AdapterDescription, state: Mapping[str, Tensor]) -> tupl
 
 
 def read(directory: Path) -> tuple[AdapterDescription, bytes]:
-    """Read and check an adapter directory of this version or an older one.
+    """Read and check an adapter directory.
 
     Returns:
         What it says, and the contents of adapter.safetensors, for `tensors`.
 
     Raises:
-        UserError: naming the file, if there is none, it is damaged, or of a newer version.
+        UserError: naming the file, if there is none, it is damaged, or of another version.
     """
     path = directory / TENSORS
     if not path.is_file():
@@ -119,8 +119,6 @@ def read(directory: Path) -> tuple[AdapterDescription, bytes]:
             f"no adapter in {directory}: {TENSORS} not found{incomplete}; give the directory that save_adapter wrote"
         )
     data, text = _read_tensors(path)
-    if text is None:
-        return _read_version_1(directory, data), data
     raw = _parse(text, path)
     checksum = raw["sha256"]
     start = data.find(checksum.encode())
@@ -144,22 +142,8 @@ def tensors(data: bytes, directory: Path) -> dict[str, Tensor]:
         raise UserError(f"{directory / TENSORS} is no valid safetensors file: {error}") from error
 
 
-def has_version_1(directory: Path) -> bool:
-    """Whether adapter.json there is that of a version 1 adapter, which cannot do without it."""
-    try:
-        return _is_version_1(parse_json(_read_bytes(directory / DESCRIPTION, LARGEST_HEADER)))
-    except ValueError:
-        return False
-
-
-def _is_version_1(raw: Any) -> bool:
-    if not isinstance(raw, dict) or "fourier_moe_version" in raw:
-        return False
-    return type(raw.get("format_version")) is int and raw["format_version"] == 1
-
-
-def _read_tensors(path: Path) -> tuple[bytes, str | None]:
-    """The contents of adapter.safetensors, and the description in its metadata, None if it has none (version 1).
+def _read_tensors(path: Path) -> tuple[bytes, str]:
+    """The contents of adapter.safetensors, and the description in its metadata.
 
     A safetensors file is 8 bytes of the header's length, the header as JSON, and the tensors. The rest is read if the header
     makes sense.
@@ -173,20 +157,22 @@ def _read_tensors(path: Path) -> tuple[bytes, str | None]:
             header = file.read(size)
             metadata = of_type(parse_json(header), dict).get("__metadata__", {})
             text: str | None = of_type(of_type(metadata, dict).get(_METADATA), str, _NONE)
-            return length + header + file.read(), text
+            if text is not None:
+                return length + header + file.read(), text
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
     except ValueError as error:
         raise UserError(f"{path} is damaged: it is no safetensors file ({error})") from error
+    raise UserError(f"{path} is damaged or no adapter: there is no description in it")
 
 
-def _parse(content: str | bytes, path: Path) -> dict[str, Any]:
+def _parse(content: str, path: Path) -> dict[str, Any]:
     """JSON with a checksum and a version that this package can read."""
     try:
         raw = of_type(parse_json(content), dict)
         version, checksum = of_type(raw["format_version"], int), of_type(raw["sha256"], str)
-        if version < 1:
-            raise UserError(f"format_version is {version}")
+        if version < FORMAT_VERSION:
+            raise UserError(f"format_version is {version}, and the first is {FORMAT_VERSION}")
         if not checksum.isascii() or len(checksum) != len(_BLANK):
             raise UserError(f"sha256 is {checksum!r}")
     except (KeyError, ValueError) as error:
@@ -198,22 +184,9 @@ def _parse(content: str | bytes, path: Path) -> dict[str, Any]:
     return raw
 
 
-def _read_version_1(directory: Path, data: bytes) -> AdapterDescription:
-    """Version 1: adapter.json alone has the description, with the SHA-256 of adapter.safetensors."""
-    path, description = directory / TENSORS, directory / DESCRIPTION
-    if not description.is_file():
-        raise UserError(f"{path} is damaged or no adapter: there is no description in it, and no {DESCRIPTION} beside it")
-    raw = _parse(_read_bytes(description, LARGEST_HEADER), description)
-    if not _is_version_1(raw):
-        raise UserError(f"{path} is damaged: the description that format_version {raw['format_version']} has in it is missing")
-    if hashlib.sha256(data).hexdigest() != raw["sha256"]:
-        raise UserError(f"{path} is damaged: its checksum differs from the one in {DESCRIPTION}")
-    return description_of(raw, description)
-
-
 def _check_copy(path: Path, expected: bytes) -> None:
-    """adapter.json may be missing, or left of a version 1 adapter when the save that replaced it was interrupted."""
-    if path.is_file() and _read_bytes(path, LARGEST_HEADER) != expected and not has_version_1(path.parent):
+    """Refuse an adapter.json with another description. It may be missing."""
+    if path.is_file() and _read_bytes(path, LARGEST_HEADER) != expected:
         raise UserError(
             f"{path} is damaged or edited: it is no copy of the description in {TENSORS}; delete it, and the adapter loads"
         )

@@ -12,9 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save
 from support.adapter_files import CARD, DESCRIPTION, TENSORS, embedded, rewrite
-from support.models import Transformer, config, tokens, trained
+from support.models import Transformer, tokens, trained
 
-from fourier_moe import __version__, adapter_state_dict, adapters, describe_adapter, load_adapter, save_adapter
+from fourier_moe import __version__, adapters, describe_adapter, load_adapter, save_adapter
 from fourier_moe.files import writing as file_writing
 
 
@@ -188,65 +188,12 @@ def test_description_that_a_later_package_wrote_says_so(saved):
     rewrite(saved, format_version=3)
     with pytest.raises(ValueError, match=r"format_version 3, newer than this package reads \(2\); upgrade fourier_moe"):
         describe_adapter(saved)
+    rewrite(saved, format_version=1)
+    with pytest.raises(ValueError, match="format_version is 1, and the first is 2"):
+        describe_adapter(saved)
 
 
-# ---------------------------------------------------------------- version 1
-
-
-def write_version_1(directory, model):
-    """Byte for byte as the package wrote it before the description went into adapter.safetensors."""
-    tensors = save({key: value.contiguous() for key, value in adapter_state_dict(model).items()})
-    frozen = sorted((n.replace(".base.", "."), p) for n, p in model.named_parameters() if not p.requires_grad)
-    fingerprint = {
-        name: float(p.flatten()[:16].double().square().mean().sqrt()) for name, p in frozen[:: max(1, len(frozen) // 8)]
-    }
-    description = {
-        "format": "fourier_moe adapter",
-        "format_version": 1,
-        "backbone": None,
-        "backbone_fingerprint": fingerprint,
-        "config": config(head=["classifier"]).to_dict(),
-        "class_names": ["a", "b", "c"],
-        "metrics": {"accuracy": 0.25},
-        "trained_parameters": {"experts": 128, "router": 256, "head": 51, "backbone": 0},
-        "sha256": hashlib.sha256(tensors).hexdigest(),
-    }
-    directory.mkdir()
-    (directory / TENSORS).write_bytes(tensors)
-    (directory / DESCRIPTION).write_text(json.dumps(description, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    return directory
-
-
-@pytest.fixture
-def old(tmp_path):
-    return write_version_1(tmp_path / "old", trained())
-
-
-def test_version_1_loads(old):
-    model, x = Transformer().eval(), tokens(4, 5, 16)
-    description = load_adapter(model, old)
-    assert torch.equal(model(x), trained()(x))
-    assert description.config == config(head=["classifier"])
-    assert (description.class_names, description.metrics) == (["a", "b", "c"], {"accuracy": 0.25})
-    assert (description.written_by, description.task, description.backbone_revision) == (None, {}, None)
-    with pytest.raises(ValueError, match="load the same pretrained weights"):
-        load_adapter(Transformer(seed=1), old)
-
-
-def test_damaged_tensors_of_version_1_are_noticed(old):
-    path, generator = old / TENSORS, random.Random(0)
-    data = path.read_bytes()
-    for position in [0, 7, 8, len(data) - 1, *generator.choices(range(len(data)), k=100)]:
-        path.write_bytes(data[:position] + bytes([data[position] ^ 1 << position % 8]) + data[position + 1 :])
-        refused(old, TENSORS)
-    path.write_bytes(data)
-    (old / DESCRIPTION).write_text("{")
-    refused(old, DESCRIPTION)
-    (old / DESCRIPTION).unlink()
-    refused(old, TENSORS)
-
-
-def test_tensors_that_lost_their_description_are_no_version_1(saved):
+def test_tensors_that_lost_their_description_are_no_adapter(saved):
     (saved / TENSORS).write_bytes(save(load_file(saved / TENSORS)))
     refused(saved, TENSORS)
 
@@ -276,17 +223,13 @@ def kill_at(patch, moment):
     patch.setattr(file_writing, "_remove_abandoned", lambda path: None)
 
 
-@pytest.mark.parametrize("version", [1, 2])
-def test_interruption_at_any_moment_leaves_the_old_adapter_or_the_new_one(tmp_path, monkeypatch, version):
+def test_interruption_at_any_moment_leaves_the_old_adapter_or_the_new_one(tmp_path, monkeypatch):
     x = tokens(4, 5, 16)
     outputs = {"old": trained()(x), "new": other_adapter()(x)}
     found = []
     for moment in itertools.count():
         directory = tmp_path / str(moment)
-        if version == 1:
-            write_version_1(directory, trained())
-        else:
-            save_adapter(trained(), directory)
+        save_adapter(trained(), directory)
         with monkeypatch.context() as patch:
             kill_at(patch, moment)
             try:
@@ -301,7 +244,7 @@ def test_interruption_at_any_moment_leaves_the_old_adapter_or_the_new_one(tmp_pa
         assert sorted(path.name for path in directory.iterdir()) == [CARD, DESCRIPTION, TENSORS]
         load_adapter(Transformer(), directory)
     # Three files written, the old copy removed, three put in place, the directory brought to the disk.
-    assert len(found) == moment == (8 if version == 2 else 7)
+    assert len(found) == moment == 8
     assert found == sorted(found, reverse=True)  # old until some moment, then new
     assert set(found) == {"old", "new"}
 

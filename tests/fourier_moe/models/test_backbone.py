@@ -224,15 +224,15 @@ def test_adapter_of_a_full_precision_model_loads_on_the_quantised_one_and_the_ot
     assert kept_fingerprint(other) == Fingerprint()
 
 
-def version_1_fingerprint(model):
-    """How files of version 1 were made: after injection, evenly over the parameters that are frozen."""
+def fingerprint_of_other_parameters(model):
+    """Of another sample than `inject` takes: evenly over the parameters that are frozen."""
     frozen = sorted((n.replace(".base.", "."), p) for n, p in model.named_parameters() if not p.requires_grad)
     return {name: float(p.flatten()[:16].double().square().mean().sqrt()) for name, p in frozen[:: max(1, len(frozen) // 8)]}
 
 
 @pytest.mark.parametrize("quantise", [False, True])
-def test_fingerprints_of_version_1_are_compared_in_full(quantise):
-    stored = version_1_fingerprint(adapted(LanguageModel()))
+def test_fingerprints_of_other_parameters_are_compared_in_full(quantise):
+    stored = fingerprint_of_other_parameters(adapted(LanguageModel()))
     present = adapted(quantised(LanguageModel()) if quantise else LanguageModel())
     assert quantise or stored.keys() <= kept_fingerprint(present).values.keys()
     check_backbone(present, "lm", stored, "adapter")
