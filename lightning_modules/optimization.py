@@ -11,7 +11,6 @@ import torch
 from torch import nn
 from torch.optim import SGD, AdamW
 from torch.optim.lr_scheduler import LambdaLR
-from transformers.optimization import get_scheduler
 
 from fourier_moe import AdapterConfig, adapters
 from fourier_moe.errors import UserError
@@ -108,6 +107,8 @@ class Optimization:
 
     def _share_of_peak(self, num_steps: int) -> Callable[[int], float]:
         """transformers' schedule as a function of the step."""
+        from transformers.optimization import get_scheduler  # here, since it imports peft: a second, which --help saves
+
         warmup = math.ceil(self.warmup_ratio * num_steps)
         some = SGD([torch.zeros(1)], lr=1.0)  # which transformers gives it a place in
         name = _SCHEDULES[self.schedule]

@@ -9,8 +9,6 @@ from pathlib import Path
 import datasets
 import numpy as np
 from PIL import Image
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 
 from datamodules.images.directory import LAYOUTS
 from datamodules.images.parquet import LoadedTables, ParquetFiles
@@ -109,6 +107,9 @@ class DigitsBenchmark(ImageBenchmark):
     """scikit-learn's bundled handwritten digits, half of each class for train and half for test, always the same."""
 
     def open(self, name: str, revision: str | None = None) -> ImageSource:
+        from sklearn.datasets import load_digits  # here, since only the demo needs it
+        from sklearn.model_selection import train_test_split
+
         digits = load_digits()
         pixels = (digits.images * (255 / 16)).astype(np.uint8)
         features = datasets.Features(
