@@ -1,4 +1,4 @@
-"""AdaptationCLI: LightningCLI with one model class, any DataModule, and what the two and the run have to agree on."""
+"""AdaptationCLI: LightningCLI with one model class, any DataModule, and the settings that these share with the run."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ warnings.filterwarnings("ignore", message="LightningCLI's args parameter is inte
 
 
 class SaveConfig(SaveConfigCallback):
-    """Write config.yaml to the run's directory; a command other than fit leaves one that is there as it is."""
+    """Write config.yaml to the run's directory. Commands other than fit keep an existing file."""
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self._path = run_directory(trainer) / self.config_filename  # asks all processes
@@ -46,7 +46,9 @@ class SaveConfig(SaveConfigCallback):
 
 
 class AdaptationCLI(LightningCLI):
-    """`python train.py {fit,validate,test,predict}`: AdaptationModule with any LightningDataModule.
+    """AdaptationModule with any LightningDataModule; `commands/front_door.py` adds the other commands.
+
+    Overrides these private methods of LightningCLI: `_prepare_subcommand_kwargs`, `_parse_ckpt_path`; calls `_get`.
 
     Args:
         args: the command line; None takes the process's own.
@@ -70,7 +72,7 @@ class AdaptationCLI(LightningCLI):
         parser.link_arguments("data.num_classes", "model.num_classes", apply_on="instantiate")
 
     def before_instantiate_classes(self) -> None:
-        """Seed the adapter like the run and give the data the model's tokenizer, unless they have their own.
+        """Give the adapter the run's seed and the data the model's tokenizer, unless they have their own.
 
         Refuses a missing checkpoint right away.
         """
@@ -86,9 +88,9 @@ class AdaptationCLI(LightningCLI):
             config.ckpt_path = find_checkpoint(path, to_resume=self.subcommand == "fit")
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
-        """Lightning's, with checkpoint files that are checked, unless a plugin says otherwise.
+        """Build the trainer. Its checkpoint files are checked, unless a plugin replaces the CheckpointIO.
 
-        Callbacks that need a logger or write checkpoints are left out where these are switched off.
+        Callbacks that need a logger or write checkpoints are left out if these are switched off.
         """
         config = {**self._get(self.config_init, "trainer", default={}), **kwargs}
         callbacks = config.get("callbacks") or []
@@ -102,7 +104,7 @@ class AdaptationCLI(LightningCLI):
     def before_fit(self) -> None:
         """Settle the run's directory and refuse another run's before anything is loaded; find its own newest checkpoint.
 
-        `--ckpt_path last` begins anew where there is none, so that a job that is requeued may run the same line again.
+        `--ckpt_path last` starts a new run if there is no checkpoint, so that a requeued job can repeat the same command.
         """
         options = self.config_init[self.subcommand]
         directory = attach_run_directory(self.trainer).claim(self.trainer, numbered=True)
@@ -115,7 +117,7 @@ class AdaptationCLI(LightningCLI):
         require_nothing_ahead(checkpoint_directories(self.trainer), options.ckpt_path)
 
     def before_test(self) -> None:
-        """Refuse to evaluate a new head before data and weights are fetched; one table of results is enough."""
+        """Refuse to evaluate an untrained head before data and weights are fetched, and print one table of results only."""
         options = self.config_init[self.subcommand]
         if options.ckpt_path == "last":
             options.ckpt_path = last_checkpoint(self.trainer)
@@ -129,12 +131,12 @@ class AdaptationCLI(LightningCLI):
     before_validate = before_test
 
     def before_predict(self) -> None:
-        """The same; callbacks write predictions as they come, and Lightning would hold all of them in memory."""
+        """Do as before a test. Callbacks write predictions as they come; Lightning would keep all of them in memory."""
         self.before_test()
         self.config_init[self.subcommand].return_predictions = False
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
-        """Lightning's; between `before_<subcommand>` and the subcommand the model is fetched, before gigabytes of data are."""
+        """Fetch the model first: it is between `before_<subcommand>` and the subcommand, which fetches gigabytes of data."""
         try:
             if subcommand == "fit" and self.trainer.strategy.root_device.type == "cpu":
                 bound_cpu_time(self.trainer, self.model.task, self.datamodule)
@@ -146,16 +148,16 @@ class AdaptationCLI(LightningCLI):
         return super()._prepare_subcommand_kwargs(subcommand)
 
     def after_validate(self) -> None:
-        """What read nothing must not look like what went well."""
+        """Refuse to report success if there was nothing to validate."""
         if not sum(self.trainer.num_val_batches):
             raise UserError("nothing was validated: the data has no validation set; hold a part out, or use test")
 
     def _parse_ckpt_path(self) -> None:
-        """Nothing: Lightning would let hyper-parameters found in the checkpoint win over the command line, silently."""
+        """Do nothing: Lightning would silently prefer hyper-parameters of the checkpoint to the command line."""
 
 
 def _agree_on_tokenizer(data: Any, task: Any) -> None:
-    """Fill in the tokenizer where task or data leaves it open: the other's, else the model's own."""
+    """Set the tokenizer that task or data leaves open: to the other's, or else to the model's own."""
     if "tokenizer" not in data or "model" not in task:
         return
     names = {name for name in (data.tokenizer, task.get("tokenizer")) if name}
@@ -170,7 +172,7 @@ def _agree_on_tokenizer(data: Any, task: Any) -> None:
 
 
 def user_error(error: BaseException | None) -> BaseException | None:
-    """The UserError in a chain of causes, or the full disk that some library met; None for what may be a bug of ours."""
+    """Return the UserError in a chain of causes, or the error of a full disk; None for what may be a bug of ours."""
     if isinstance(error, OSError):
         return write_error(error)
     while error is not None and not isinstance(error, UserError):

@@ -1,4 +1,4 @@
-"""Where a run's files go: a directory that no other run writes to."""
+"""The directory of a run's files. Sets the private `_version` of TensorBoardLogger and CSVLogger."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class RunDirectory(L.Callback):
         self._lock: Lock | None = None
 
     def claim(self, trainer: L.Trainer, numbered: bool = False) -> Path | None:
-        """Choose the directory, and make it on the first process; none for fast_dev_run. Calling it again changes nothing.
+        """Choose the directory and create it on the first process; fast_dev_run has none. A second call changes nothing.
 
         Args:
             numbered: give a run without a logger `<default_root_dir>/lightning_logs/version_<k>`, not `default_root_dir`.
@@ -50,7 +50,7 @@ class RunDirectory(L.Callback):
         return self.path
 
     def lock(self, trainer: L.Trainer) -> None:
-        """Keep other runs out until training ends.
+        """Lock the directory against other runs until training ends.
 
         Raises:
             UserError: if another run is in the directory.
@@ -83,7 +83,7 @@ class RunDirectory(L.Callback):
 
 
 def attach_run_directory(trainer: L.Trainer) -> RunDirectory:
-    """The trainer's RunDirectory, added to its callbacks if it has none."""
+    """Return the trainer's RunDirectory; add one to its callbacks if there is none."""
     callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     found = next((callback for callback in callbacks if isinstance(callback, RunDirectory)), None)
     if found is None:
@@ -93,23 +93,23 @@ def attach_run_directory(trainer: L.Trainer) -> RunDirectory:
 
 
 def run_directory(trainer: L.Trainer) -> Path:
-    """The directory of the run, the same on every process. All have to call it together."""
+    """Return the directory of the run, the same on every process. All processes have to call it together."""
     callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     path = next((callback.path for callback in callbacks if isinstance(callback, RunDirectory)), None)
     return Path(trainer.strategy.broadcast(str(path or trainer.log_dir or trainer.default_root_dir)))
 
 
 def require_no_run(directory: Path) -> None:
-    """Refuse to begin a run where another one has left its work.
+    """Refuse to start a run in a directory that holds another run's files.
 
     Raises:
-        UserError: naming what is there.
+        UserError: naming one of these files.
     """
     found = [directory / name for name in ("adapter", "adapter_last")] + sorted(directory.rglob("*.ckpt"))
     there = [path for path in found if path.exists()]
     if there:
         raise UserError(
-            f"{directory} holds another run ({there[0].relative_to(directory)}); go on with it by --ckpt_path {directory}, "
+            f"{directory} holds another run ({there[0].relative_to(directory)}); resume it with --ckpt_path {directory}, "
             "or choose another version or name for the logger"
         )
 
@@ -139,12 +139,12 @@ def _claim(trainer: L.Trainer, numbered: bool) -> Path:
 
 
 def _is_first(trainer: L.Trainer) -> bool:
-    """Whether this is the first process, known also before the strategy has set its ranks, as after a fork."""
+    """Return whether this is the first process, also before the strategy has set its ranks, as after a fork."""
     return trainer.is_global_zero and trainer.local_rank == 0
 
 
 def _save_dir(logger: Logger) -> str | None:
-    """Where a logger keeps its files on this machine; None if nowhere."""
+    """Return the directory of a logger's files on this machine; None if it has none."""
     path = logger.save_dir
     return None if path is None or "://" in path else path
 
@@ -154,7 +154,7 @@ def _version_name(version: int | str | None) -> str:
 
 
 def _next_version(root: Path, option: str, make: bool) -> Path:
-    """The first `version_<k>` behind all there are; made here and by nobody else, if `make` says so."""
+    """Return the first free `version_<k>` after all existing ones; if `make` is set, create it, which no other run can too."""
     numbers = [path.name.removeprefix("version_") for path in root.glob("version_*")]
     number = max((int(text) for text in numbers if text.isdecimal()), default=-1) + 1
     if not make:

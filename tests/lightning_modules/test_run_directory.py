@@ -146,7 +146,7 @@ def test_new_run_is_not_written_over_another(run, tmp_path, no_training):
     (tmp_path / "demo/mine/adapter").mkdir(parents=True)
     name = ("--trainer.logger.init_args.version", "mine")
     for words in (name, (*name, "--ckpt_path", "last")):
-        with pytest.raises(ValueError, match=r"demo/mine holds another run \(adapter\); go on with it by --ckpt_path"):
+        with pytest.raises(ValueError, match=r"demo/mine holds another run \(adapter\); resume it with --ckpt_path"):
             run("fit", *DEMO, *words)
     assert os.listdir(tmp_path / "demo/mine") == ["adapter"]
 
