@@ -13,7 +13,6 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -202,25 +201,3 @@ def white_share(fraction: float) -> float:
     Its energies are exponentially distributed; the strongest p of them are those above ln(1/p) times their mean.
     """
     return fraction * (1 + math.log(1 / fraction)) if fraction > 0 else 0.0
-
-
-def equal_energy_bands(energy: Tensor, num_experts: int) -> tuple[list[float], list[float]]:
-    """Centres and widths of bands that share the energy equally, in units of rho.
-
-    Args:
-        energy: share of the energy in equally wide radial bins (R,), spread evenly within a bin.
-
-    Returns:
-        Centres, each with half of its band's energy on either side, and widths, which add up to the radius that holds energy.
-    """
-    cumulative = torch.cat([energy.new_zeros(1), energy.cumsum(0)]) / energy.sum()
-
-    def radius_at(share: float) -> float:
-        upper = min(int(torch.searchsorted(cumulative, share).clamp(min=1)), len(energy))
-        below, above = float(cumulative[upper - 1]), float(cumulative[upper])
-        inside = (share - below) / (above - below) if above > below else 0.0
-        return (upper - 1 + min(inside, 1.0)) / len(energy)
-
-    edges = [radius_at(expert / num_experts) for expert in range(num_experts + 1)]
-    centers = [radius_at((expert + 0.5) / num_experts) for expert in range(num_experts)]
-    return centers, [upper - lower for lower, upper in pairwise(edges)]

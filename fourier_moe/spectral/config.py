@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -31,9 +31,8 @@ class FourierMoEConfig(ProjectionAdapterConfig):
         num_experts: E.
         top_k: K, experts active per token.
         bandwidth: B, width of an expert's band in units of the normalised radius (0 = DC, 1 = corner of the plane).
-        band_layout: where the bands lie. `cover`: centres (e + 1/2)/E, spread over all frequencies. `stack`: centres
-            (e + 1/2) B, side by side from DC outwards (the paper's bandwidth sweep). A list: the centres of the num_experts
-            bands, as `train.py analyze` suggests them.
+        band_layout: where the bands lie. `cover`: centers (e + 1/2)/E, spread over all frequencies. `stack`: centers
+            (e + 1/2) B, side by side from DC outwards (the paper's bandwidth sweep).
         scaling: alpha, the factor of the update. A number is the paper's. `relative` sets it from each projection's shape and
             pair count such that coefficients of root mean square modulus 1 give an update of Frobenius norm
             sqrt(out_features), the norm of a typical pretrained weight: one learning rate then serves all widths, models and
@@ -59,7 +58,7 @@ class FourierMoEConfig(ProjectionAdapterConfig):
     num_experts: int = 8
     top_k: int = 2
     bandwidth: float = 0.12
-    band_layout: Literal["cover", "stack"] | Sequence[float] = "cover"
+    band_layout: Literal["cover", "stack"] = "cover"
     scaling: float | Literal["relative"] = "relative"
     dropout: float = 0.0
     balance_weight: float = 1e-3
@@ -84,25 +83,13 @@ class FourierMoEConfig(ProjectionAdapterConfig):
             problems.append(f"scaling={self.scaling} must be a positive number or 'relative'")
         problems += [*dropout(self), *not_negative(self, "balance_weight")]
         for field, choices in (
+            ("band_layout", ("cover", "stack")),
             ("coefficients", ("complex", "real", "imaginary")),
             ("router_scope", ("projection", "input", "block")),
         ):
             if getattr(self, field) not in choices:
                 problems.append(f"{field}={getattr(self, field)!r} must be one of {', '.join(choices)}")
-        return [*problems, *self._check_layout()]
-
-    def _check_layout(self) -> list[str]:
-        if self.band_layout in ("cover", "stack"):
-            return []
-        if isinstance(self.band_layout, (list, tuple)) and all(isinstance(c, (int, float)) for c in self.band_layout):
-            object.__setattr__(self, "band_layout", tuple(map(float, self.band_layout)))
-            inside = all(0 <= center <= 1 for center in self.band_layout)
-            if inside and len(set(self.band_layout)) == self.num_experts and sorted(self.band_layout) == [*self.band_layout]:
-                return []
-        return [
-            f"band_layout={self.band_layout!r} must be one of cover, stack, or a list of num_experts={self.num_experts} "
-            "increasing centres between 0 and 1"
-        ]
+        return problems
 
     @property
     def size_step(self) -> int:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -30,15 +29,12 @@ def named_generator(seed: int, name: str) -> torch.Generator:
     return torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
-def band_centers(num_experts: int, bandwidth: float, layout: str | Sequence[float]) -> list[float]:
+def band_centers(num_experts: int, bandwidth: float, layout: str) -> list[float]:
     """Centre f_e of each expert's band, in units of the normalised radius.
 
     `cover` spreads the centres evenly over the radius, f_e = (e + 1/2) / E. `stack` puts bands of the given width side by
-    side from DC outwards, f_e = (e + 1/2) B, so that a small B leaves the high frequencies to nobody. A list is the centres
-    themselves.
+    side from DC outwards, f_e = (e + 1/2) B, so that a small B leaves the high frequencies to nobody.
     """
-    if not isinstance(layout, str):
-        return list(layout)
     spacing = {"cover": 1.0 / num_experts, "stack": bandwidth}[layout]
     return [(expert + 0.5) * spacing for expert in range(num_experts)]
 

@@ -35,6 +35,7 @@ NAN, INF = float("nan"), float("inf")
         ({"balance_weight": -1e-3}, r"balance_weight=-0.001 must be 0 or more"),
         ({"balance_weight": INF}, r"balance_weight=inf must be 0 or more"),
         ({"band_layout": "spread"}, r"band_layout='spread' must be one of cover, stack"),
+        ({"band_layout": [0.1, 0.3, 0.5, 0.9]}, r"band_layout=\[0.1, .*\] must be one of cover, stack"),
         ({"coefficients": "phase"}, r"coefficients='phase' must be one of complex, real, imaginary"),
         ({"targets": []}, r"targets is empty; name at least one projection"),
     ],

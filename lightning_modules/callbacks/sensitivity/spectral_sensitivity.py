@@ -28,7 +28,7 @@ class SpectralSensitivity(L.Callback):
     """When training starts, measure the spectrum of the loss's gradient with respect to each adapted projection's dense update.
 
     The spectra of the frozen weights, and of each task's gradient if batches name several tasks, are measured too. A table,
-    curves and a suggested band layout are written to `<run directory>/sensitivity`. The model is in evaluation mode then.
+    curves and a verdict are written to `<run directory>/sensitivity`. The model is in evaluation mode then.
     Training does not change, except that workers of the DataLoader (`num_workers` above 0) advance their random augmentation.
     `python train.py analyze` is this callback without the training.
 
@@ -96,8 +96,7 @@ class SpectralSensitivity(L.Callback):
             )
         for module, mode in modes.items():
             module.training = mode
-        shapes = {(adapter.out_features, adapter.in_features) for adapter in projections.values()}
-        self.report = SensitivityReport(results, config, shapes)
+        self.report = SensitivityReport(results, config)
         directory = Path(self.directory) if self.directory else run_directory(trainer) / "sensitivity"
         self.report.write(directory)
         print(f"\n{self.report}\n\nWritten to {directory}")

@@ -1,8 +1,7 @@
-"""Spectral sensitivity against brute force, its expectations for white noise, its control, and bands of equal energy."""
+"""Spectral sensitivity against brute force, its expectations for white noise, and its control."""
 
 import math
 
-import numpy as np
 import pytest
 import torch
 from support.models import Transformer, config, randomize
@@ -14,13 +13,10 @@ from fourier_moe.analysis.sensitivity import (
     RadialSpectrum,
     Sensitivity,
     dense_gradients,
-    equal_energy_bands,
     measure,
     radial_spectrum,
     white_share,
 )
-from fourier_moe.files.format import config_of
-from fourier_moe.spectral.frequencies import band_centers, normalized_radius
 
 SHAPES = [(5, 7), (6, 7), (8, 6), (9, 4), (3, 2), (1, 5)]
 
@@ -192,79 +188,6 @@ def test_same_control_every_time_and_no_spread_is_no_division_by_zero():
     assert Sensitivity(one, (one, one)).deviation("mean_radius") == 0
     other = radial_spectrum(noise(6, 5, seed=1), strongest=4)
     assert math.isinf(Sensitivity(other, (one, one)).deviation("mean_radius"))
-
-
-# ---------------------------------------------------------------- bands of equal energy
-
-
-def test_even_energy_gives_the_even_layout():
-    centers, widths = equal_energy_bands(torch.full((32,), 1 / 32), 8)
-    assert centers == pytest.approx(band_centers(8, 0.12, "cover"))
-    assert widths == pytest.approx([1 / 8] * 8)
-
-
-def test_every_band_holds_the_same_energy():
-    energy = torch.tensor([0.0, 3.0, 0.0, 1.0, 0.0])  # in rings of width 0.2
-    centers, widths = equal_energy_bands(energy, 2)
-    assert widths == pytest.approx([0.2 * 2 / 3 + 0.2, 0.8 - (0.2 + 0.2 * 2 / 3)])
-    assert centers == pytest.approx([0.2 + 0.2 / 3, 0.4])
-    spectrum = radial_spectrum(noise(301, 200).cumsum(0), strongest=1, num_bins=64)
-    centers, widths = equal_energy_bands(spectrum.energy, 4)
-    cumulative = torch.cat([torch.zeros(1), spectrum.energy.cumsum(0)]).numpy()
-    edges = np.interp(np.cumsum(widths), np.linspace(0, 1, 65), cumulative)
-    assert edges == pytest.approx([0.25, 0.5, 0.75, 1.0], abs=1e-9)
-    assert np.interp(centers, np.linspace(0, 1, 65), cumulative) == pytest.approx([1 / 8, 3 / 8, 5 / 8, 7 / 8])
-
-
-def test_bands_follow_the_energy_of_a_white_spectrum_in_which_positions_are_even():
-    spectrum = radial_spectrum(noise(200, 200), strongest=1, num_bins=64)
-    centers, _ = equal_energy_bands(spectrum.positions, 8)
-    assert centers[0] == pytest.approx(math.sqrt(2 / math.pi / 16), abs=0.005)  # pi rho^2 / 2 of all positions lie within rho
-
-
-# ---------------------------------------------------------------- placement
-
-
-CENTERS = [0.2, 0.35, 0.5, 0.9]
-
-
-def test_given_centres_are_where_the_experts_lie():
-    model = nn.Sequential(nn.Linear(64, 64))
-    inject(model, config(targets=["0"], num_coefficients=128, band_layout=CENTERS, bandwidth=0.08))
-    radius = normalized_radius(model[0].experts.frequencies, 64, 64).mean(-1)
-    assert radius.tolist() == pytest.approx(CENTERS, abs=0.03)
-    assert radius.tolist() != pytest.approx(band_centers(4, 0.08, "cover"), abs=0.03)
-
-
-def test_centres_survive_storage_and_differ_from_others():
-    given = config(band_layout=CENTERS)
-    assert given.band_layout == tuple(CENTERS)
-    assert config_of({**given.to_dict(), "band_layout": CENTERS}) == given  # JSON has lists
-    assert config(band_layout=[*CENTERS[:3], 0.91]).difference(given).startswith("band_layout")
-    assert config().difference(config(band_layout="cover")) is None
-
-
-@pytest.mark.parametrize(
-    "layout",
-    [
-        CENTERS[:3],
-        [*CENTERS, 0.95],
-        CENTERS[::-1],
-        [0.2, 0.2, 0.5, 0.9],
-        [-0.1, 0.2, 0.5, 0.9],
-        [0.2, 0.5, 0.9, 1.1],
-        [0.1, 0.2, 0.3, math.nan],
-        ["a", "b", "c", "d"],
-        [],
-        "even",
-        0.5,
-        None,
-    ],
-)
-def test_impossible_centres_are_refused(layout):
-    message = "must be one of cover, stack, or a list of num_experts=4 increasing centres between 0 and 1"
-    with pytest.raises(ValueError, match=message):
-        config(band_layout=layout)
 
 
 def test_mean_of_spectra_without_positions_in_a_ring():

@@ -1,8 +1,6 @@
-"""SpectralSensitivity and analyze: tasks, passes, files, the verdict and its layout, and what they refuse."""
+"""SpectralSensitivity and analyze: tasks, passes, files, the verdict, and what they refuse."""
 
 import csv
-import json
-import shlex
 from dataclasses import replace
 
 import pytest
@@ -154,7 +152,6 @@ def test_files_hold_every_layer_and_their_mean(tmp_path):
     own = [float(row["density"]) for row in curve if row["source"] == GRADIENT]
     filled = first.spectrum.positions > 0
     assert own == pytest.approx(first.spectrum.density[filled].tolist(), rel=1e-4)
-    assert json.loads((directory / "suggestion.json").read_text())["band_layout"] == report.suggestion()["band_layout"]
     assert (directory / "report.txt").read_text() == f"{report}\n"
     assert (directory / "spectra.png").stat().st_size > 1000
 
@@ -171,7 +168,7 @@ def matrices(low_frequencies):
 
 def report_of(low_frequencies, config):
     results = {(GRADIENT, f"layer {i}"): measure(m, strongest=64) for i, m in enumerate(matrices(low_frequencies))}
-    return SensitivityReport(results, config, {(96, 80)})
+    return SensitivityReport(results, config)
 
 
 def test_white_spectrum_is_said_to_be_white():
@@ -179,41 +176,15 @@ def test_white_spectrum_is_said_to_be_white():
     assert not report.structured
     text = str(report)
     assert "The spectrum is white" in text
-    assert "The even layout is as good" in text
-    assert "the config's are 0.125, 0.375, 0.625, 0.875" in text
-    suggestion = report.suggestion()
-    assert suggestion["band_layout"] == pytest.approx(suggestion["white_centers"], abs=0.02)
 
 
-def test_low_frequencies_pull_the_bands_inwards_and_the_suggested_layout_can_be_injected():
+def test_low_frequencies_are_a_structure():
     config = replace(ADAPTER, targets=["0"], num_coefficients=320)
     report = report_of(True, config)
     assert report.structured
     text = str(report)
     assert "The gradient has a frequency structure" in text
     assert "On their own 2 of 2 layers" in text
-    suggestion = report.suggestion()
-    assert all(a < b - 0.1 for a, b in zip(suggestion["band_layout"], suggestion["white_centers"], strict=True))
-    assert sum(suggestion["widths"]) == pytest.approx(1, abs=1e-3)
-    words = shlex.split(text.splitlines()[-1].partition("energy: ")[2])
-    assert words[0] == "--model.adapter.band_layout"
-    assert json.loads(words[1]) == pytest.approx(suggestion["band_layout"], abs=1e-6)
-    assert words[2:] == ["--model.adapter.bandwidth", f"{suggestion['bandwidth']:g}"]
-    model = nn.Sequential(nn.Linear(80, 96))
-    layout = {key: suggestion[key] for key in ("band_layout", "bandwidth")}
-    inject(model, replace(config, **layout))  # a narrower band would not hold the pairs: see below
-    assert suggestion["bandwidth"] > sorted(suggestion["widths"])[1]
-    with pytest.raises(ValueError, match="holds only"):
-        inject(nn.Sequential(nn.Linear(80, 96)), replace(config, **layout | {"bandwidth": suggestion["bandwidth"] / 1.2}))
-
-
-def test_energy_at_a_single_radius_suggests_bands_that_can_be_injected():
-    place = torch.arange(64)
-    wave = torch.cos(2 * torch.pi * (9 * place[:, None] + 5 * place) / 64)
-    config = replace(ADAPTER, targets=["0"], num_experts=8, num_coefficients=512)
-    suggestion = SensitivityReport({(GRADIENT, "0"): measure(wave, strongest=64)}, config, {(64, 64)}).suggestion()
-    assert max(suggestion["widths"][1:-1]) < 0.005  # all centres lie within one ring
-    inject(nn.Sequential(nn.Linear(64, 64)), replace(config, **{key: suggestion[key] for key in ("band_layout", "bandwidth")}))
 
 
 # ---------------------------------------------------------------- what is refused
@@ -257,7 +228,7 @@ def test_weights_of_another_model_or_not_trained_are_refused(tmp_path):
 # ---------------------------------------------------------------- the command
 
 
-def test_analyze_prints_table_and_suggestion_and_trains_nothing(main, tmp_path, capsys, monkeypatch):
+def test_analyze_prints_table_and_verdict_and_trains_nothing(main, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("lightning_modules.AdaptationModule.training_step", lambda *_: pytest.fail("training began"))
     output = tmp_path / "analysis"
     report = main(*DEMO, *SMOKE, "--output", str(output), "--trainer.min_epochs", "1", "--trainer.min_steps", "1")
@@ -265,18 +236,8 @@ def test_analyze_prints_table_and_suggestion_and_trains_nothing(main, tmp_path, 
     shown = capsys.readouterr().out
     assert str(report) in shown
     assert f"Written to {output}" in shown
-    names = {"layers.csv", "spectra.csv", "suggestion.json", "report.txt", "spectra.png"}
+    names = {"layers.csv", "spectra.csv", "report.txt", "spectra.png"}
     assert {path.name for path in tmp_path.rglob("*") if path.is_file()} == names  # no checkpoint, no log
-
-
-def test_suggested_words_are_understood_by_fit(main, run, tmp_path, capsys):
-    main(*DEMO, *SMOKE, "--output", str(tmp_path / "analysis"))
-    words = shlex.split(capsys.readouterr().out.partition("for the record: ")[2].splitlines()[0])
-    suggestion = json.loads((tmp_path / "analysis/suggestion.json").read_text())
-    short = ("--trainer.limit_train_batches", "1", "--trainer.limit_val_batches", "0", "--trainer.max_epochs", "1")
-    cli = run("fit", *DEMO[1:], *short, *words)
-    assert cli.model.adapter.band_layout == tuple(suggestion["band_layout"])
-    assert cli.model.adapter.bandwidth == suggestion["bandwidth"]
 
 
 def test_analyze_needs_a_config(main, capsys):
