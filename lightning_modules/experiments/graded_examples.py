@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from fourier_moe.files.writing import replacing
+from lightning_modules.callbacks.processes import of_all_processes
 from lightning_modules.tasks.base import Batch
 
 _FORMER_NAMES = {"given": "predictions", "right": "targets"}  # fields in older files
@@ -75,10 +76,7 @@ class GradedExamples(L.Callback):
 
     def gather(self, trainer: L.Trainer) -> dict[str, GradedSet]:
         """Return the examples of the last test by name of the set ("" for a single one), of all processes together."""
-        shares: list[Any] = [self._graded]
-        if trainer.world_size > 1:
-            shares = [None] * trainer.world_size
-            torch.distributed.all_gather_object(shares, self._graded)
+        shares = of_all_processes(trainer, self._graded)
         sets = dict.fromkeys(name for share in shares for name in share)
         return {name: _graded_set({i: one for share in shares for i, one in share.get(name, {}).items()}) for name in sets}
 

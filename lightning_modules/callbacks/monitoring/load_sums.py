@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fourier_moe import RouterStatistics, StatisticsReader
+from lightning_modules.callbacks.processes import of_all_processes
 
 
 class LoadSums:
@@ -36,11 +37,8 @@ class LoadSums:
         All processes must call it together.
         """
         layers = list(reader.read().values())
-        names = sorted({name for statistics in layers for name in statistics.by_task})
-        if trainer.world_size > 1:  # processes may have seen different tasks
-            everyone: list[list[str]] = [[] for _ in range(trainer.world_size)]
-            torch.distributed.all_gather_object(everyone, names)
-            names = sorted({name for own in everyone for name in own})
+        own_names = {name for statistics in layers for name in statistics.by_task}
+        names = sorted(set().union(*of_all_processes(trainer, own_names)))  # processes may have seen different tasks
         rows = [torch.stack([statistics.sums for statistics in layers])]
         nothing = RouterStatistics(torch.zeros_like(rows[0][0]))
         rows += [torch.stack([statistics.by_task.get(name, nothing).sums for statistics in layers]) for name in names]

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
 from lightning.pytorch.cli import SaveConfigCallback
 
+from lightning_modules.callbacks.processes import of_all_processes
 from lightning_modules.tasks.base import data_module
 
 _NOT_OF_DATA = ("cache_directory", "tokenizer")  # settings of a DataModule that do not affect what is evaluated
@@ -38,10 +38,7 @@ class EvaluatedExamples:
 
     def digests(self, trainer: L.Trainer) -> dict[str, str]:
         """Return a digest by set, over all processes, which must call it together."""
-        shares: list[Any] = [self._seen]
-        if trainer.world_size > 1:
-            shares = [None] * trainer.world_size
-            torch.distributed.all_gather_object(shares, self._seen)
+        shares = of_all_processes(trainer, self._seen)
         names = dict.fromkeys(name for share in shares for name in share)
         digests_by_set = {name: sorted(set().union(*(share.get(name, ()) for share in shares))) for name in names}
         return {name: hashlib.sha256(b"".join(digests)).hexdigest()[:16] for name, digests in digests_by_set.items()}

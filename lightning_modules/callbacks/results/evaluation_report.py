@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
 from lightning.pytorch.utilities import rank_zero_info
 
 from fourier_moe.errors import UserError
 from fourier_moe.files.writing import replace_files
 from fourier_moe.models.backbone import backbone_name
 from lightning_modules.adaptation import AdaptationModule
+from lightning_modules.callbacks.processes import of_all_processes
 from lightning_modules.callbacks.results.evaluation_place import EvaluatedExamples, data_of, place, place_unfinished
 from lightning_modules.callbacks.results.evaluation_table import average, format_results, score_rows
 from lightning_modules.callbacks.results.sealed_rows import Row, user_key
@@ -243,10 +243,7 @@ def _asks(row: Row | None, prompt: str, answer: str) -> bool:
 
 def _gather(trainer: L.Trainer, own: dict[str, list[Row]]) -> dict[str, list[Row]]:
     """Return the rows of all processes in the order of the data, each example once."""
-    shares = [own]
-    if trainer.world_size > 1:
-        shares = [{} for _ in range(trainer.world_size)]
-        torch.distributed.all_gather_object(shares, own)
+    shares = of_all_processes(trainer, own)
     gathered: dict[str, list[Row]] = {}
     for name in own:
         # Processes take examples in turn, so the first of every process come first.

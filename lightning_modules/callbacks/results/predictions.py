@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
 from lightning.pytorch.utilities import rank_zero_info
 
 from fourier_moe.errors import UserError
 from fourier_moe.files.writing import replacing
 from lightning_modules.adaptation import AdaptationModule
+from lightning_modules.callbacks.processes import of_all_processes
 from lightning_modules.callbacks.results.sealed_rows import user_key
 from lightning_modules.callbacks.results.unfinished_evaluation import about
 from lightning_modules.callbacks.results.unfinished_predictions import UnfinishedPredictions, describe_data, fingerprint
@@ -66,7 +66,7 @@ class PredictionsWriter(L.Callback):
             return
         self._rows = self._open(trainer, pl_module)
         self._seen = 0
-        self._known = min(_gather(trainer, len(self._rows)))
+        self._known = min(of_all_processes(trainer, len(self._rows)))
         self._rows.keep(self._known)
         if self._known:
             rank_zero_info(f"resuming predictions: {self._known:,} batches of every process are done")
@@ -157,7 +157,7 @@ class PredictionsWriter(L.Callback):
             problem = f"'{directory}' cannot be written ({error.strerror}); give PredictionsWriter another path"
         except ValueError as error:
             problem = str(error)
-        problems = [found for found in _gather(trainer, problem) if found]
+        problems = [found for found in of_all_processes(trainer, problem) if found]
         if problems or rows is None:
             if rows is not None:
                 rows.close()
@@ -181,9 +181,9 @@ class PredictionsWriter(L.Callback):
         """
         for index in range(len(each_loader(trainer.predict_dataloaders))):
             batches = self._rows.batches_of(index)
-            rounds = max(_gather(trainer, self._rows.count(index)))
+            rounds = max(of_all_processes(trainer, self._rows.count(index)))
             for _ in range(rounds):
-                shares = _gather(trainer, next(batches, []))
+                shares = of_all_processes(trainer, next(batches, []))
                 yield from (line for turn in zip_longest(*shares) for line in turn if line is not None)
 
 
@@ -221,12 +221,3 @@ def _header(line: str, module: AdaptationModule) -> str:
     columns = ["id", "label", "prediction", "probability"]
     num_classes = len(next(csv.reader([line]))) - len(columns)
     return csv_line([*columns, *(f"p({name})" for name in module.class_names or range(num_classes))])
-
-
-def _gather(trainer: L.Trainer, value: Any) -> list[Any]:
-    """Return the value of every process."""
-    if trainer.world_size == 1:
-        return [value]
-    values = [None] * trainer.world_size
-    torch.distributed.all_gather_object(values, value)
-    return values
