@@ -16,11 +16,16 @@ def main(args: list[str] | None = None) -> Any:
     return cli.result if cli.subcommand in COMMANDS else cli
 
 
-if __name__ == "__main__":
+def run(args: list[str] | None = None) -> None:
+    """Run one command for a person: what they did wrong is one line, and a fault of ours keeps its traceback."""
     try:
-        main()
-    except (ValueError, RuntimeError, OSError) as error:
+        main(args)
+    except Exception as error:
         mistake = user_error(error)
         if mistake is None:
             raise
         sys.exit("\nerror: " + "\n".join(map(printable, str(mistake).split("\n"))))
+
+
+if __name__ == "__main__":
+    run()

@@ -1,4 +1,4 @@
-"""What lets a run survive: checked checkpoints, exact resumption, a graceful stop, and an early end of what cannot succeed."""
+"""Interruption: checked checkpoints, exact resumption, a graceful stop, and an early end of runs that cannot succeed."""
 
 from lightning_modules.interruption.checkpoints import CheckedCheckpointIO, newest_intact, read_checkpoint, require_writable
 from lightning_modules.interruption.csv_rows import open_csv_files

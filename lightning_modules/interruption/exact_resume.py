@@ -26,13 +26,16 @@ class ExactResume(L.Callback):
     Random numbers: every training batch begins with the state that the one before it left, whatever validation, loggers or
     start-up have drawn in between. A checkpoint holds that state of every process. Several processes begin with states of their
     own, from (seed of the run, 0, rank): seeded alike, they would drop the same activations. Resumed with another number of
-    processes, or on another kind of device, each draws anew from (seed, step, rank), and a warning says so.
+    processes, or on another kind of device, each draws again from (seed, step, rank), and a warning says so.
 
-    Position: Lightning's own record of the loops has gaps, which are closed in the checkpoint. Written during accumulation or
-    before a batch has been trained on, it would lose gradients or the batch: it goes back to the first batch of the optimiser
-    step. Written when a validation is due or has begun, it would skip it or go on with half of the metrics: the validation is
-    done from its start. Written at the end of an epoch or between two, it would go on differently with max_steps, limits or no
-    validation: the next epoch begins.
+    Position: Lightning's own record of the loops has gaps, which are closed in the checkpoint. A checkpoint written during
+    accumulation, or before a batch has been trained on, would lose gradients or the batch: it goes back to the first batch of
+    the optimiser step. One written when a validation is due or has begun would skip it or resume with half of the metrics: the
+    validation is done from its start. One written at the end of an epoch or between two would resume differently with
+    max_steps, limits or no validation: the next epoch begins.
+
+    Uses Lightning's private `_load_combined_loader_states` and `_data_fetcher` of the fit loop, and `_batches_that_stepped`,
+    `_should_accumulate`, `_should_check_val_fx` and `_num_ready_batches_reached` of the epoch loop.
     """
 
     def __init__(self) -> None:
@@ -127,7 +130,7 @@ def _unfinished_batch(trainer: L.Trainer) -> int:
 
 
 def _batches_since_step(trainer: L.Trainer) -> int:
-    """How many batches have been handed out since the last optimiser step."""
+    """Return the number of batches handed out since the last optimiser step."""
     loop = trainer.fit_loop.epoch_loop
     if _unfinished_batch(trainer):
         return (loop.batch_progress.current.ready - 1) % trainer.accumulate_grad_batches + 1
@@ -160,7 +163,7 @@ def _close_gaps(loops: dict[str, Any], trainer: L.Trainer, surplus: int, validat
 
 
 def _count(progress: dict[str, Any], current: int, total: int) -> None:
-    """So many are done, and none is in between."""
+    """Set a progress to `current` and `total` completed items, none of them unfinished."""
     progress["current"] = dict.fromkeys(progress["current"], current)
     progress["total"] = dict.fromkeys(progress["total"], total)
     if "is_last_batch" in progress and not current:

@@ -1,4 +1,4 @@
-"""What cannot succeed any more ends at once: a loss, a weight that is not finite."""
+"""A run ends at once when its loss or a weight is not finite. Uses the private `_trainer` of LightningModule."""
 
 from __future__ import annotations
 

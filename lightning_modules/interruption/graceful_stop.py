@@ -36,7 +36,8 @@ class GracefulStop(L.Callback):
     agree after every training batch, so that one signal to one of them is enough. With a single process a validation is left
     before its end, too; several, which may have unequally many batches, end it first.
 
-    These handlers replace Lightning's, which save from within the handler, in the middle of an optimiser step.
+    These handlers replace Lightning's, which save from within the handler, during an optimiser step. Uses the Trainer's private
+    `_accelerator_connector`.
 
     A full disk raises an error wherever it is met first, and the checkpoint is written then: if not beside the others, in the
     directory for temporary files. Several processes cannot do that, since only one of them sees the error.

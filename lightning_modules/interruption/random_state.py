@@ -12,7 +12,7 @@ RandomState = dict[str, Any]
 
 
 def random_state(device: torch.device) -> RandomState:
-    """Of torch (CPU, and the GPU in use), numpy and Python's `random`, in this process."""
+    """Return the state of torch (CPU and current GPU), numpy and Python's `random` in this process."""
     name, keys, *rest = np.random.get_state(legacy=True)
     return {
         "torch": torch.get_rng_state(),

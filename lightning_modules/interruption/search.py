@@ -1,4 +1,4 @@
-"""Which checkpoint a command means, and whether a run may write beside those that are there."""
+"""Find the checkpoint that a command names, and check whether a run may write beside existing ones."""
 
 from __future__ import annotations
 

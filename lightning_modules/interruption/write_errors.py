@@ -1,4 +1,4 @@
-"""A disk that takes nothing more, whoever meets it first: the checkpoint's writer, the adapter's, TensorBoard's."""
+"""Errors of a full or lost disk, whichever writer meets them first: of checkpoints, adapters or TensorBoard."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""ShardedBaseStrategy: FSDP2 over the frozen model, while what is trained is whole on every process."""
+"""ShardedBaseStrategy: FSDP2 shards the frozen model; every process holds all trained parameters."""
 
 from __future__ import annotations
 
@@ -180,7 +180,7 @@ def _receive(modules: Iterable[nn.Module], device: torch.device) -> None:
 
 
 def average_gradients(parameters: list[nn.Parameter]) -> None:
-    """Replace every gradient by its mean over all processes, in one message. One that no process has stays None."""
+    """Replace every gradient by its mean over all processes, in one message. It stays None if no process has one."""
     counts = torch.tensor([float(parameter.grad is not None) for parameter in parameters], device=parameters[0].device)
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
     flat = torch.cat([*(gradient.flatten() for gradient in gradients), counts])

@@ -3,8 +3,10 @@
 from typing import get_args
 
 import pytest
+import torch
 import yaml
 
+import train
 from fourier_moe.errors import UserError
 from lightning_modules.commands.command_line import CommandLine, split_command_line
 from lightning_modules.commands.front_door import COMMANDS, FrontDoor
@@ -129,6 +131,30 @@ def test_config_that_does_not_read_is_left_for_fit_to_refuse(tmp_path):
 
 def test_studies_of_the_signature_are_those_there_are():
     assert get_args(StudyName) == tuple(STUDIES)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--model.adapter.init_args.num_experts", "0"), "error: FourierMoEConfig: num_experts=0 must be at least 1"),
+        (("--data.init_args.batch_size", "0"), "error: batch_size must be 1 or more, got 0"),
+    ],
+)
+def test_mistake_found_while_a_class_is_built_is_one_line(main, words, message):
+    with pytest.raises(SystemExit) as stop:
+        train.run(["fit", *DEMO, *words])
+    assert str(stop.value).strip().startswith(message)
+    assert "\n" not in str(stop.value).strip()
+
+
+@pytest.mark.parametrize("error", [ValueError, RuntimeError, KeyError, AttributeError, torch.OutOfMemoryError])
+def test_a_fault_of_ours_and_an_error_of_a_library_keep_their_traceback(main, monkeypatch, error):
+    def fail(*_):
+        raise error("a bug")
+
+    monkeypatch.setattr(FrontDoor, "before_fit", fail)
+    with pytest.raises(error, match="a bug"):
+        train.run(["fit", *DEMO])
 
 
 def test_user_error_of_a_command_is_raised_as_it_is(main):
