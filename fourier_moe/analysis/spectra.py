@@ -208,7 +208,7 @@ def _connected_parts(row_P: Tensor, column_P: Tensor) -> Tensor:
 
 
 def _local_index(index: Tensor) -> Tensor:
-    """Numbers (parts, n) counted anew in each part: equal ones get the same number, from 0 without gaps."""
+    """Numbers (parts, n) counted separately in each part: equal ones get the same number, from 0 without gaps."""
     first = (index.unsqueeze(2) == index.unsqueeze(1)).int().argmax(-1)
     is_first = first == torch.arange(index.shape[1])
     return (is_first.long().cumsum(-1) - 1).gather(1, first)

@@ -62,7 +62,7 @@ class GOATConfig(MoLoRAConfig):
     """GOAT (arXiv 2502.16894): MoLoRA whose experts start as singular triplets of the weight, each from a segment of its own.
 
     W = U S V^T is cut into E segments of equal length; B_e A_e starts as the first r_e triplets of segment e over rho, and the
-    base as W - (s/E) sum_e B_e A_e, which is computed anew wherever the adapter is loaded, from the same pretrained weight. The
+    base as W - (s/E) sum_e B_e A_e, computed again wherever the adapter is loaded, from the same pretrained weight. The
     adapted projection starts as W where all gates are 1/E, and near it otherwise.
 
     Args:

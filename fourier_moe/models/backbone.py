@@ -113,7 +113,7 @@ def check_backbone(model: nn.Module, name: str | None, fingerprint: Mapping[str,
     if all(fingerprint[key] in (0.0, 1.0) for key in common):
         same = same and (None in (name, present_name) or name == present_name)
     if not same:
-        weights = "whose weights are others" if name == present_name else f"this model is {present_name!r}"
+        weights = "with other weights" if name == present_name else f"this model is {present_name!r}"
         raise UserError(f"{source} was trained on backbone {name!r}, {weights}; load the same pretrained weights")
 
 

@@ -1,4 +1,4 @@
-"""Training loops that leave out what a method needs beside the model's forward pass are told so, once."""
+"""Warn a training loop, once, if it leaves out what a method needs besides the model's forward pass."""
 
 from __future__ import annotations
 
@@ -15,9 +15,14 @@ _PATIENCE = 256  # forwards of one projection: more than the micro-batches of a 
 
 
 class Reminder:
-    """A forward pre-hook of adapters that warns when as many training forwards as `patience` have gone by unheeded.
+    """A forward pre-hook of adapters that warns after `patience` training forwards without a call of `heed`.
 
-    Not in evaluation, not without gradients, not where backward computes a checkpointed region again, not under torch.compile.
+    It counts neither in evaluation, nor without gradients, nor where backward computes a checkpointed region again, nor under
+    torch.compile.
+
+    Args:
+        text: the warning.
+        patience: number of forwards.
     """
 
     def __init__(self, text: str, patience: int) -> None:
@@ -28,22 +33,22 @@ class Reminder:
             self.forward(adapter)
 
     def forward(self, adapter: nn.Module) -> None:
-        """A training forward has begun."""
+        """Handle the start of a training forward."""
         self.miss()
 
     def miss(self) -> None:
-        """One more has gone by."""
+        """Count a forward, and warn at the last one."""
         self.left = max(0, self.left - 1)
         if not self.left:
             warnings.warn(self.text, stacklevel=2)
 
     def heed(self) -> None:
-        """Nothing more to say."""
+        """Never warn again."""
         self.left = 0
 
 
 class BalanceReminder(Reminder):
-    """Of the load-balancing loss: a forward outside of `recording` is a miss, and so is a recording whose loss nobody read."""
+    """Remind of the load-balancing loss: count forwards outside of `recording`, and recordings whose loss is not read."""
 
     def forward(self, adapter: Any) -> None:
         if not adapter.balance_weight:
@@ -56,7 +61,7 @@ class BalanceReminder(Reminder):
 
 
 def attach_reminders(model: nn.Module) -> None:
-    """Let the adapters of a model remind of their load-balancing loss, their penalty and what they do after a step."""
+    """Attach reminders of the load-balancing loss, the penalty and the work after a step to the adapters of a model."""
     found = [module for module in model.modules() if isinstance(module, Adapter)]
     balanced = [adapter for adapter in found if getattr(adapter, "balance_weight", 0) and isinstance(adapter.router, Router)]
     reminder = BalanceReminder(
@@ -80,7 +85,7 @@ def attach_reminders(model: nn.Module) -> None:
 
 
 def heed(adapter: Adapter, method: str) -> None:
-    """The loop does what the reminder of this method is about."""
+    """Silence the reminder of this method, because the loop calls it."""
     if method in adapter.reminders:
         adapter.reminders[method].heed()
 

@@ -20,7 +20,7 @@ from fourier_moe.errors import UserError
 
 # Up to this many positions the whole plane is enumerated; above it positions are proposed and accepted one by one.
 _ENUMERATION_LIMIT = 2**18
-_POSITIONS_AT_ONCE = 2**18  # positions whose weights are held at once when a band is measured, in whole rows
+_POSITIONS_PER_CHUNK = 2**18  # positions whose weights are held at once when a band is measured, in whole rows
 
 
 def named_generator(seed: int, name: str) -> torch.Generator:
@@ -30,9 +30,9 @@ def named_generator(seed: int, name: str) -> torch.Generator:
 
 
 def band_centers(num_experts: int, bandwidth: float, layout: str) -> list[float]:
-    """Centre f_e of each expert's band, in units of the normalised radius.
+    """Center f_e of each expert's band, in units of the normalised radius.
 
-    `cover` spreads the centres evenly over the radius, f_e = (e + 1/2) / E. `stack` puts bands of the given width side by
+    `cover` spreads the centers evenly over the radius, f_e = (e + 1/2) / E. `stack` puts bands of the given width side by
     side from DC outwards, f_e = (e + 1/2) B, so that a small B leaves the high frequencies to nobody.
     """
     spacing = {"cover": 1.0 / num_experts, "stack": bandwidth}[layout]
@@ -55,7 +55,7 @@ def normalized_radius(frequencies: Tensor, out_features: int, in_features: int) 
 def band_weight(radius: Tensor, center: float, bandwidth: float) -> Tensor:
     """Band-pass weight exp(-((rho^2 - f^2) / (rho B))^2) (paper Eq. 3), in [0, 1] and finite everywhere.
 
-    At DC (rho = 0), where the formula reads 0/0 or -f^2/0, its limit is returned: 1 for a band centred on DC, else 0.
+    At DC (rho = 0), where the formula reads 0/0 or -f^2/0, its limit is returned: 1 for a band centered on DC, else 0.
     """
     return _log_band_weight(radius, center, bandwidth).exp()
 
@@ -106,8 +106,8 @@ def band_capacity(
     """
     total, members = 0.0, 2 if half_plane else 1  # of a conjugate pair one or both are counted
     num_rows, num_columns = out_features // 2 + 1, in_features // 2 + 1
-    at_once = max(1, _POSITIONS_AT_ONCE // num_columns)
-    chunks = list(torch.arange(num_rows, device="cpu").split(at_once))
+    chunk = max(1, _POSITIONS_PER_CHUNK // num_columns)
+    chunks = list(torch.arange(num_rows, device="cpu").split(chunk))
     low, high = _radii_that_count(center, bandwidth)
     while chunks and total / members < enough:
         u = chunks.pop(0 if len(chunks) % 2 else -1)
@@ -150,7 +150,7 @@ def draw_frequencies(
 
     Args:
         count: number of positions.
-        center: band centre in units of rho; None draws uniformly (the ablation without frequency bias).
+        center: band center in units of rho; None draws uniformly (the ablation without frequency bias).
         half_plane: draw one member of each conjugate pair (Theorem 3.2); False draws single positions from the full plane.
         alone: there is no other band, so that this one may take every position of the plane.
 
@@ -171,9 +171,9 @@ def draw_frequencies(
     capacity = None if center is None or alone else band_capacity(*shape, center, bandwidth, half_plane, enough=count)
     if capacity is not None and count > capacity:
         raise UserError(
-            f"num_coefficients asks for {count} frequencies per expert, but the band of centre {center:.4g} and "
+            f"num_coefficients asks for {count} frequencies per expert, but the band of center {center:.4g} and "
             f"bandwidth={bandwidth} holds only {int(capacity)} in {where}; lower num_coefficients, widen bandwidth, leave this "
-            "projection out of targets, or use band_layout='cover', whose centres stay inside the plane"
+            "projection out of targets, or use band_layout='cover', whose centers stay inside the plane"
         )
     drawn = None
     if out_features * in_features > _ENUMERATION_LIMIT:

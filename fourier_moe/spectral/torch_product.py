@@ -13,7 +13,7 @@ from torch import Tensor
 
 # Token-position pairs in flight: bounds what the product holds beside its arguments and results. On a CPU fewer of them for few
 # threads, so that what one thread works on stays in its cache (docs/evidence/performance.md).
-_POSITIONS_AT_ONCE = 2**19
+_POSITIONS_PER_CHUNK = 2**19
 _POSITIONS_PER_THREAD = 2**17
 
 
@@ -114,7 +114,7 @@ def product_backward(
 def _parts(experts_TK: Tensor, positions: Positions) -> list[slice]:
     """Tokens in parts whose positions, a few numbers each, take tens of megabytes at the most."""
     num_tokens, top_k = experts_TK.shape
-    at_once = _POSITIONS_AT_ONCE
+    at_once = _POSITIONS_PER_CHUNK
     if experts_TK.device.type == "cpu":
         at_once = min(at_once, _POSITIONS_PER_THREAD * torch.get_num_threads())
     size = max(1, at_once // max(1, top_k * positions.rows_EP.shape[1]))

@@ -165,9 +165,9 @@ def test_checkpoint_with_the_same_classes_in_another_order_is_refused(run, permu
 
 def test_checkpoint_of_other_weights_under_the_same_name_is_refused(run, trained, tmp_path, no_training):
     words = tower(tmp_path, lambda tensor: 1.1 * tensor)
-    with pytest.raises(ValueError, match=r"backbone 'digits_vit/digits_vit\.safetensors', whose weights are others"):
+    with pytest.raises(ValueError, match=r"backbone 'digits_vit/digits_vit\.safetensors', with other weights"):
         run("fit", *DEMO, *words, "--ckpt_path", str(run_directory(trained) / "checkpoints/last.ckpt"))
-    with pytest.raises(ValueError, match=r"backbone 'digits_vit/digits_vit\.safetensors', whose weights are others"):
+    with pytest.raises(ValueError, match=r"backbone 'digits_vit/digits_vit\.safetensors', with other weights"):
         run("test", *DEMO, *words, "--model.adapter_path", str(run_directory(trained) / "adapter_last"))
 
 

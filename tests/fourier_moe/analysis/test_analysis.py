@@ -72,9 +72,9 @@ def test_measures_are_those_of_the_dense_update_and_its_transform(changes, shape
     radius = normalized_radius(plane(M, N), M, N)
     torch.testing.assert_close(spectra.energy, dense.square().sum((1, 2)))
     share = energy / energy.sum((1, 2), keepdim=True)
-    centre = (share * radius).sum((1, 2))
-    torch.testing.assert_close(spectra.center, centre)
-    torch.testing.assert_close(spectra.radius_std, ((share * (radius - centre[:, None, None]) ** 2).sum((1, 2))).sqrt())
+    center = (share * radius).sum((1, 2))
+    torch.testing.assert_close(spectra.center, center)
+    torch.testing.assert_close(spectra.radius_std, ((share * (radius - center[:, None, None]) ** 2).sum((1, 2))).sqrt())
     torch.testing.assert_close(spectra.effective_coefficients, torch.special.entr(share).sum((1, 2)).exp() / 2)
     centers = band_centers(4, 0.3, "cover")
     inside = torch.stack([band_weight(radius, center, 0.3) >= math.exp(-1) for center in centers])
@@ -112,8 +112,8 @@ def test_measures_by_hand():
     wave = 0.01 * 32 * 64 / 2
     assert spectra.energy.tolist() == pytest.approx([10 * wave, 4 * wave, 2 * wave])
     r = [rho / 2, math.sqrt(((8 / 32) ** 2 + (2 / 64) ** 2) / 2)]
-    centre = 0.9 * r[0] + 0.1 * r[1]
-    assert spectra.center.tolist() == pytest.approx([centre, rho / 2, 0.375 * rho])
+    center = 0.9 * r[0] + 0.1 * r[1]
+    assert spectra.center.tolist() == pytest.approx([center, rho / 2, 0.375 * rho])
     assert spectra.radius_std.tolist() == pytest.approx([0.3 * (r[0] - r[1]), 0, 0.125 * rho], abs=1e-9)
     first = math.exp(-0.9 * math.log(0.9) - 0.1 * math.log(0.1))
     assert spectra.effective_coefficients.tolist() == pytest.approx([first, 1, 2])

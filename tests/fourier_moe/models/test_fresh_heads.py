@@ -73,7 +73,7 @@ def test_layers_inside_of_the_model_are_no_heads():
     assert not fresh_heads(nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({"fc": nn.Linear(8, 8)})])}))
 
 
-def test_heads_that_transformers_makes_anew():
+def test_heads_that_transformers_makes():
     transformers = pytest.importorskip("transformers")
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 11}
     roberta = transformers.RobertaForSequenceClassification(transformers.RobertaConfig(**sizes))

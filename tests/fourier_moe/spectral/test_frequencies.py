@@ -314,7 +314,7 @@ def test_capacity_is_the_sum_of_the_weights_of_the_positions_that_may_be_drawn(M
 @pytest.mark.parametrize("shape", [(300, 30), (30, 300), (65, 64), (1, 5), (5, 1)])
 @pytest.mark.parametrize("bandwidth", [0.004, 0.12, 2.0])
 def test_capacity_counts_all_that_matters_and_stops_when_it_has_enough(shape, bandwidth, monkeypatch):
-    monkeypatch.setattr(module, "_POSITIONS_AT_ONCE", 2**10)  # many chunks of rows
+    monkeypatch.setattr(module, "_POSITIONS_PER_CHUNK", 2**10)  # many chunks of rows
     everything = draw_frequencies(count_positions(*shape), *shape, named_generator(0, ""), center=None, bandwidth=0.1)
     for center in (0.0, 0.01, 0.5, 0.95, 1.1):
         expected = float(band_weight(normalized_radius(everything, *shape), center, bandwidth).sum())
@@ -358,12 +358,12 @@ def test_draw_may_fill_a_band_to_its_capacity_and_no_further(path):
     capacity = int(band_capacity(16, 16, 0.5, 0.12))
     assert capacity > 5
     assert len(draw_frequencies(capacity, 16, 16, named_generator(0, ""), center=0.5, bandwidth=0.12)) == capacity
-    with pytest.raises(ValueError, match=rf"asks for {capacity + 1} .* centre 0.5 and bandwidth=0.12 holds only {capacity} in"):
+    with pytest.raises(ValueError, match=rf"asks for {capacity + 1} .* center 0.5 and bandwidth=0.12 holds only {capacity} in"):
         draw_frequencies(capacity + 1, 16, 16, named_generator(0, ""), center=0.5, bandwidth=0.12)
 
 
 def test_empty_band_is_an_error_that_names_the_remedies(path):
-    with pytest.raises(ValueError, match=r"band of centre 30 and bandwidth=0.01 holds only 0 .* widen bandwidth"):
+    with pytest.raises(ValueError, match=r"band of center 30 and bandwidth=0.01 holds only 0 .* widen bandwidth"):
         draw_frequencies(2, 16, 16, named_generator(0, ""), center=30.0, bandwidth=0.01)
 
 

@@ -308,7 +308,7 @@ def test_no_tensor_of_the_size_of_the_weight_exists_in_forward_or_backward():
 def test_many_tokens_are_computed_in_parts_with_the_same_result(monkeypatch):
     x, gates, coefficients, frequencies = arguments(16, 9, tokens=23)
     whole = routed_spectral_product(x, gates, coefficients, frequencies, 16, 0.7)
-    monkeypatch.setattr(torch_product, "_POSITIONS_AT_ONCE", 5 * E * P)  # 5 tokens at once
+    monkeypatch.setattr(torch_product, "_POSITIONS_PER_CHUNK", 5 * E * P)  # 5 tokens at once
     parts = routed_spectral_product(x, gates, coefficients, frequencies, 16, 0.7)
     compare(parts, whole, (x, gates, coefficients), 1e-13)
     with _LargestOutput() as forward:
@@ -319,7 +319,7 @@ def test_many_tokens_are_computed_in_parts_with_the_same_result(monkeypatch):
 @pytest.mark.parametrize(("threads", "tokens_at_once"), [(1, 2), (3, 6), (100, 8)])
 def test_parts_grow_with_the_number_of_threads_up_to_a_bound(monkeypatch, threads, tokens_at_once):
     monkeypatch.setattr(torch_product, "_POSITIONS_PER_THREAD", 2 * E * P)
-    monkeypatch.setattr(torch_product, "_POSITIONS_AT_ONCE", 8 * E * P)
+    monkeypatch.setattr(torch_product, "_POSITIONS_PER_CHUNK", 8 * E * P)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     positions = torch_product.Positions.of(hard_frequencies(16, 9), torch.float64)
     parts = torch_product._parts(torch.zeros(23, E, dtype=torch.int64), positions)
