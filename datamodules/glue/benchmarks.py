@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from datamodules.shared.custom import CUSTOM
 from fourier_moe.errors import UserError
 
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
@@ -193,5 +194,5 @@ def find_task(name: str) -> tuple[str, GlueTask]:
     if key not in TASKS:
         near = difflib.get_close_matches(key, TASKS)
         suggestion = f" (did you mean {' or '.join(near)}?)" if near else ""
-        raise UserError(f"dataset '{name}' is unknown{suggestion}; choose one of {', '.join(TASKS)}")
+        raise UserError(f"dataset '{name}' is unknown{suggestion}; choose one of {', '.join(TASKS)}, or {CUSTOM}")
     return key, TASKS[key]

@@ -12,15 +12,14 @@ from typing import Any
 from datamodules.glue.benchmarks import TEST, TRAIN, VALIDATION, GlueTask
 from datamodules.glue.custom_files import SUFFIXES, read_rows
 from datamodules.glue.source import Examples, GlueSource
+from datamodules.shared.custom import CUSTOM, FILE_NAMES
 from datamodules.shared.json_items import shorten
 from fourier_moe.errors import UserError, printable
 
-OWN = "own"
-_NAMES = {TRAIN: (TRAIN,), VALIDATION: ("dev", VALIDATION, "valid", "val"), TEST: (TEST,)}
 _LABEL, _SENTENCE, _PAIR = "label", ("sentence",), ("sentence1", "sentence2")
 
 
-class OwnSentences(GlueSource):
+class CustomSentences(GlueSource):
     """Files of a directory: train, dev (or validation, valid, val) and test, each as .tsv, .csv, .json, .jsonl or .ndjson.
 
     Needed are `sentence`, or `sentence1` and `sentence2`, and `label`; further columns are ignored. The classes are the labels
@@ -82,7 +81,7 @@ def _find_files(directory: Path) -> tuple[dict[str, Path], list[str]]:
         raise UserError(f"directory '{directory}' does not exist; expected a directory with {_file_names(TRAIN)}, dev and test")
     data = sorted(path for path in directory.iterdir() if path.suffix.lower() in SUFFIXES and path.is_file())
     files: dict[str, Path] = {}
-    for split, names in _NAMES.items():
+    for split, names in FILE_NAMES.items():
         found = [path for path in data if path.stem.lower() in names]
         if len(found) > 1:
             raise UserError(f"directory '{directory}' has {' and '.join(path.name for path in found)}; leave one {split} file")
@@ -90,12 +89,12 @@ def _find_files(directory: Path) -> tuple[dict[str, Path], list[str]]:
             files[split] = found[0]
     if TRAIN not in files:
         there = ", ".join(path.name for path in data) or "no such file"
-        raise UserError(f"dataset '{OWN}' needs {_file_names(TRAIN)} in directory '{directory}'; there is {there}")
+        raise UserError(f"dataset '{CUSTOM}' needs {_file_names(TRAIN)} in directory '{directory}'; there is {there}")
     return files, [path.name for path in data if path not in files.values()]
 
 
 def _file_names(split: str) -> str:
-    return f"{' or '.join(f'{name}.tsv' for name in _NAMES[split])} (or {', '.join(SUFFIXES[1:])})"
+    return f"{' or '.join(f'{name}.tsv' for name in FILE_NAMES[split])} (or {', '.join(SUFFIXES[1:])})"
 
 
 def _sentence_columns(path: Path) -> tuple[str, ...]:

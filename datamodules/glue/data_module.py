@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 
 from datamodules.glue.benchmarks import TEST, TRAIN, VALIDATION, find_task
-from datamodules.glue.custom import OWN, OwnSentences
+from datamodules.glue.custom import CustomSentences
 from datamodules.glue.dataset import PadBatch, TextDataset
 from datamodules.glue.directory import open_directory
 from datamodules.glue.parquet import HubFiles
@@ -21,6 +21,7 @@ from datamodules.glue.summary import SetSummary, summarise
 from datamodules.glue.synthetic import write_tsv_files
 from datamodules.glue.tokenization import TokenizedExamples, tokenize
 from datamodules.shared.arguments import require
+from datamodules.shared.custom import CUSTOM, current_name
 from datamodules.shared.data_module import TextDataModule, incomplete, one_or_all
 from datamodules.shared.sampling import hold_out
 from fourier_moe.errors import UserError
@@ -48,7 +49,7 @@ class GlueDataModule(TextDataModule):
     train, unless ``selection`` says otherwise. ``predict`` goes through the test split.
 
     Args:
-        dataset: cola, sst2, mrpc, qqp, mnli, qnli or rte; or own, for labelled sentences of one's own in ``directory``:
+        dataset: cola, sst2, mrpc, qqp, mnli, qnli or rte; or custom, for labelled sentences of one's own in ``directory``:
             ``train.tsv`` and ``dev.tsv``, perhaps ``test.tsv`` (or .csv, .json, .jsonl), with columns ``sentence``, or
             ``sentence1`` and ``sentence2``, and ``label``. With labels, the test file is what is tested.
         tokenizer: Name or directory of a Hugging Face model whose tokenizer is taken, or bytes (a token per byte).
@@ -103,22 +104,23 @@ class GlueDataModule(TextDataModule):
         require("selection", selection, selection in (TRAIN, VALIDATION), "train or validation")
         require("selection_fraction", selection_fraction, 0 < selection_fraction < 1, "between 0 and 1, exclusive")
         require("predict_split", predict_split, predict_split in (None, TEST, VALIDATION), "test, validation or null")
-        if dataset == OWN:
+        dataset = current_name(dataset, former="own")
+        if dataset == CUSTOM:
             if directory is None:
-                raise UserError(f"dataset '{OWN}' needs directory, the folder of its train and dev files")
-            own = OwnSentences(Path(directory).expanduser())
-            if selection == VALIDATION and VALIDATION not in own.splits:
-                raise UserError(f"selection=validation needs a dev file; {own.missing(VALIDATION)}, or leave selection out")
-            self.dataset, self._task = OWN, own.task
+                raise UserError(f"dataset '{CUSTOM}' needs directory, the folder of its train and dev files")
+            custom = CustomSentences(Path(directory).expanduser())
+            if selection == VALIDATION and VALIDATION not in custom.splits:
+                raise UserError(f"selection=validation needs a dev file; {custom.missing(VALIDATION)}, or leave selection out")
+            self.dataset, self._task = CUSTOM, custom.task
         else:
-            own = None
+            custom = None
             self.dataset, self._task = find_task(dataset)
 
         self.selection = selection
         self.selection_fraction = selection_fraction
         self._cache_directory = None if cache_directory is None else Path(cache_directory).expanduser()
         self._predict_split = predict_split
-        self._source: GlueSource | None = own
+        self._source: GlueSource | None = custom
         self._splits: dict[str, tuple[Examples, TokenizedExamples]] = {}
         self._datasets: dict[str, dict[str, TextDataset]] = {}
         if self._directory is not None:
@@ -270,7 +272,7 @@ class GlueDataModule(TextDataModule):
                 len(self._datasets[part][name]),
                 is_selection=part == SELECTION,
                 is_tested=split in self._splits_of(TESTED).values(),
-                owner="its own" if self.dataset == OWN else "GLUE's",
+                owner="its own" if self.dataset == CUSTOM else "GLUE's",
             )
             for part in parts
             for name, split in self._splits_of(part).items()

@@ -21,7 +21,7 @@ class MixtureTask:
     """One task of a mixture.
 
     Args:
-        dataset: As for GlueDataModule (``own`` for sentences of one's own); None for what the task is called.
+        dataset: As for GlueDataModule (``custom`` for sentences of one's own); None for what the task is called.
         directory: As for GlueDataModule: local data instead of the hub's; None for the mixture's.
         weight: How often each of its training examples comes in an epoch, on average.
     """
@@ -53,7 +53,7 @@ class GlueMixtureDataModule(BaseDataModule):
         seed: Decides which examples are held out.
         cache_directory: Where token ids are kept from run to run; None for the cache of the ``datasets`` library.
         predict_split: test or validation; None for test where a task has one, else validation.
-        synthetic: Generate tiny data sets and read those. Not for ``own``.
+        synthetic: Generate tiny data sets and read those. Not for ``custom``.
 
     Raises:
         UserError: An argument is invalid, or a directory holds nothing of its task.

@@ -14,6 +14,7 @@ from datamodules.images.directory import LAYOUTS
 from datamodules.images.parquet import LoadedTables, ParquetFiles
 from datamodules.images.source import TEST, TRAIN, VALIDATION, ImageSource
 from datamodules.images.synthetic import write_class_folders, write_parquet_files
+from datamodules.shared.custom import CUSTOM
 from datamodules.shared.hub import HubDataset
 from fourier_moe.errors import UserError
 
@@ -200,7 +201,7 @@ BENCHMARKS: dict[str, ImageBenchmark] = {
         image_size=(8, 8),
         file_format="PNG",
     ),
-    "folder": CustomBenchmark(
+    CUSTOM: CustomBenchmark(
         num_classes=None,
         image_size=(64, 48),
         file_format="JPEG",

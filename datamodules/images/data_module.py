@@ -17,6 +17,7 @@ from datamodules.images.files import describe_left_out, find_files
 from datamodules.images.source import TEST, TRAIN, VALIDATION, ImageSource
 from datamodules.images.transforms import CLIP_MEAN, CLIP_STD, eval_transform, normalisation, train_transform
 from datamodules.shared.arguments import require
+from datamodules.shared.custom import current_name
 from datamodules.shared.data_module import BaseDataModule, incomplete
 from datamodules.shared.loading import require_shared_memory
 from datamodules.shared.sampling import hold_out
@@ -45,7 +46,7 @@ class ImageDataModule(BaseDataModule):
 
     Args:
         dataset: Which data set: cars, dtd, eurosat, gtsrb, resisc45, svhn, sun397 (the paper's partition), sun397_19850
-            (50 train images a class), digits (comes with scikit-learn), or folder (your own images in ``directory``).
+            (50 train images a class), digits (comes with scikit-learn), or custom (your own images in ``directory``).
         directory: Local directory to read instead of the hub. The classes are those found there.
         revision: Branch, tag or commit of the hub's data set; None for the newest commit.
         predict_directory: Directory of images without labels, in any layout, for predict. Without it, predict goes
@@ -87,6 +88,7 @@ class ImageDataModule(BaseDataModule):
             synthetic=synthetic,
             revision=revision,
         )
+        dataset = current_name(dataset, former="folder")
         self._benchmark = find_benchmark(dataset)
         require("image_size", image_size, image_size >= 1, "1 or more")
         require("mean", mean, len(mean) == 3 and all(map(math.isfinite, mean)), "three numbers")
@@ -119,7 +121,7 @@ class ImageDataModule(BaseDataModule):
 
     @property
     def num_classes(self) -> int | None:
-        """Number of classes; None for ``folder`` with nothing but a ``predict_directory``."""
+        """Number of classes; None for ``custom`` with nothing but a ``predict_directory``."""
         return len(self._class_names) or self._benchmark.num_classes
 
     @property

@@ -35,14 +35,15 @@ class InstructionDataModule(TextDataModule):
     tensors only where the set has right responses.
 
     Args:
-        train: What to train on: names from the table or paths of JSON files of your own (lists or lines, with instruction,
-            output, perhaps input and answer); one, a list, or each with its weight, the number of times that each of its
-            examples comes in an epoch (on average; 0.5 is every other epoch).
-        test: Which sets to test on: names from the table or paths; null for all of the table. Training on files of your own
+        train: What to train on: names from the table, custom (train.json, .jsonl or .ndjson in `directory`), or paths of such
+            files (lists or lines, with instruction, output, perhaps input and answer); one, a list, or each with its
+            weight, the number of times that each of its examples comes in an epoch (on average; 0.5 is every other epoch).
+        test: Which sets to test on: names from the table, custom (test.json in `directory`), or paths; null for all of the
+            table. Training on files of your own
             alone fetches none of them: they are fetched when they are tested.
         tokenizer: Name or directory of a Hugging Face tokenizer, or bytes. The command line takes the model's own.
-        directory: Local directory with LLM-Adapters' files, dataset/<set>/test.json and ft-training_set/<name>.json. Without
-            it they are fetched from LLM-Adapters' repository.
+        directory: Local directory with LLM-Adapters' files, dataset/<set>/test.json and ft-training_set/<name>.json, or with
+            the files of custom. Without it LLM-Adapters' files are fetched from LLM-Adapters' repository.
         base_url: Address of a mirror of LLM-Adapters' repository, where its files are below dataset/ and ft-training_set/;
             None for GitHub. The files are checked in any case.
         cache_directory: Where fetched files are kept, and the token ids of large training sets (Commonsense170K takes minutes),
@@ -105,9 +106,13 @@ class InstructionDataModule(TextDataModule):
             raise UserError(f"directory '{directory}' is no directory; expected LLM-Adapters' dataset/ and ft-training_set/")
         if test is not None and not test:
             raise UserError(f"test is empty; {choices(self.benchmarks)}")
-        self._sources = train_sources(train, self.train_sets)
-        self._test_sources = evaluation_sources("test", list(self.benchmarks) if test is None else test, self.benchmarks)
-        self._validation_sources = evaluation_sources("validation_sets", validation_sets or [], self.benchmarks)
+        self._sources = train_sources(train, self.train_sets, self._directory)
+        self._test_sources = evaluation_sources(
+            "test", list(self.benchmarks) if test is None else test, self.benchmarks, self._directory
+        )
+        self._validation_sources = evaluation_sources(
+            "validation_sets", validation_sets or [], self.benchmarks, self._directory
+        )
 
         self.eval_batch_size = eval_batch_size or batch_size
         self.train_on_prompt = train_on_prompt
@@ -141,7 +146,7 @@ class InstructionDataModule(TextDataModule):
         if stage != "validate":
             sources = sources + self._tests_of(stage)
         for source in sources:
-            if not source.own:
+            if not source.custom:
                 self._open().get(source.file)
         if stage == "fit":
             examples = Inventory(self._sources, self.train_sets).read(self._sources, self._open(), "train")
@@ -246,12 +251,12 @@ class InstructionDataModule(TextDataModule):
 
     def _tests_of(self, stage: str | None) -> list[Source]:
         """The test sets that a stage reads: of training on one's own files alone, those for which nothing is fetched."""
-        if stage != "fit" or not all(source.own for source in self._sources):
+        if stage != "fit" or not all(source.custom for source in self._sources):
             return self._test_sources
-        return [source for source in self._test_sources if source.own or self._open().has(source.file)]
+        return [source for source in self._test_sources if source.custom or self._open().has(source.file)]
 
     def _train_without_network(self) -> list[Example]:
         """The training examples for test and predict, which need them for a note only; none if they are not here."""
-        if not all(source.own or self._open().has(source.file) for source in self._sources):
+        if not all(source.custom or self._open().has(source.file) for source in self._sources):
             return []
         return Inventory(self._sources, self.train_sets).read(self._sources, self._open(), "train")

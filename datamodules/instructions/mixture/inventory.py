@@ -24,7 +24,7 @@ class Inventory:
     """
 
     def __init__(self, train: Sequence[Source], train_sets: Sequence[TrainSet]) -> None:
-        named = {source.name for source in train if not source.own}
+        named = {source.name for source in train if not source.custom}
         self._trained = [row for row in train_sets if row.name in named]
         self._test_counts: dict[str, int] = {}
         self._overlaps: dict[str, dict[str, int]] = {}

@@ -21,10 +21,10 @@ def load_examples(source: Source, files: Files, *, is_train: bool) -> list[Examp
     Raises:
         UserError: the file is missing or malformed, or a gold answer is not among those that its question offers.
     """
-    path = Path(source.file) if source.own else files.get(source.file)
+    path = Path(source.file) if source.custom else files.get(source.file)
     graders: dict[AnswerRule, Benchmark] = {}
     examples = []
-    for number, record in enumerate(read_records(path, needs_answer=not source.own)):
+    for number, record in enumerate(read_records(path, needs_answer=not source.custom)):
         if source.benchmark is not None:
             benchmark = source.benchmark
         else:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from datamodules.instructions.benchmarks import Benchmark, TrainSet
 from datamodules.instructions.dataset import Example
+from datamodules.shared.custom import CUSTOM, FILE_NAMES
 from datamodules.shared.json_items import SUFFIXES
 from fourier_moe.errors import UserError, printable
 
@@ -23,7 +24,7 @@ class Source:
     Attributes:
         name: what batches, logs and reports call it.
         file: in LLM-Adapters' layout, or of the user's own.
-        own: whether it is the user's own.
+        custom: whether it is the user's own.
         count: official number of records, None if not known.
         benchmark: how its answers are graded; None decides by the form of each answer.
         weight: how often each of its examples comes in an epoch, on average.
@@ -31,7 +32,7 @@ class Source:
 
     name: str
     file: str
-    own: bool = False
+    custom: bool = False
     count: int | None = None
     benchmark: Benchmark | None = None
     weight: float = 1.0
@@ -39,15 +40,18 @@ class Source:
     @property
     def is_mixture(self) -> bool:
         """Whether it is one of LLM-Adapters' mixed training files: pinned, too large to reject over one odd record."""
-        return not self.own and self.file.startswith("ft-training_set/")
+        return not self.custom and self.file.startswith("ft-training_set/")
 
 
-def train_sources(train: Mapping[str, float] | Sequence[str] | str, train_sets: Sequence[TrainSet]) -> list[Source]:
+def train_sources(
+    train: Mapping[str, float] | Sequence[str] | str, train_sets: Sequence[TrainSet], directory: Path | None = None
+) -> list[Source]:
     """The sources that `train` names.
 
     Args:
-        train: names of `train_sets` or paths of files: one, a list, or each with its weight.
+        train: names of `train_sets`, `custom` or paths of files: one, a list, or each with its weight.
         train_sets: the rows of the table.
+        directory: where the files of `custom` are.
 
     Raises:
         UserError: a name is unknown or comes twice, a file does not exist, or a weight is not positive.
@@ -64,16 +68,20 @@ def train_sources(train: Mapping[str, float] | Sequence[str] | str, train_sets: 
             raise UserError(f"train: the weight of '{name}' must be a positive number, got {weight!r}")
         if name in known:
             sources.append(Source(name, known[name].file, count=known[name].count, weight=weight))
+        elif name == CUSTOM:
+            sources.append(_in_directory("train", "train", directory, weight))
         elif _is_path(name):
-            sources.append(_own("train", name, weight))
+            sources.append(_custom("train", name, weight))
         else:
             raise UserError(f"train: '{name}' is unknown; {choices(known)}")
     _check_names("train", sources)
     return sources
 
 
-def evaluation_sources(argument: str, names: Sequence[str], benchmarks: Mapping[str, Benchmark]) -> list[Source]:
-    """The sources that `test` or `validation_sets` names: benchmarks, or paths of files.
+def evaluation_sources(
+    argument: str, names: Sequence[str], benchmarks: Mapping[str, Benchmark], directory: Path | None = None
+) -> list[Source]:
+    """The sources that `test` or `validation_sets` names: benchmarks, `custom` (a file of `directory`), or paths of files.
 
     Raises:
         UserError: a name is unknown, comes twice or is taken, or a file does not exist.
@@ -83,8 +91,10 @@ def evaluation_sources(argument: str, names: Sequence[str], benchmarks: Mapping[
         if name in benchmarks:
             row = benchmarks[name]
             sources.append(Source(name, row.test_file, count=row.count, benchmark=row))
+        elif name == CUSTOM:
+            sources.append(_in_directory(argument, "test" if argument == "test" else "validation", directory))
         elif _is_path(name):
-            sources.append(_own(argument, name))
+            sources.append(_custom(argument, name))
         else:
             raise UserError(f"{argument}: '{name}' is unknown; {choices(benchmarks)}")
     _check_names(argument, sources)
@@ -113,16 +123,30 @@ def _is_path(name: str) -> bool:
 def choices(known: Iterable[str]) -> str:
     """What may be given instead, as the end of an error."""
     names = ", ".join(known)
-    return f"choose from {names}, or give the path of a JSON file" if names else "give the path of a JSON file"
+    own = f"{CUSTOM} (a file of directory) or the path of a JSON file"
+    return f"choose from {names}, or give {own}" if names else f"give {own}"
 
 
-def _own(argument: str, name: str, weight: float = 1.0) -> Source:
+def _in_directory(argument: str, split: str, directory: Path | None, weight: float = 1.0) -> Source:
+    """The file of a split in a directory of custom data."""
+    expected = f"{' or '.join(f'{name}.json' for name in FILE_NAMES[split])} (or {', '.join(SUFFIXES[1:])})"
+    if directory is None:
+        raise UserError(f"{argument}: '{CUSTOM}' needs directory, a folder with {expected}")
+    files = sorted(path for path in directory.iterdir() if path.suffix.lower() in SUFFIXES and path.is_file())
+    found = [path for path in files if path.stem.lower() in FILE_NAMES[split]]
+    if len(found) != 1:
+        there = ", ".join(path.name for path in found or files) or "no such file"
+        raise UserError(f"{argument}: '{CUSTOM}' needs one {expected} in directory '{directory}'; there is {there}")
+    return Source(CUSTOM, str(found[0]), custom=True, weight=weight)
+
+
+def _custom(argument: str, name: str, weight: float = 1.0) -> Source:
     path = Path(name).expanduser()
     if path.is_dir():
         raise UserError(f"{argument}: '{name}' is a directory; give the path of a JSON file in it")
     if not path.is_file():
         raise UserError(f"{argument}: there is no file '{name}'")
-    return Source(printable(path.stem), str(path), own=True, weight=weight)
+    return Source(printable(path.stem), str(path), custom=True, weight=weight)
 
 
 def _check_names(argument: str, sources: Sequence[Source]) -> None:

@@ -65,7 +65,7 @@ def test_one_directory_holds_the_tasks_that_name_none(tmp_path):
         (tmp_path / TASKS[name].folder).mkdir()
         write_tsv_files(tmp_path / TASKS[name].folder, TASKS[name])
     folder = own_files(tmp_path / "elsewhere")
-    tasks = {"cola": MixtureTask(), "rte": MixtureTask(), "tastes": MixtureTask("own", str(folder))}
+    tasks = {"cola": MixtureTask(), "rte": MixtureTask(), "tastes": MixtureTask("custom", str(folder))}
     data = mixture("test", tasks=tasks, directory=str(tmp_path), synthetic=False)
     assert {name: len(loader.dataset) for name, loader in data.test_dataloader().items()} == {
         "cola": 16,
@@ -93,7 +93,7 @@ def test_weights_say_how_often_examples_come():
 @pytest.mark.parametrize("pairs", [False, True])
 def test_own_sentences_beside_glue_s(tmp_path, pairs):
     folder = own_files(tmp_path / "tastes", pairs)
-    data = GlueMixtureDataModule({"tastes": MixtureTask("own", str(folder))}, "bytes", batch_size=3)
+    data = GlueMixtureDataModule({"tastes": MixtureTask("custom", str(folder))}, "bytes", batch_size=3)
     assert data.class_names == ["tastes/bitter", "tastes/sour", "tastes/sweet"]
     data.setup("test")
     batch = next(iter(data.test_dataloader()["tastes"]))
@@ -107,7 +107,7 @@ def test_own_sentences_beside_glue_s(tmp_path, pairs):
         ({}, "tasks is empty"),
         ({"colla": MixtureTask()}, "did you mean cola"),
         ({"rte": MixtureTask(weight=0)}, "the weight of task 'rte'"),
-        ({"mine": MixtureTask("own")}, "needs directory"),
+        ({"mine": MixtureTask("custom")}, "needs directory"),
     ],
 )
 def test_mistakes_are_named(tasks, message):
@@ -116,7 +116,7 @@ def test_mistakes_are_named(tasks, message):
 
 
 def test_revision_that_no_task_would_read_is_refused(tmp_path):
-    tasks = {"tastes": MixtureTask("own", str(own_files(tmp_path / "tastes", False)))}
+    tasks = {"tastes": MixtureTask("custom", str(own_files(tmp_path / "tastes", False)))}
     with pytest.raises(ValueError, match="revision must be null where every task has a directory of its own, got v1"):
         GlueMixtureDataModule(tasks, "bytes", revision="v1")
     GlueMixtureDataModule({**tasks, "cola": MixtureTask()}, "bytes", revision="v1")

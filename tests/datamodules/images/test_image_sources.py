@@ -90,7 +90,7 @@ def test_revision_of_local_data_is_refused(tmp_path):
         module(revision="v1", directory=str(tmp_path))
     with pytest.raises(ValueError, match="revision 'v1' is one of the hub's data set, and synthetic reads no hub"):
         module(revision="v1", synthetic=True)
-    for name in ("digits", "folder"):
+    for name in ("digits", "custom"):
         with pytest.raises(ValueError, match=f"revision must be null for '{name}', which is not on the hub, got v1"):
             ImageDataModule(name, revision="v1", predict_directory=str(tmp_path))
 

@@ -20,7 +20,7 @@ from datamodules.shared.sampling import evaluation_sampler
 REAL_CARS = REPOSITORY.parent / "shared/data/images/cars"
 
 
-def module(dataset="folder", **arguments) -> ImageDataModule:
+def module(dataset="custom", **arguments) -> ImageDataModule:
     return ImageDataModule(dataset, **{"num_workers": 0, "batch_size": 4, "image_size": 16, **arguments})
 
 
@@ -103,7 +103,7 @@ def test_arguments_come_from_yaml_with_their_documentation(directory, monkeypatc
     monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # instantiate_classes has a successor since 4.49
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(ImageDataModule, "data")
-    config = {"data": {"dataset": "folder", "directory": str(directory), "mean": [0, 0, 0]}}
+    config = {"data": {"dataset": "custom", "directory": str(directory), "mean": [0, 0, 0]}}
     parsed = parser.parse_string(json.dumps(config))
     assert parser.instantiate_classes(parsed).data.num_classes == 2
     assert "Share of train held out for validation" in parser.format_help()
@@ -120,7 +120,7 @@ def test_fit_loads_train_and_held_out_validation_and_says_so_once(directory, mes
     train, validation = data.train_dataloader().dataset, data.val_dataloader().dataset
     assert (len(train), len(validation)) == (18, 2)
     assert messages == [
-        f"folder: 2 classes; train 18, validation 2 (10% held out of train); from class folders in '{directory}'"
+        f"custom: 2 classes; train 18, validation 2 (10% held out of train); from class folders in '{directory}'"
     ]
     with pytest.raises(KeyError):
         data.test_dataloader()
@@ -266,10 +266,10 @@ def test_predict_directory_needs_no_data_set_and_has_no_labels(loose_images, mes
 
 
 def test_folder_with_nothing_but_a_predict_directory_does_not_know_its_classes(loose_images):
-    data = module("folder", predict_directory=str(loose_images))
+    data = module("custom", predict_directory=str(loose_images))
     assert data.num_classes is None
     data.setup("predict")
-    with pytest.raises(ValueError, match="dataset 'folder' needs directory"):
+    with pytest.raises(ValueError, match="dataset 'custom' needs directory"):
         data.setup("fit")
 
 
@@ -301,6 +301,13 @@ def test_what_is_left_out_of_a_predict_directory_is_named_in_a_warning(loose_ima
     with pytest.warns(UserWarning, match=r"1 file\(s\) left out.*\.heic.*'x\.heic'"):
         data.setup("predict")
     assert data.predict_dataloader().dataset.split.ids == ["deep/er/a.jpg", "link/b.jpe", "z.png"]
+
+
+def test_the_former_name_of_custom_still_works_and_is_said(directory, monkeypatch):
+    told = []
+    monkeypatch.setattr("datamodules.shared.custom.rank_zero_info", told.append)
+    assert module("folder", directory=str(directory)).dataset_name == module(directory=str(directory)).dataset_name == "custom"
+    assert told == ["dataset 'folder' is called 'custom' now"]
 
 
 def test_what_is_left_out_of_a_directory_is_named_in_a_warning(directory):
@@ -344,14 +351,14 @@ def test_generated_data_are_the_same_in_every_process_and_gone_after_teardown(ge
 
 
 def test_generated_data_go_with_the_module(generated_directories):
-    data = module("folder", synthetic=True)
+    data = module("custom", synthetic=True)
     assert len(generated_directories()) == 1
     del data
     assert not generated_directories()
 
 
 def test_copy_in_another_process_leaves_the_generated_data_alone(generated_directories):
-    data = module("folder", synthetic=True)
+    data = module("custom", synthetic=True)
     copy = pickle.loads(pickle.dumps(data))
     copy.setup("test")
     copy.teardown("test")

@@ -226,7 +226,7 @@ def test_without_test_sets_training_works_and_testing_says_what_is_missing(tmp_p
     data = InstructionDataModule(write_own(tmp_path / "mine.json", 5), tokenizer="bytes", num_workers=0, validation_size=0)
     data.setup("fit")
     assert len(seen(data)) == 5
-    with pytest.raises(ValueError, match="test is missing, and test has nothing to read; give the path of a JSON file"):
+    with pytest.raises(ValueError, match="test is missing, and test has nothing to read; give custom"):
         data.setup("test")
 
 
@@ -256,6 +256,20 @@ def test_a_file_may_be_called_anything(tmp_path, monkeypatch):
         assert len(seen(fitted(None, train=name, test=[name]))) == 5
     with pytest.raises(ValueError, match="train: 'folder' is a directory; give the path of a JSON file in it"):
         module(train="folder")
+
+
+def test_custom_is_the_file_of_a_split_in_the_directory(tmp_path):
+    for name, count in {"train.jsonl": 6, "dev.json": 3, "test.json": 2}.items():
+        write_own(tmp_path / name, count)
+    data = fitted(tmp_path, kind=InstructionDataModule, train={"custom": 2.0}, test=["custom"], validation_sets=["custom"])
+    assert Counter(seen(data)) == dict.fromkeys((f"custom/{number}" for number in range(6)), 2)
+    data.setup("test")
+    assert [len(loader.dataset) for loader in (data.val_dataloader(), data.test_dataloader()["custom"])] == [3, 2]
+    write_own(tmp_path / "val.json", 1)
+    with pytest.raises(ValueError, match=r"validation_sets: 'custom' needs one dev.json .*there is dev.json, val.json"):
+        module(tmp_path, validation_sets=["custom"])
+    with pytest.raises(ValueError, match=r"train: 'custom' needs directory, a folder with train.json"):
+        module(train="custom")
 
 
 def test_holding_out_everything_is_an_error(directory):

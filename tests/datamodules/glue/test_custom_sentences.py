@@ -6,7 +6,7 @@ import pytest
 
 from datamodules import GlueDataModule
 from datamodules.glue import data_module as glue
-from datamodules.glue.custom import OwnSentences
+from datamodules.glue.custom import CustomSentences
 
 ROWS = [("Good, really good.", "pos"), ('He said "no"\tand left.', "neg"), ('"Quoted"', "pos"), ("two\nlines", "neg")]
 TRAIN = [*ROWS, *((f"sentence {number}", ("pos", "neg")[number % 2]) for number in range(16))]
@@ -52,7 +52,7 @@ def texts(path, text):
 def test_every_kind_of_file_gives_the_same_examples(tmp_path, writer):
     for name in ("train", "dev"):
         WRITERS[writer](tmp_path / name, TRAIN)
-    source = OwnSentences(tmp_path)
+    source = CustomSentences(tmp_path)
     examples = source.load("train")
     assert examples.sentences == ([sentence for sentence, _ in TRAIN],)
     assert examples.labels == [("neg", "pos").index(label) for _, label in TRAIN]
@@ -66,7 +66,7 @@ def test_kinds_may_be_mixed_and_other_files_are_named(tmp_path):
     write_table(tmp_path / "validation.csv", TRAIN)
     write_table(tmp_path / "train2.csv", TRAIN)
     (tmp_path / "README.md").write_text("about")
-    source = OwnSentences(tmp_path)
+    source = CustomSentences(tmp_path)
     assert source.splits == {"train", "validation"}
     assert source.origin == f"'{tmp_path}' (Train.jsonl, validation.csv; not read: train2.csv)"
 
@@ -75,7 +75,7 @@ def test_pairs_and_further_columns(tmp_path):
     columns = ("number", "sentence2", "label", "sentence1")
     for name in ("train.csv", "dev.csv"):
         write_table(tmp_path / name, [(1, "b", "yes", "a"), (2, "d", "no", "c")], columns)
-    examples = OwnSentences(tmp_path).load("train")
+    examples = CustomSentences(tmp_path).load("train")
     assert (examples.sentences, examples.labels) == ((["a", "c"], ["b", "d"]), [1, 0])
 
 
@@ -84,14 +84,14 @@ def test_folder_may_have_any_name(tmp_path):
     folder.mkdir()
     for name in ("train.csv", "dev.csv"):
         write_table(folder / name, TRAIN)
-    assert len(OwnSentences(folder).load("train")) == len(TRAIN)
+    assert len(CustomSentences(folder).load("train")) == len(TRAIN)
 
 
 @pytest.mark.parametrize("blank", ["pos ", " pos", "pos\u00a0", "pos\u3000"])
 def test_white_space_around_a_label_makes_no_class(tmp_path, blank):
     for name in ("train.csv", "dev.csv"):
         write_table(tmp_path / name, [("a", "pos"), ("b", blank), ("c", "neg")], ("sentence ", " label"))
-    source = OwnSentences(tmp_path)
+    source = CustomSentences(tmp_path)
     assert source.task.class_names == ("neg", "pos")
     assert source.load("validation").labels == [1, 1, 0]
 
@@ -99,12 +99,12 @@ def test_white_space_around_a_label_makes_no_class(tmp_path, blank):
 def test_numbers_and_booleans_are_labels_in_json(tmp_path):
     for name in ("train.json", "dev.json"):
         write_list(tmp_path / name, [("a", 1), ("b", 1.0), ("c", "1"), ("d", True), ("e", 0.5)])
-    assert OwnSentences(tmp_path).task.class_names == ("0.5", "1", "true")
+    assert CustomSentences(tmp_path).task.class_names == ("0.5", "1", "true")
 
 
 def test_label_may_hold_invisible_joiners_as_persian_and_emojis_do(tmp_path):
     labels = ("\u0645\u06cc\u200c\u0631\u0648\u0645", "\U0001f468\u200d\U0001f469")
-    source = OwnSentences(texts(tmp_path / "mine", f"sentence\tlabel\na\t{labels[0]}\nb\t{labels[1]}\n"))
+    source = CustomSentences(texts(tmp_path / "mine", f"sentence\tlabel\na\t{labels[0]}\nb\t{labels[1]}\n"))
     assert source.task.class_names == labels
 
 
@@ -151,13 +151,13 @@ def test_label_may_hold_invisible_joiners_as_persian_and_emojis_do(tmp_path):
 )
 def test_what_is_wrong_is_said_before_anything_is_loaded(tmp_path, text, message):
     with pytest.raises(ValueError, match=message) as error:
-        GlueDataModule("own", "bytes", directory=str(texts(tmp_path / "mine", text)))
+        GlueDataModule("custom", "bytes", directory=str(texts(tmp_path / "mine", text)))
     assert "\n" not in str(error.value)
 
 
 def test_line_ends_of_windows_and_old_macs_are_no_data(tmp_path):
     for end in ("\r\n", "\r"):
-        source = OwnSentences(texts(tmp_path / "mine", end.join(["sentence\tlabel", "a\tpos", "b\tneg", ""])))
+        source = CustomSentences(texts(tmp_path / "mine", end.join(["sentence\tlabel", "a\tpos", "b\tneg", ""])))
         assert source.load("train").sentences == (["a", "b"],)
         assert source.task.class_names == ("neg", "pos")
 
@@ -177,7 +177,7 @@ def test_json_of_another_form_is_named(tmp_path, record, message):
     for name in ("train.json", "dev.json"):
         (tmp_path / name).write_text(json.dumps([*good, record]))
     with pytest.raises(ValueError, match=message):
-        OwnSentences(tmp_path)
+        CustomSentences(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -194,16 +194,16 @@ def test_files_that_are_missing_or_too_many_are_named(tmp_path, names, message):
     for name in names:
         write_table(tmp_path / name, TRAIN, delimiter="\t" if name.endswith("tsv") else ",")
     with pytest.raises(ValueError, match=message):
-        OwnSentences(tmp_path)
+        CustomSentences(tmp_path)
     with pytest.raises(ValueError, match="nowhere' does not exist"):
-        OwnSentences(Path("nowhere"))
+        CustomSentences(Path("nowhere"))
 
 
 def test_labels_of_dev_are_those_of_train(tmp_path):
     write_table(tmp_path / "train.csv", TRAIN)
     write_table(tmp_path / "dev.csv", [("a", "Pos")])
     with pytest.raises(ValueError, match=r"dev.csv' line 2: label 'Pos' is not among those of '.*train.csv': neg, pos"):
-        OwnSentences(tmp_path)
+        CustomSentences(tmp_path)
 
 
 # What is tested
@@ -216,7 +216,7 @@ def sizes(data):
 def ready(directory, monkeypatch, **arguments):
     told = []
     monkeypatch.setattr(glue, "rank_zero_info", told.append)
-    data = GlueDataModule("own", "bytes", directory=str(directory), batch_size=4, **arguments)
+    data = GlueDataModule("custom", "bytes", directory=str(directory), batch_size=4, **arguments)
     for stage in ("fit", "test", "predict"):
         data.setup(stage)
     return data, told[0]
@@ -248,7 +248,13 @@ def test_test_file_with_labels_may_stand_beside_train_alone(tmp_path, monkeypatc
     data, _ = ready(tmp_path, monkeypatch)
     assert sizes(data) == {"train": [18], "selection": [2], "tested": [5]}
     with pytest.raises(ValueError, match=r"selection=validation needs a dev file; expected dev.tsv or validation.tsv"):
-        GlueDataModule("own", "bytes", directory=str(tmp_path), selection="validation")
+        GlueDataModule("custom", "bytes", directory=str(tmp_path), selection="validation")
+
+
+def test_the_former_name_still_works(tmp_path):
+    write_table(tmp_path / "train.csv", TRAIN)
+    write_table(tmp_path / "dev.csv", TRAIN[:6])
+    assert GlueDataModule("own", "bytes", directory=str(tmp_path)).dataset_name == "custom"
 
 
 def test_test_file_with_some_labels_is_refused(tmp_path):
@@ -256,7 +262,7 @@ def test_test_file_with_some_labels_is_refused(tmp_path):
     write_table(tmp_path / "dev.csv", TRAIN[:6])
     (tmp_path / "test.jsonl").write_text('{"sentence": "a"}\n{"sentence": "b", "label": "pos"}')
     with pytest.raises(ValueError, match=r"line 2 has a label, and '.*test.jsonl' line 1 has none; give all examples"):
-        OwnSentences(tmp_path)
+        CustomSentences(tmp_path)
 
 
 def test_test_file_without_labels_is_for_predict(tmp_path, monkeypatch):

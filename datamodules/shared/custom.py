@@ -1,0 +1,18 @@
+"""One's own data, which has one name in all families: `custom`, in `directory`."""
+
+from __future__ import annotations
+
+from lightning.pytorch.utilities import rank_zero_info
+
+CUSTOM = "custom"
+
+# What the files of a split may be called, without suffix.
+FILE_NAMES = {"train": ("train",), "validation": ("dev", "validation", "valid", "val"), "test": ("test",)}
+
+
+def current_name(dataset: str, former: str) -> str:
+    """The name of a data set; `former`, as `custom` was called in this family, still works and is logged."""
+    if dataset != former:
+        return dataset
+    rank_zero_info(f"dataset '{former}' is called '{CUSTOM}' now")
+    return CUSTOM
