@@ -218,14 +218,6 @@ class Task(nn.Module, ABC):
     def predict(self, batch: Batch) -> list[dict[str, Any]]:
         """One row of the predictions file per example; `id` is its first entry."""
 
-    def logits(self, batch: Batch) -> Tensor:
-        """What the model says before any decision, (rows, classes): of examples, or of tokens. Exports compare it.
-
-        Raises:
-            UserError: if the batch lacks what it takes.
-        """
-        raise UserError(f"{type(self).__name__} has no logits to compare a merged model by; implement Task.logits")
-
     def save_model(self, directory: Path, class_names: Sequence[str] | None) -> None:
         """Write the whole model, without adapters, as a directory that the model's own library loads without this package.
 

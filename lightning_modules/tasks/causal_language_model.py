@@ -24,7 +24,7 @@ from lightning_modules.tasks.backbones.hugging_face import (
 )
 from lightning_modules.tasks.base import Batch, Evaluation, Task, select
 from lightning_modules.tasks.generation import GenerationSettings, generate, is_sharded
-from lightning_modules.tasks.losses import IGNORED, LabelLosses, label_logits, label_losses, log_likelihoods
+from lightning_modules.tasks.losses import IGNORED, LabelLosses, label_losses, log_likelihoods
 from lightning_modules.tasks.padding import padded_right, real_tokens
 
 GREEDY = GenerationSettings()
@@ -131,12 +131,6 @@ class CausalLanguageModel(Task):
 
     def token_mask(self, batch: Batch) -> Tensor:
         return real_tokens(batch["attention_mask"])
-
-    def logits(self, batch: Batch) -> Tensor:
-        """Of the positions that predict a token of the known response (tokens, vocabulary)."""
-        if "labels" not in batch:
-            raise UserError("a merged model is compared on known responses, and this set has none; use --split val")
-        return label_logits(self.model, **padded_right(batch, "input_ids", "labels"))[0]
 
     def save_model(self, directory: Path, class_names: Sequence[str] | None) -> None:
         save_hugging_face(self.model, self.tokenizer_name, directory)

@@ -165,9 +165,6 @@ class ImageClassification(Task):
         assert self.model is not None, "build() comes first"
         return self.model(images)
 
-    def logits(self, batch: Batch) -> Tensor:
-        return self(batch["image"])
-
     def save_model(self, directory: Path, class_names: Sequence[str] | None) -> None:
         """The whole CLIP for open_clip, its text tower as it was loaded, and head.safetensors and head.json beside it.
 

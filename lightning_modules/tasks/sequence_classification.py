@@ -133,9 +133,6 @@ class SequenceClassification(Task):
         first, end = batch["classes"].split(1, -1)
         return logits.masked_fill((classes < first) | (classes >= end), -torch.inf)
 
-    def logits(self, batch: Batch) -> Tensor:
-        return self(batch)
-
     def save_model(self, directory: Path, class_names: Sequence[str] | None) -> None:
         """For AutoModelForSequenceClassification, with the class names in its config."""
         assert isinstance(self.model, PreTrainedModel)
