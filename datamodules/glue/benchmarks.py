@@ -17,13 +17,13 @@ class TsvLayout:
     """The columns of a task's official tab-separated files.
 
     Attributes:
-        columns: Of train and validation files.
-        test_columns: Of test files, which have no labels.
-        sentences: Columns with the sentence or the two sentences.
-        label: Column with the label.
-        labels: What the label column holds for each class, in the order of the classes.
-        has_header: Whether the first line of train and validation files names the columns; that of test files always does.
-        skips_short_lines: Whether lines with missing fields are known in the official files, and left out.
+        columns: of train and validation files.
+        test_columns: of test files, which have no labels.
+        sentences: columns with the sentence or the two sentences.
+        label: column with the label.
+        labels: what the label column holds for each class, in the order of the classes.
+        has_header: whether the first line of train and validation files names the columns; that of test files always does.
+        skips_short_lines: whether lines with missing fields are known in the official files, and left out.
     """
 
     columns: tuple[str, ...]
@@ -40,14 +40,14 @@ class GlueTask:
     """One task.
 
     Attributes:
-        folder: What it and its folder are called officially.
-        class_names: The classes, in the hub's order; a label is an index into them.
-        sentences: The hub's columns with the sentence or the two sentences.
+        folder: what it and its folder are called officially.
+        class_names: the classes, in the hub's order; a label is an index into them.
+        sentences: the hub's columns with the sentence or the two sentences.
         metrics: GLUE's metrics for it.
-        sizes: Number of examples of each split, as documentation.
-        validation_sets: Names of the evaluation sets, where there is more than one.
-        tested: The split whose labels are known and that is tested: validation, for GLUE hides those of its test splits.
-        tsv: Its official files; None for data of one's own.
+        sizes: number of examples of each split, as documentation.
+        validation_sets: names of the evaluation sets, where there is more than one.
+        tested: the split whose labels are known and that is tested: validation, for GLUE hides those of its test splits.
+        tsv: its official files; None for data of one's own.
     """
 
     folder: str
@@ -188,7 +188,7 @@ def find_task(name: str) -> tuple[str, GlueTask]:
     """Key and row of a task; SST-2 and sst2 are the same.
 
     Raises:
-        UserError: There is no such row; names like it are suggested.
+        UserError: there is no such row; names like it are suggested.
     """
     key = name.lower().replace("-", "")
     if key not in TASKS:

@@ -27,10 +27,10 @@ class CustomSentences(GlueSource):
     tested, and the dev file decides on the best checkpoint.
 
     Args:
-        directory: Where the files are.
+        directory: where the files are.
 
     Attributes:
-        task: Its description, as of a task of GLUE.
+        task: its description, as of a task of GLUE.
 
     Raises:
         UserError: A file or a column is missing, a file or a line of it cannot be read, a sentence or a label is empty, labels
@@ -65,9 +65,9 @@ class _Rows:
     """What a file holds of N examples.
 
     Attributes:
-        where: What to call each row in an error.
-        sentences: One list of N sentences, or two.
-        labels: The label of each; None for a test file without labels.
+        where: what to call each row in an error.
+        sentences: one list of N sentences, or two.
+        labels: the label of each; None for a test file without labels.
     """
 
     where: Sequence[str]

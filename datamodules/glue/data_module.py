@@ -40,38 +40,38 @@ _ROLES = {TRAIN: "train", SELECTION: "val", TESTED: "test", PREDICT: "predict"}
 class GlueDataModule(TextDataModule):
     """Sentences or sentence pairs and class labels of a GLUE task, from the Hugging Face hub, a directory, or generated.
 
-    A batch is a dict, padded on the right to its longest example: ``input_ids`` and ``attention_mask`` int64 (B, T),
-    ``token_type_ids`` likewise if the tokenizer gives them; ``label`` int64 (B,), absent for GLUE's test split; ``id`` list
-    of B strings such as ``train/17``.
+    A batch is a dict, padded on the right to its longest example: `input_ids` and `attention_mask` int64 (B, T),
+    `token_type_ids` likewise if the tokenizer gives them; `label` int64 (B,), absent for GLUE's test split; `id` list
+    of B strings such as `train/17`.
 
     GLUE hides the labels of its test split, so what is tested (and published) is its validation split: one set, or for mnli
-    a dict of loaders, ``matched`` and ``mismatched``. Which checkpoint is best is decided elsewhere, on examples held out of
-    train, unless ``selection`` says otherwise. ``predict`` goes through the test split.
+    a dict of loaders, `matched` and `mismatched`. Which checkpoint is best is decided elsewhere, on examples held out of
+    train, unless `selection` says otherwise. `predict` goes through the test split.
 
     Args:
-        dataset: cola, sst2, mrpc, qqp, mnli, qnli or rte; or custom, for labelled sentences of one's own in ``directory``:
-            ``train.tsv`` and ``dev.tsv``, perhaps ``test.tsv`` (or .csv, .json, .jsonl), with columns ``sentence``, or
-            ``sentence1`` and ``sentence2``, and ``label``. With labels, the test file is what is tested.
-        tokenizer: Name or directory of a Hugging Face model whose tokenizer is taken, or bytes (a token per byte).
-        directory: Local directory to read instead of the hub: the task's folder, or the parent of one called like the task
-            (``CoLA``). It has GLUE's official files (``train.tsv``, ``dev.tsv``, perhaps ``test.tsv``) or the hub's parquet
+        dataset: cola, sst2, mrpc, qqp, mnli, qnli or rte; or custom, for labelled sentences of one's own in `directory`:
+            `train.tsv` and `dev.tsv`, perhaps `test.tsv` (or .csv, .json, .jsonl), with columns `sentence`, or
+            `sentence1` and `sentence2`, and `label`. With labels, the test file is what is tested.
+        tokenizer: name or directory of a Hugging Face model whose tokenizer is taken, or bytes (a token per byte).
+        directory: local directory to read instead of the hub: the task's folder, or the parent of one called like the task
+            (`CoLA`). It has GLUE's official files (`train.tsv`, `dev.tsv`, perhaps `test.tsv`) or the hub's parquet
             files.
-        revision: Branch, tag or commit of the hub's data set; None for the newest commit.
-        max_length: Most tokens of an example; longer ones are cut.
-        batch_size: Examples a batch and process.
-        num_workers: Loading processes of each loader; 0 loads in the main process.
-        selection: What the validation loader, which decides on the best checkpoint, goes through: train (a part held out of
+        revision: branch, tag or commit of the hub's data set; None for the newest commit.
+        max_length: most tokens of an example; longer ones are cut.
+        batch_size: examples a batch and process.
+        num_workers: loading processes of each loader; 0 loads in the main process.
+        selection: what the validation loader, which decides on the best checkpoint, goes through: train (a part held out of
             it) or validation (what is tested, as many publications do: its best epoch is then an optimistic figure). Data of
             one's own with a dev file and a labelled test file are selected on the dev file in any case.
-        selection_fraction: Share of train that is held out, at most 5,000 examples.
-        seed: Decides which examples are held out. Their order in training follows the run's own seed.
-        cache_directory: Where token ids are kept from run to run; None for the cache of the ``datasets`` library. Those of
+        selection_fraction: share of train that is held out, at most 5,000 examples.
+        seed: decides which examples are held out. Their order in training follows the run's own seed.
+        cache_directory: where token ids are kept from run to run; None for the cache of the `datasets` library. Those of
             generated data go with them.
         predict_split: test or validation; None for test where there is one, else validation.
-        synthetic: Generate a tiny data set and read that, for trying things out without data.
+        synthetic: generate a tiny data set and read that, for trying things out without data.
 
     Raises:
-        UserError: An argument is invalid, or the directory holds nothing of the task.
+        UserError: an argument is invalid, or the directory holds nothing of the task.
     """
 
     def __init__(
@@ -166,9 +166,9 @@ class GlueDataModule(TextDataModule):
         """Loads what the stage needs, once.
 
         Raises:
-            UserError: The tokenizer cannot be loaded or does not take max_length tokens, a split is missing or has no
+            UserError: the tokenizer cannot be loaded or does not take max_length tokens, a split is missing or has no
                 examples, or a line or label cannot be read.
-            RuntimeError: The hub cannot be reached.
+            RuntimeError: the hub cannot be reached.
         """
         parts = [part for part in _PARTS_OF_STAGE[stage] if part not in self._datasets]
         for part in parts:
@@ -182,7 +182,7 @@ class GlueDataModule(TextDataModule):
         self._datasets.clear()
 
     def datasets(self, part: str) -> dict[str, TextDataset]:
-        """After ``setup``: the sets of ``train``, ``selection``, ``tested`` or ``predict``; more than one for mnli."""
+        """After `setup`: the sets of `train`, `selection`, `tested` or `predict`; more than one for mnli."""
         return self._datasets[part]
 
     @property

@@ -17,13 +17,13 @@ from datamodules.glue.tokenization import TokenizedExamples
 class TextDataset(Dataset[dict[str, Any]]):
     """Some of a split's examples, in the given order.
 
-    An item is a dict: ``input_ids`` int32 (T,), ``token_type_ids`` int32 (T,) if the tokenizer gives them, ``label`` int
-    (absent where labels are hidden), ``id`` str.
+    An item is a dict: `input_ids` int32 (T,), `token_type_ids` int32 (T,) if the tokenizer gives them, `label` int
+    (absent where labels are hidden), `id` str.
 
     Args:
         examples: A split.
-        tokens: The same split, tokenised.
-        indices: Which of its examples.
+        tokens: the same split, tokenised.
+        indices: which of its examples.
     """
 
     def __init__(self, examples: Examples, tokens: TokenizedExamples, indices: Sequence[int]) -> None:
@@ -44,16 +44,16 @@ class TextDataset(Dataset[dict[str, Any]]):
 
 
 class TaskDataset(Dataset[dict[str, Any]]):
-    """A set of one task among several, whose classes are numbered from ``first_class``.
+    """A set of one task among several, whose classes are numbered from `first_class`.
 
-    An item is that of the set, with ``task`` str, ``classes`` (the number of the task's first class, and of the one after its
-    last), ``label`` so numbered, and the task's name in front of the ``id``.
+    An item is that of the set, with `task` str, `classes` (the number of the task's first class, and of the one after its
+    last), `label` so numbered, and the task's name in front of the `id`.
 
     Args:
-        dataset: The task's set.
-        task: The task's name.
-        first_class: Number of the task's first class.
-        num_classes: How many it has.
+        dataset: the task's set.
+        task: the task's name.
+        first_class: number of the task's first class.
+        num_classes: how many it has.
     """
 
     def __init__(self, dataset: TextDataset, task: str, first_class: int, num_classes: int) -> None:
@@ -75,11 +75,11 @@ class TaskDataset(Dataset[dict[str, Any]]):
 class PadBatch:
     """Makes a batch of B items, padded on the right to the longest of them.
 
-    ``input_ids``, ``attention_mask`` and, if there are any, ``token_type_ids`` int64 (B, T); ``label`` int64 (B,), if there
-    are labels; ``id`` list of B strings.
+    `input_ids`, `attention_mask` and, if there are any, `token_type_ids` int64 (B, T); `label` int64 (B,), if there
+    are labels; `id` list of B strings.
 
     Args:
-        pad_token_id: What ``input_ids`` are padded with.
+        pad_token_id: what `input_ids` are padded with.
     """
 
     pad_token_id: int

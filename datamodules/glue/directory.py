@@ -15,12 +15,12 @@ def open_directory(directory: Path, name: str, task: GlueTask) -> GlueSource:
     """Opens a task's official TSV files or, where there are none, the hub's parquet files.
 
     Args:
-        directory: The task's folder, or the parent of a folder called like the task (CoLA, cola).
-        name: The task's name here and on the hub.
-        task: Its row of the table.
+        directory: the task's folder, or the parent of a folder called like the task (CoLA, cola).
+        name: the task's name here and on the hub.
+        task: its row of the table.
 
     Raises:
-        UserError: The directory is missing or holds nothing of this task.
+        UserError: the directory is missing or holds nothing of this task.
     """
     layouts = (
         f"{task.folder}'s files train.tsv and dev*.tsv, or the hub's train-*.parquet and validation*.parquet, there or in a "

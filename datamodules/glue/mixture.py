@@ -21,9 +21,9 @@ class MixtureTask:
     """One task of a mixture.
 
     Args:
-        dataset: As for GlueDataModule (``custom`` for sentences of one's own); None for what the task is called.
-        directory: As for GlueDataModule: local data instead of the hub's; None for the mixture's.
-        weight: How often each of its training examples comes in an epoch, on average.
+        dataset: as for GlueDataModule (`custom` for sentences of one's own); None for what the task is called.
+        directory: as for GlueDataModule: local data instead of the hub's; None for the mixture's.
+        weight: how often each of its training examples comes in an epoch, on average.
     """
 
     dataset: str | None = None
@@ -34,29 +34,29 @@ class MixtureTask:
 class GlueMixtureDataModule(BaseDataModule):
     """Several tasks of GLUE, or of one's own, trained together and tested one by one.
 
-    A batch is that of GlueDataModule with examples of all tasks: ``task`` names the task of each, ``label`` counts the classes
-    of all tasks one after the other, and ``classes`` int64 (B, 2) has the first class of an example's task and the one after
-    its last. ``SequenceClassification`` lets an example choose among its own task's classes only: one output layer per task.
+    A batch is that of GlueDataModule with examples of all tasks: `task` names the task of each, `label` counts the classes
+    of all tasks one after the other, and `classes` int64 (B, 2) has the first class of an example's task and the one after
+    its last. `SequenceClassification` lets an example choose among its own task's classes only: one output layer per task.
 
-    Every task has evaluation sets of its own (``cola``; ``mnli/matched`` and ``mnli/mismatched``).
+    Every task has evaluation sets of its own (`cola`; `mnli/matched` and `mnli/mismatched`).
 
     Args:
-        tasks: The tasks by name, in the order of their classes.
-        tokenizer: As for GlueDataModule, like all that follow.
-        directory: Local directory with a folder for every task that names no directory of its own; None for the hub.
-        revision: Branch, tag or commit of the hub's data set; None for the newest commit.
-        max_length: Most tokens of an example; longer ones are cut.
-        batch_size: Examples a batch and process.
-        num_workers: Loading processes of each loader; 0 loads in the main process.
-        selection: What the validation loaders go through: train (a part held out of it) or validation (what is tested).
-        selection_fraction: Share of each task's train that is held out, at most 5,000 examples.
-        seed: Decides which examples are held out.
-        cache_directory: Where token ids are kept from run to run; None for the cache of the ``datasets`` library.
+        tasks: the tasks by name, in the order of their classes.
+        tokenizer: as for GlueDataModule, like all that follow.
+        directory: local directory with a folder for every task that names no directory of its own; None for the hub.
+        revision: branch, tag or commit of the hub's data set; None for the newest commit.
+        max_length: most tokens of an example; longer ones are cut.
+        batch_size: examples a batch and process.
+        num_workers: loading processes of each loader; 0 loads in the main process.
+        selection: what the validation loaders go through: train (a part held out of it) or validation (what is tested).
+        selection_fraction: share of each task's train that is held out, at most 5,000 examples.
+        seed: decides which examples are held out.
+        cache_directory: where token ids are kept from run to run; None for the cache of the `datasets` library.
         predict_split: test or validation; None for test where a task has one, else validation.
-        synthetic: Generate tiny data sets and read those. Not for ``custom``.
+        synthetic: generate tiny data sets and read those. Not for `custom`.
 
     Raises:
-        UserError: An argument is invalid, or a directory holds nothing of its task.
+        UserError: an argument is invalid, or a directory holds nothing of its task.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class GlueMixtureDataModule(BaseDataModule):
 
     @property
     def class_names(self) -> list[str]:
-        """The classes of all tasks, one task after the other: ``cola/acceptable``."""
+        """The classes of all tasks, one task after the other: `cola/acceptable`."""
         return [f"{name}/{class_name}" for name, task in self._tasks.items() for class_name in task.class_names]
 
     @property

@@ -18,12 +18,12 @@ HUB_ID = "nyu-mll/glue"
 
 
 class ParquetFiles(GlueSource):
-    """Parquet files as on the hub, ``train-00000-of-00001.parquet`` and so on.
+    """Parquet files as on the hub, `train-00000-of-00001.parquet` and so on.
 
     Args:
-        task: Which task.
-        files: The files of each split, in row order.
-        folder: Where they are, for errors.
+        task: which task.
+        files: the files of each split, in row order.
+        folder: where they are, for errors.
     """
 
     def __init__(self, task: GlueTask, files: Mapping[str, Sequence[Path]], folder: Path) -> None:
@@ -49,9 +49,9 @@ class HubFiles(GlueSource):
     """One task's parquet files on the hub, each split fetched when it is first loaded.
 
     Args:
-        name: The task's name here and on the hub.
-        task: Its row of the table.
-        revision: Branch, tag or commit; None for the newest commit.
+        name: the task's name here and on the hub.
+        task: its row of the table.
+        revision: branch, tag or commit; None for the newest commit.
     """
 
     def __init__(self, name: str, task: GlueTask, revision: str | None = None) -> None:
@@ -90,7 +90,7 @@ def find_parquet_files(folder: Path, task: GlueTask) -> dict[str, list[Path]]:
     """The parquet files that there are, by split.
 
     Raises:
-        UserError: Some of the numbered parts of a split are missing.
+        UserError: some of the numbered parts of a split are missing.
     """
     files = {split: sorted(folder.glob(f"{split}-[0-9]*-of-[0-9]*.parquet")) for split in task.all_splits}
     for split, paths in files.items():
@@ -104,10 +104,10 @@ def read_table(table: pa.Table, task: GlueTask, split: str, where: str) -> Examp
     """Takes sentences and labels out of a table with the hub's columns.
 
     Args:
-        table: The rows of one split.
-        task: Says what the columns are.
-        split: Its name, for the ids.
-        where: What to call the table in errors.
+        table: the rows of one split.
+        task: says what the columns are.
+        split: its name, for the ids.
+        where: what to call the table in errors.
 
     Raises:
         UserError: A column is missing, a sentence is missing, a label is unknown, or there are no rows.

@@ -12,10 +12,10 @@ class Examples:
     """One split.
 
     Attributes:
-        ids: ``<split>/<row>``, unique.
-        sentences: One list of N sentences, or two for pairs.
-        labels: The class index of each example; None for test splits, whose labels are hidden.
-        skipped: Lines left out because fields are missing.
+        ids: `<split>/<row>`, unique.
+        sentences: one list of N sentences, or two for pairs.
+        labels: the class index of each example; None for test splits, whose labels are hidden.
+        skipped: lines left out because fields are missing.
     """
 
     ids: Sequence[str]
@@ -31,9 +31,9 @@ class GlueSource(ABC):
     """One task's splits.
 
     Attributes:
-        origin: Where they come from, in words.
-        splits: Which there are: train, validation (or validation_matched, validation_mismatched), test likewise.
-        revision: The commit of the hub's data set that they are from; None for other files.
+        origin: where they come from, in words.
+        splits: which there are: train, validation (or validation_matched, validation_mismatched), test likewise.
+        revision: the commit of the hub's data set that they are from; None for other files.
     """
 
     origin: str
@@ -46,7 +46,7 @@ class GlueSource(ABC):
 
     @abstractmethod
     def load(self, split: str) -> Examples:
-        """The examples of one of ``splits``."""
+        """The examples of one of `splits`."""
 
     @abstractmethod
     def missing(self, split: str) -> str:

@@ -17,12 +17,12 @@ class SetSummary:
     """One set of examples.
 
     Attributes:
-        role: What it is for: train, val, test or predict, with the set's name where there is more than one.
-        split: The split that it is from.
-        size: Number of its examples.
-        is_selection: Whether it decides on the best checkpoint.
-        is_tested: Whether it is from the split that is tested.
-        owner: Whose splits they are.
+        role: what it is for: train, val, test or predict, with the set's name where there is more than one.
+        split: the split that it is from.
+        size: number of its examples.
+        is_selection: whether it decides on the best checkpoint.
+        is_tested: whether it is from the split that is tested.
+        owner: whose splits they are.
     """
 
     role: str

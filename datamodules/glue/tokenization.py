@@ -20,9 +20,9 @@ class TokenizedExamples:
     """Token ids of N examples without padding, one after the other.
 
     Attributes:
-        columns: Input name (input_ids, perhaps token_type_ids) -> int32 (tokens of all examples).
-        offsets: Where each example starts, and where the last one ends, int64 (N + 1).
-        num_truncated: How many examples were longer than allowed, and cut.
+        columns: input name (input_ids, perhaps token_type_ids) -> int32 (tokens of all examples).
+        offsets: where each example starts, and where the last one ends, int64 (N + 1).
+        num_truncated: how many examples were longer than allowed, and cut.
     """
 
     columns: dict[str, Tensor]
@@ -48,13 +48,13 @@ def tokenize(
     """Tokenises sentences, or pairs of them as the tokenizer joins pairs; examples that are too long are cut at max_length.
 
     Args:
-        examples: The sentences.
-        tokenizer: Adds its special tokens.
-        max_length: Most tokens of an example, special ones included.
-        cache_directory: Gets a file, or already has it.
+        examples: the sentences.
+        tokenizer: adds its special tokens.
+        max_length: most tokens of an example, special ones included.
+        cache_directory: gets a file, or already has it.
 
     Raises:
-        UserError: The cache directory cannot be written to.
+        UserError: the cache directory cannot be written to.
     """
     key = cache_key(tokenizer, max_length, *examples.sentences)
     columns = load_or_make(cache_directory, key, lambda: _tokenize(examples, tokenizer, max_length))
@@ -62,7 +62,7 @@ def tokenize(
 
 
 def _tokenize(examples: Examples, tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, Tensor]:
-    """The columns, with ``offsets`` and ``num_truncated``."""
+    """The columns, with `offsets` and `num_truncated`."""
     names = [name for name in tokenizer.model_input_names if name in ("input_ids", "token_type_ids")]
     columns: dict[str, list[Tensor]] = {name: [] for name in names}
     lengths: list[int] = []

@@ -14,12 +14,12 @@ _LABEL_CHARACTERS_SHOWN = 40
 
 
 class TsvFiles(GlueSource):
-    """The files of one task: train.tsv, dev.tsv and test.tsv; for mnli the last two with ``_matched`` and ``_mismatched``.
+    """The files of one task: train.tsv, dev.tsv and test.tsv; for mnli the last two with `_matched` and `_mismatched`.
 
     Args:
-        task: Which task.
-        files: The file of each split.
-        folder: Where they are, for errors.
+        task: which task.
+        files: the file of each split.
+        folder: where they are, for errors.
     """
 
     def __init__(self, task: GlueTask, files: Mapping[str, Path], folder: Path) -> None:
@@ -48,9 +48,9 @@ def read_tsv(path: Path, task: GlueTask, split: str) -> Examples:
     """Reads one file.
 
     Args:
-        path: The file, in UTF-8 with or without byte-order mark.
-        task: Says what the columns are.
-        split: Its name, for the ids. A row's number counts from 0 and includes those that are left out.
+        path: the file, in UTF-8 with or without byte-order mark.
+        task: says what the columns are.
+        split: its name, for the ids. A row's number counts from 0 and includes those that are left out.
 
     Raises:
         UserError: A column is missing, a line has too few or too many fields or an unknown label, or there are no lines.

@@ -1,4 +1,4 @@
-"""The table of image data sets. A new one is a new row of ``BENCHMARKS``."""
+"""The table of image data sets. A new one is a new row of `BENCHMARKS`."""
 
 import difflib
 from abc import ABC, abstractmethod
@@ -24,14 +24,14 @@ class ImageBenchmark(ABC):
     """One data set: what is known of it without having it, and where to get it when no directory is given.
 
     Attributes:
-        num_classes: Number of classes of the complete set; None if that is up to the user.
-        splits: What each split is called where the set comes from; "validation" only where the set has its own.
-        sizes: Number of images of each split of the complete set.
-        image_size: Typical width and height in pixels; generated images have it.
+        num_classes: number of classes of the complete set; None if that is up to the user.
+        splits: what each split is called where the set comes from; "validation" only where the set has its own.
+        sizes: number of images of each split of the complete set.
+        image_size: typical width and height in pixels; generated images have it.
         file_format: "JPEG" or "PNG"; generated images have it.
-        needs_directory: Whether there is nowhere else to get it from.
-        on_hub: Whether it comes from the hub, where it has revisions.
-        write_synthetic: Writes generated files in the set's own layout: directory, image size, file format, splits.
+        needs_directory: whether there is nowhere else to get it from.
+        on_hub: whether it comes from the hub, where it has revisions.
+        write_synthetic: writes generated files in the set's own layout: directory, image size, file format, splits.
     """
 
     num_classes: int | None
@@ -44,26 +44,26 @@ class ImageBenchmark(ABC):
     write_synthetic: Callable[[Path, tuple[int, int], str, Iterable[str]], None] = write_parquet_files
 
     def download(self, name: str, revision: str | None) -> None:
-        """Fetches the newest version of what ``open`` needs. By default there is nothing to fetch.
+        """Fetches the newest version of what `open` needs. By default there is nothing to fetch.
 
         Args:
-            name: The set's key in the table.
-            revision: Branch, tag or commit of the hub's data set; None for its newest commit.
+            name: the set's key in the table.
+            revision: branch, tag or commit of the hub's data set; None for its newest commit.
         """
         return
 
     @abstractmethod
     def open(self, name: str, revision: str | None = None) -> ImageSource:
-        """The data set without a local directory; arguments as for ``download``."""
+        """The data set without a local directory; arguments as for `download`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class HubBenchmark(ImageBenchmark):
-    """A data set on the Hugging Face hub. Of its splits only those in ``splits`` are fetched.
+    """A data set on the Hugging Face hub. Of its splits only those in `splits` are fetched.
 
     Attributes:
-        hub_id: Its name there.
-        folder: Where its parquet files are there.
+        hub_id: its name there.
+        folder: where its parquet files are there.
     """
 
     hub_id: str
@@ -213,7 +213,7 @@ def find_benchmark(name: str) -> ImageBenchmark:
     """Looks up a row of the table.
 
     Raises:
-        UserError: There is no such row; names like it are suggested.
+        UserError: there is no such row; names like it are suggested.
     """
     if name not in BENCHMARKS:
         near = difflib.get_close_matches(name, BENCHMARKS)

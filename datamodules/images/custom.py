@@ -1,4 +1,4 @@
-"""A directory of class folders: ``{train,test[,val]}/<class name>/*.jpg``."""
+"""A directory of class folders: `{train,test[,val]}/<class name>/*.jpg`."""
 
 from pathlib import Path
 
@@ -9,10 +9,10 @@ from fourier_moe.errors import UserError
 
 
 def find_split_folders(directory: Path) -> dict[str, Path]:
-    """The folders of ``directory`` that are splits, by split; upper or lower case does not matter.
+    """The folders of `directory` that are splits, by split; upper or lower case does not matter.
 
     Raises:
-        UserError: Two folders are the same split, such as ``val`` and ``validation``.
+        UserError: two folders are the same split, such as `val` and `validation`.
     """
     folders: dict[str, Path] = {}
     for split, names in SPLIT_NAMES.items():
@@ -31,8 +31,8 @@ class ClassFolders(ImageSource):
     """Images in class folders, at any depth. The classes are the folders of train, in alphabetical order.
 
     Args:
-        directory: The parent of the split folders; ids are relative to it.
-        folders: The folder of each split.
+        directory: the parent of the split folders; ids are relative to it.
+        folders: the folder of each split.
 
     Raises:
         UserError: A split has no class folders, a class folder has no images, a class has no train folder, or its name is
@@ -59,7 +59,7 @@ class ClassFolders(ImageSource):
 
 
 def _list_class_folders(folder: Path) -> dict[str, FoundFiles]:
-    """The files of each class, by sorted class name. Hidden folders, such as ``.ipynb_checkpoints``, are no classes."""
+    """The files of each class, by sorted class name. Hidden folders, such as `.ipynb_checkpoints`, are no classes."""
     classes = sorted(path for path in folder.iterdir() if path.is_dir() and not is_hidden(path))
     if not classes:
         raise UserError(f"no class folders in '{folder}': images are expected in {folder.name}/<class name>/")

@@ -35,34 +35,34 @@ _SPLITS_OF_STAGE = {
 class ImageDataModule(BaseDataModule):
     """Images and class labels from the Hugging Face hub, from a local directory, or generated.
 
-    A batch is a dict: ``image`` float32 (B, 3, image_size, image_size), normalised; ``label`` int64 (B,), absent for
-    images of ``predict_directory``; ``id`` list of B strings, the path relative to the directory or ``test/123`` for
+    A batch is a dict: `image` float32 (B, 3, image_size, image_size), normalised; `label` int64 (B,), absent for
+    images of `predict_directory`; `id` list of B strings, the path relative to the directory or `test/123` for
     row 123 of a table. The loaders give the images as uint8; a trainer normalises them once they are on the model's device
-    (without a trainer: ``normalise``).
+    (without a trainer: `normalise`).
 
-    A local directory holds class folders ``{train,test[,val]}/<class name>/*.jpg`` or the hub's parquet files
-    (``train*.parquet``, ``test*.parquet``, perhaps ``validation*.parquet``, there or in ``data/``). Class folders are read at
+    A local directory holds class folders `{train,test[,val]}/<class name>/*.jpg` or the hub's parquet files
+    (`train*.parquet`, `test*.parquet`, perhaps `validation*.parquet`, there or in `data/`). Class folders are read at
     any depth. Files and folders that are not used are named in a warning.
 
     Args:
-        dataset: Which data set: cars, dtd, eurosat, gtsrb, resisc45, svhn, sun397 (the paper's partition), sun397_19850
-            (50 train images a class), digits (comes with scikit-learn), or custom (your own images in ``directory``).
-        directory: Local directory to read instead of the hub. The classes are those found there.
-        revision: Branch, tag or commit of the hub's data set; None for the newest commit.
-        predict_directory: Directory of images without labels, in any layout, for predict. Without it, predict goes
+        dataset: which data set: cars, dtd, eurosat, gtsrb, resisc45, svhn, sun397 (the paper's partition), sun397_19850
+            (50 train images a class), digits (comes with scikit-learn), or custom (your own images in `directory`).
+        directory: local directory to read instead of the hub. The classes are those found there.
+        revision: branch, tag or commit of the hub's data set; None for the newest commit.
+        predict_directory: directory of images without labels, in any layout, for predict. Without it, predict goes
             through the test split.
-        batch_size: Images a batch and process.
-        num_workers: Loading processes of each loader; 0 loads in the main process.
-        image_size: Height and width of the images that the model gets, in pixels.
-        mean: Mean of each colour channel, of values from 0 to 1. The default is CLIP's.
-        std: Standard deviation of each colour channel. The default is CLIP's.
-        validation_fraction: Share of train held out for validation, where there is no validation split.
-        seed: Decides which images are held out for validation. Their order in training follows the run's own seed
+        batch_size: images a batch and process.
+        num_workers: loading processes of each loader; 0 loads in the main process.
+        image_size: height and width of the images that the model gets, in pixels.
+        mean: mean of each colour channel, of values from 0 to 1. The default is CLIP's.
+        std: standard deviation of each colour channel. The default is CLIP's.
+        validation_fraction: share of train held out for validation, where there is no validation split.
+        seed: decides which images are held out for validation. Their order in training follows the run's own seed
             (seed_everything), so that runs with several seeds share their splits.
-        synthetic: Generate a tiny data set of 4 classes and read that, for trying things out without data.
+        synthetic: generate a tiny data set of 4 classes and read that, for trying things out without data.
 
     Raises:
-        UserError: An argument is invalid, or the directory is missing, incomplete or inconsistent.
+        UserError: an argument is invalid, or the directory is missing, incomplete or inconsistent.
     """
 
     def __init__(
@@ -121,12 +121,12 @@ class ImageDataModule(BaseDataModule):
 
     @property
     def num_classes(self) -> int | None:
-        """Number of classes; None for ``custom`` with nothing but a ``predict_directory``."""
+        """Number of classes; None for `custom` with nothing but a `predict_directory`."""
         return len(self._class_names) or self._benchmark.num_classes
 
     @property
     def class_names(self) -> list[str]:
-        """The name of each class, by label. Empty for a hub data set that ``setup`` has not loaded yet."""
+        """The name of each class, by label. Empty for a hub data set that `setup` has not loaded yet."""
         return self._class_names
 
     @property
@@ -156,8 +156,8 @@ class ImageDataModule(BaseDataModule):
         """Downloads the data set, if it comes from the hub and this run needs it.
 
         Raises:
-            UserError: The batches of the workers do not fit into shared memory.
-            RuntimeError: The hub cannot be reached.
+            UserError: the batches of the workers do not fit into shared memory.
+            RuntimeError: the hub cannot be reached.
         """
         predicts_files = self.trainer is not None and self.trainer.predicting and self._predict_directory is not None
         if not self._is_local and not predicts_files:
@@ -171,8 +171,8 @@ class ImageDataModule(BaseDataModule):
         "fit" checks the images of the test split, too.
 
         Raises:
-            UserError: Image files are broken, a class to be evaluated has no train images, or there are no images.
-            RuntimeError: The hub cannot be reached.
+            UserError: image files are broken, a class to be evaluated has no train images, or there are no images.
+            RuntimeError: the hub cannot be reached.
         """
         missing = [split for split in _SPLITS_OF_STAGE[stage] if split not in self._datasets]
         if stage == "fit" and missing:  # a broken test image should not come to light after the training

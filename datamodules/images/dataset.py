@@ -19,8 +19,8 @@ class ImageSplit(ABC):
     """The images of one split, still encoded.
 
     Attributes:
-        ids: One unique, stable name for each image.
-        labels: The class index of each image, or None for images without labels.
+        ids: one unique, stable name for each image.
+        labels: the class index of each image, or None for images without labels.
     """
 
     def __init__(self, ids: Sequence[str], labels: Sequence[int] | None) -> None:
@@ -42,8 +42,8 @@ class ImageSplit(ABC):
 class FileSplit(ImageSplit):
     r"""Images in files of their own.
 
-    An id is the path relative to ``root``, with forward slashes; control characters and bytes that are not UTF-8 are written
-    as escapes (``caf\xe9.jpg``), so that ids can be printed and written to files.
+    An id is the path relative to `root`, with forward slashes; control characters and bytes that are not UTF-8 are written
+    as escapes (`caf\xe9.jpg`), so that ids can be printed and written to files.
     """
 
     def __init__(self, root: Path, paths: Sequence[Path], labels: Sequence[int] | None) -> None:
@@ -59,13 +59,13 @@ class FileSplit(ImageSplit):
 
 
 class TableSplit(ImageSplit):
-    """Images in the rows of a table; an id is ``<split>/<row>``, because file names in tables need not be unique.
+    """Images in the rows of a table; an id is `<split>/<row>`, because file names in tables need not be unique.
 
     Args:
-        table: The rows.
-        image_column: Column of type ``datasets.Image``, or of a type that casts to it.
-        labels: The class index of each row.
-        split: The split's name, for the ids.
+        table: the rows.
+        image_column: column of type `datasets.Image`, or of a type that casts to it.
+        labels: the class index of each row.
+        split: the split's name, for the ids.
     """
 
     def __init__(self, table: datasets.Dataset, image_column: str, labels: Sequence[int], split: str) -> None:
@@ -82,12 +82,12 @@ class TableSplit(ImageSplit):
 class ImageDataset(Dataset[dict[str, Any]]):
     """Decoded and transformed images of a split.
 
-    An item is a dict: ``image`` uint8 (3, H, W), ``label`` int (absent where the split has no labels), ``id`` str.
+    An item is a dict: `image` uint8 (3, H, W), `label` int (absent where the split has no labels), `id` str.
 
     Args:
-        split: Where the images come from.
-        indices: Which of the split's images, in this order.
-        transform: From an RGB image to a tensor.
+        split: where the images come from.
+        indices: which of the split's images, in this order.
+        transform: from an RGB image to a tensor.
     """
 
     def __init__(self, split: ImageSplit, indices: Sequence[int], transform: Callable[[Image.Image], torch.Tensor]) -> None:
@@ -99,7 +99,7 @@ class ImageDataset(Dataset[dict[str, Any]]):
         return len(self.indices)
 
     def __getitem__(self, item: int | tuple[int, int]) -> dict[str, Any]:
-        """The example at a place, or at the first of a pair, whose second seeds what ``transform`` draws from torch."""
+        """The example at a place, or at the first of a pair, whose second seeds what `transform` draws from torch."""
         if isinstance(item, int):
             return self._example(item)
         place, seed = item

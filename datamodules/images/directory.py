@@ -17,11 +17,11 @@ def open_directory(directory: Path, cache_dir: Path | None = None) -> ImageSourc
     """Opens class folders or, where there are none, parquet files.
 
     Args:
-        directory: The parent of the split folders, or the folder of the parquet files or of their ``data`` folder.
-        cache_dir: Where ``datasets`` keeps its copy of parquet files; None for its default.
+        directory: the parent of the split folders, or the folder of the parquet files or of their `data` folder.
+        cache_dir: where `datasets` keeps its copy of parquet files; None for its default.
 
     Raises:
-        UserError: The directory or one of its splits is missing, or what it holds is not usable.
+        UserError: the directory or one of its splits is missing, or what it holds is not usable.
     """
     if not directory.is_dir():
         raise UserError(f"directory '{directory}' does not exist; expected a directory with {LAYOUTS}")

@@ -21,9 +21,9 @@ class FoundFiles:
     """What lies below a directory, apart from hidden files and folders.
 
     Attributes:
-        images: The files with an image's name, sorted by their path relative to the directory.
-        others: The other files, sorted.
-        links: Links to folders (or folders behind links) that are not followed, because their images are found elsewhere or
+        images: the files with an image's name, sorted by their path relative to the directory.
+        others: the other files, sorted.
+        links: links to folders (or folders behind links) that are not followed, because their images are found elsewhere or
             without end.
     """
 
@@ -33,7 +33,7 @@ class FoundFiles:
 
 
 def is_hidden(path: Path) -> bool:
-    """Whether the name begins with a dot, as ``._x.jpg`` of macOS archives and ``.ipynb_checkpoints`` do."""
+    """Whether the name begins with a dot, as `._x.jpg` of macOS archives and `.ipynb_checkpoints` do."""
     return path.name.startswith(".")
 
 
@@ -43,9 +43,9 @@ def is_image_name(path: Path) -> bool:
 
 
 def find_files(directory: Path) -> FoundFiles:
-    """Everything under ``directory``, at any depth, also behind links to folders.
+    """Everything under `directory`, at any depth, also behind links to folders.
 
-    A link is not followed to a folder inside of ``directory`` or that holds ``directory``, and no folder is read twice.
+    A link is not followed to a folder inside of `directory` or that holds `directory`, and no folder is read twice.
 
     Raises:
         UserError: A folder cannot be listed.
@@ -80,8 +80,8 @@ def describe_left_out(directory: Path, found: Iterable[FoundFiles]) -> list[str]
     """What is not used of a directory, a sentence for each kind; none if there is nothing.
 
     Args:
-        directory: The names in the sentences are relative to it.
-        found: What lies in parts of it.
+        directory: the names in the sentences are relative to it.
+        found: what lies in parts of it.
     """
     parts = list(found)
     others = [path for part in parts for path in part.others]
@@ -106,7 +106,7 @@ def read_file(path: Path) -> bytes:
     """The content of a regular file. A pipe would never end, and neither would some devices.
 
     Raises:
-        UserError: It cannot be read, or is something else.
+        UserError: it cannot be read, or is something else.
     """
     problem = _reading_problem(path)
     if problem:
@@ -124,7 +124,7 @@ def check_usable(paths: Iterable[Path]) -> None:
     complete, and their headers are read. Anything else is decoded, and the decoder decides.
 
     Raises:
-        UserError: At least one file is truncated, corrupt, too large to decode, of values without a known range, or not a
+        UserError: at least one file is truncated, corrupt, too large to decode, of values without a known range, or not a
             regular file; the first five of each kind are named.
     """
     with ThreadPoolExecutor() as pool:
@@ -145,7 +145,7 @@ def check_usable(paths: Iterable[Path]) -> None:
 
 
 def shorten(names: Iterable[str]) -> str:
-    """Joins quoted names, at most five of them, without control characters: ``'a', 'b' and 3 more``."""
+    """Joins quoted names, at most five of them, without control characters: `'a', 'b' and 3 more`."""
     quoted = [f"'{printable(name)}'" for name in names]
     more = f" and {len(quoted) - _NAMES_SHOWN} more" if len(quoted) > _NAMES_SHOWN else ""
     return ", ".join(quoted[:_NAMES_SHOWN]) + more

@@ -1,4 +1,4 @@
-"""Tables of images: parquet files in a directory, or tables that the ``datasets`` library has already loaded."""
+"""Tables of images: parquet files in a directory, or tables that the `datasets` library has already loaded."""
 
 import glob
 import re
@@ -29,11 +29,11 @@ class LoadedTables(ImageSource):
     """Tables in memory or memory-mapped, one a split.
 
     Args:
-        tables: By split; train and test at least.
-        origin: Where the tables come from, in words.
+        tables: by split; train and test at least.
+        origin: where the tables come from, in words.
 
     Raises:
-        UserError: No or several image or label columns, or a class without train rows.
+        UserError: no or several image or label columns, or a class without train rows.
     """
 
     def __init__(self, tables: Mapping[str, datasets.Dataset], origin: str) -> None:
@@ -53,17 +53,17 @@ class LoadedTables(ImageSource):
 class ParquetFiles(ImageSource):
     """Parquet files as on the Hugging Face hub, with or without its metadata.
 
-    Construction reads the label columns only; ``load`` hands a split's files to the ``datasets`` library, which keeps a
+    Construction reads the label columns only; `load` hands a split's files to the `datasets` library, which keeps a
     memory-mapped copy in its cache.
 
     Args:
-        files: The files of each split, in row order; train and test at least.
-        origin: Where they come from, in words.
-        cache_dir: Where ``datasets`` keeps its copy; None for its default.
-        revision: The commit of the hub's data set that they are from; None for other files.
+        files: the files of each split, in row order; train and test at least.
+        origin: where they come from, in words.
+        cache_dir: where `datasets` keeps its copy; None for its default.
+        revision: the commit of the hub's data set that they are from; None for other files.
 
     Raises:
-        UserError: An unreadable file, no or several image or label columns, or a class without train rows.
+        UserError: an unreadable file, no or several image or label columns, or a class without train rows.
     """
 
     def __init__(
@@ -89,13 +89,13 @@ class ParquetFiles(ImageSource):
 
 
 def find_parquet_files(directory: Path) -> dict[str, list[Path]]:
-    """The parquet files of each split, in ``directory`` or, failing that, in its ``data`` folder.
+    """The parquet files of each split, in `directory` or, failing that, in its `data` folder.
 
     A file belongs to the split whose name its own begins with, in upper or lower case.
 
     Raises:
-        UserError: Some of the numbered parts of a split (``train-00000-of-00002.parquet``) are missing, a split comes under
-            two names (``val.parquet`` and ``dev.parquet``), or ``datasets`` could not read the path.
+        UserError: some of the numbered parts of a split (`train-00000-of-00002.parquet`) are missing, a split comes under
+            two names (`val.parquet` and `dev.parquet`), or `datasets` could not read the path.
     """
     for folder in (directory, directory / "data"):
         files: dict[str, list[Path]] = {}

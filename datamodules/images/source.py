@@ -21,11 +21,11 @@ class ImageSource(ABC):
     """One data set with a train and a test split and, perhaps, a validation split.
 
     Attributes:
-        origin: Where the images come from, in words.
-        class_names: The classes; a label is an index into this list.
-        splits: Which of "train", "validation" and "test" there are.
-        notes: What was found and is not used, in sentences.
-        revision: The commit of the hub's data set that they are from; None for other images.
+        origin: where the images come from, in words.
+        class_names: the classes; a label is an index into this list.
+        splits: which of "train", "validation" and "test" there are.
+        notes: what was found and is not used, in sentences.
+        revision: the commit of the hub's data set that they are from; None for other images.
     """
 
     origin: str
@@ -36,15 +36,15 @@ class ImageSource(ABC):
 
     @abstractmethod
     def load(self, split: str) -> ImageSplit:
-        """The images of one of ``splits``."""
+        """The images of one of `splits`."""
 
 
 def check_classes(classes: Mapping[str, Iterable[str]], origin: str) -> None:
     """Checks that whatever is evaluated can have been learnt, and that every name can be written to a file.
 
     Args:
-        classes: By split, the names of the classes that have images there.
-        origin: What the data set is called in the error.
+        classes: by split, the names of the classes that have images there.
+        origin: what the data set is called in the error.
 
     Raises:
         UserError: A class of the validation or the test split has no train images, or a name is not UTF-8.

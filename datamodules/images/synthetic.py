@@ -21,10 +21,10 @@ def write_parquet_files(directory: Path, size: tuple[int, int], file_format: str
     """Writes parquet files as the hub has them: an image column, a ClassLabel column, and their metadata.
 
     Args:
-        directory: Gets a ``data`` folder with one file a split.
-        size: Width and height in pixels.
+        directory: gets a `data` folder with one file a split.
+        size: width and height in pixels.
         file_format: "JPEG" or "PNG".
-        splits: Which splits to write.
+        splits: which splits to write.
     """
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list(COLOURS))})
     (directory / "data").mkdir()
@@ -39,7 +39,7 @@ def write_parquet_files(directory: Path, size: tuple[int, int], file_format: str
 
 
 def write_class_folders(directory: Path, size: tuple[int, int], file_format: str, splits: Iterable[str]) -> None:
-    """Writes ``<split>/<class name>/<number>.<suffix>``; arguments as for ``write_parquet_files``."""
+    """Writes `<split>/<class name>/<number>.<suffix>`; arguments as for `write_parquet_files`."""
     for split in splits:
         for name in COLOURS:
             folder = directory / split / name

@@ -23,7 +23,7 @@ def train_transform(image_size: int) -> v2.Compose:
 
 
 def eval_transform(image_size: int) -> v2.Compose:
-    """Shorter side to ``image_size``, bicubic, then the central square.
+    """Shorter side to `image_size`, bicubic, then the central square.
 
     Returns:
         From a PIL image to a uint8 tensor (3, image_size, image_size).
@@ -41,13 +41,13 @@ def normalisation(mean: Sequence[float], std: Sequence[float]) -> v2.Compose:
 
 
 class CentralSquare:
-    """Shorter side to ``image_size``, bicubic, then the central square.
+    """Shorter side to `image_size`, bicubic, then the central square.
 
     An image of 2 x 8000 pixels would have 200 million when it is resized. Where one side is longer than 32 times the other, the
     crop therefore comes first; the pixels are the same but for rounding.
 
     Args:
-        image_size: Side of the square in pixels.
+        image_size: side of the square in pixels.
     """
 
     def __init__(self, image_size: int) -> None:

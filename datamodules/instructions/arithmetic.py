@@ -102,13 +102,13 @@ class ArithmeticDataModule(InstructionDataModule):
     in the same kind's training questions.
 
     Args:
-        train: Kinds to train on, or paths of files of your own; one, a list, or each with its weight (how often each example
+        train: kinds to train on, or paths of files of your own; one, a list, or each with its weight (how often each example
             comes in an epoch). Null is all of them.
-        test: Kinds to test on, or paths. Null is all of them.
+        test: kinds to test on, or paths. Null is all of them.
         prompt: plain, a short one, or llm_adapters, the published figures' prompts.
-        max_length: Of prompt and response in training, in tokens.
-        directory: Read these files, in LLM-Adapters' layout, instead of generating any.
-        synthetic: Generate the files, which is what happens without `directory` in any case.
+        max_length: of prompt and response in training, in tokens.
+        directory: read these files, in LLM-Adapters' layout, instead of generating any.
+        synthetic: generate the files, which is what happens without `directory` in any case.
         arguments: see InstructionDataModule.
     """
 

@@ -18,7 +18,7 @@ class CommonsenseDataModule(InstructionDataModule):
         train: commonsense_170k (all eight training sets), commonsense_15k (a smaller mix), single sets by the names of `test`,
             or paths of files of your own; one, a list, or each with its weight (how often each example comes in an epoch).
         test: boolq, piqa, social_i_qa, hellaswag, winogrande, ARC-Easy, ARC-Challenge, openbookqa, or paths. Null is all eight.
-        max_length: Of prompt and response in training, in tokens.
+        max_length: of prompt and response in training, in tokens.
         arguments: see InstructionDataModule.
     """
 

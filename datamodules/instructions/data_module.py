@@ -35,32 +35,32 @@ class InstructionDataModule(TextDataModule):
     tensors only where the set has right responses.
 
     Args:
-        train: What to train on: names from the table, custom (train.json, .jsonl or .ndjson in `directory`), or paths of such
+        train: what to train on: names from the table, custom (train.json, .jsonl or .ndjson in `directory`), or paths of such
             files (lists or lines, with instruction, output, perhaps input and answer); one, a list, or each with its
             weight, the number of times that each of its examples comes in an epoch (on average; 0.5 is every other epoch).
-        test: Which sets to test on: names from the table, custom (test.json in `directory`), or paths; null for all of the
+        test: which sets to test on: names from the table, custom (test.json in `directory`), or paths; null for all of the
             table. Training on files of your own
             alone fetches none of them: they are fetched when they are tested.
-        tokenizer: Name or directory of a Hugging Face tokenizer, or bytes. The command line takes the model's own.
-        directory: Local directory with LLM-Adapters' files, dataset/<set>/test.json and ft-training_set/<name>.json, or with
+        tokenizer: name or directory of a Hugging Face tokenizer, or bytes. The command line takes the model's own.
+        directory: local directory with LLM-Adapters' files, dataset/<set>/test.json and ft-training_set/<name>.json, or with
             the files of custom. Without it LLM-Adapters' files are fetched from LLM-Adapters' repository.
-        base_url: Address of a mirror of LLM-Adapters' repository, where its files are below dataset/ and ft-training_set/;
+        base_url: address of a mirror of LLM-Adapters' repository, where its files are below dataset/ and ft-training_set/;
             None for GitHub. The files are checked in any case.
-        cache_directory: Where fetched files are kept, and the token ids of large training sets (Commonsense170K takes minutes),
+        cache_directory: where fetched files are kept, and the token ids of large training sets (Commonsense170K takes minutes),
             instead of the user's cache directory.
-        max_length: Of prompt and response in training, in tokens; see InstructionTokenizer for what is cut.
-        batch_size: Examples a batch and process.
-        eval_batch_size: Of validation, test and predict; null is batch_size.
-        num_workers: Loading processes of each loader; 0 loads in the main process.
-        train_on_prompt: Whether the prompt's tokens have a loss, too (LLM-Adapters' default).
+        max_length: of prompt and response in training, in tokens; see InstructionTokenizer for what is cut.
+        batch_size: examples a batch and process.
+        eval_batch_size: of validation, test and predict; null is batch_size.
+        num_workers: loading processes of each loader; 0 loads in the main process.
+        train_on_prompt: whether the prompt's tokens have a loss, too (LLM-Adapters' default).
         prompt: llm_adapters, the published figures' prompts with their white space, or plain, a short one.
-        validation_size: Training examples held out for validation; 0 for none.
-        validation_sets: Further sets to validate on, as in test.
-        seed: Decides which examples are held out. Their order in training follows the run's own seed (seed_everything).
-        synthetic: Generate tiny files in the official layout and read those.
+        validation_size: training examples held out for validation; 0 for none.
+        validation_sets: further sets to validate on, as in test.
+        seed: decides which examples are held out. Their order in training follows the run's own seed (seed_everything).
+        synthetic: generate tiny files in the official layout and read those.
 
     Raises:
-        UserError: An argument is invalid.
+        UserError: an argument is invalid.
     """
 
     benchmarks: ClassVar[Mapping[str, Benchmark]] = {}
@@ -158,7 +158,7 @@ class InstructionDataModule(TextDataModule):
 
         Raises:
             UserError: A file is missing or malformed, or max_length is too small for the prompt.
-            RuntimeError: Files or tokenizer cannot be fetched.
+            RuntimeError: files or tokenizer cannot be fetched.
         """
         inventory, files = self._inventory, self._open()
         inventory.lines.clear()

@@ -19,7 +19,7 @@ class MathReasoningDataModule(InstructionDataModule):
         train: math_10k (the paper's), math_7k or math_14k (without that overlap), or paths of files of your own; one, a list,
             or each with its weight (how often each example comes in an epoch).
         test: AddSub, AQuA, gsm8k, MultiArith, SingleEq, SVAMP, or paths. Null is all six.
-        max_length: Of prompt and response in training, in tokens.
+        max_length: of prompt and response in training, in tokens.
         arguments: see InstructionDataModule.
     """
 

@@ -29,7 +29,7 @@ def load_or_make(cache_directory: Path, key: str, make: Callable[[], dict[str, T
     ever reads a part of a file.
 
     Raises:
-        UserError: The directory cannot be written to.
+        UserError: the directory cannot be written to.
     """
     path = cache_directory / f"{key}.safetensors"
     if path.is_file():

@@ -15,11 +15,11 @@ class HubDataset:
     """The parquet files of one data set.
 
     Args:
-        name: What it is called here, for errors.
-        hub_id: What it is called on the hub.
-        folders: Where its files may be there, the first choice first; "" is the top.
-        revision: Branch, tag or commit; None for the newest commit.
-        otherwise: What to do without the hub, for errors.
+        name: what it is called here, for errors.
+        hub_id: what it is called on the hub.
+        folders: where its files may be there, the first choice first; "" is the top.
+        revision: branch, tag or commit; None for the newest commit.
+        otherwise: what to do without the hub, for errors.
     """
 
     def __init__(self, name: str, hub_id: str, folders: Sequence[str], revision: str | None, otherwise: str) -> None:
@@ -42,7 +42,7 @@ class HubDataset:
         """Asks the hub for the newest files of the revision.
 
         Raises:
-            RuntimeError: The hub does not answer, and nothing is in the cache.
+            RuntimeError: the hub does not answer, and nothing is in the cache.
         """
         try:
             self._listing = self._repository.look_up(rank_zero_info)
@@ -53,7 +53,7 @@ class HubDataset:
         """The files of each split, in row order, after those that are not in the cache were fetched.
 
         Raises:
-            RuntimeError: They cannot be fetched, or there are none of a split.
+            RuntimeError: they cannot be fetched, or there are none of a split.
         """
         if self._listing is None:
             self._listing = self._in_cache(splits)
@@ -85,10 +85,10 @@ class HubDataset:
 
 
 def split_files(paths: Mapping[str, int] | Collection[str], folders: Sequence[str], split: str) -> list[str]:
-    """A split's parquet files in row order: ``train.parquet``, or ``train-00000-of-00002.parquet`` and so on.
+    """A split's parquet files in row order: `train.parquet`, or `train-00000-of-00002.parquet` and so on.
 
     Raises:
-        HubError: There are none, or not all of the numbered ones.
+        HubError: there are none, or not all of the numbered ones.
     """
     name = re.compile(rf"{re.escape(split)}(?:-(\d+)-of-(\d+))?(?:-[0-9a-f]{{16}})?\.parquet")
     for folder in folders:

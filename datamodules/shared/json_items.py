@@ -21,7 +21,7 @@ def read_items(path: Path) -> Iterator[tuple[str, Any]]:
     """Every item of a JSON list, or of JSON lines, with what to call it in an error (`'a.json' record 3`, `'a.json' line 3`).
 
     Raises:
-        UserError: The file is neither, an object has a key twice, or a text holds half of a surrogate pair.
+        UserError: the file is neither, an object has a key twice, or a text holds half of a surrogate pair.
     """
     text = read_text(path)
     if text.lstrip().startswith("["):

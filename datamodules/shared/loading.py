@@ -24,11 +24,11 @@ _PREFETCH = 2  # batches that torch lets each worker prepare
 class TrainLoader(DataLoader[Any]):
     """Batches of a process's share of a training sampler, resumable in the midst of an epoch.
 
-    Lightning keeps ``state_dict`` in its checkpoints. It counts batches that were handed out, not those that workers have
+    Lightning keeps `state_dict` in its checkpoints. It counts batches that were handed out, not those that workers have
     prepared. A resumed pass begins at the next batch without loading what came before it. Nothing is read before the first
     batch is asked for: Lightning makes the iterator before it sets the epoch, and workers would prepare another epoch's.
 
-    Made like any DataLoader, with a ``TrainShare`` as sampler. (With any other, as Lightning's for ``overfit_batches``, every
+    Made like any DataLoader, with a `TrainShare` as sampler. (With any other, as Lightning's for `overfit_batches`, every
     pass begins at its first batch.)
     """
 
@@ -47,7 +47,7 @@ class TrainLoader(DataLoader[Any]):
             yield batch
 
     def state_dict(self) -> dict[str, int | None]:
-        """``epoch``, ``batches`` of it that were handed out, and ``batch_size``: examples a batch, of all processes."""
+        """`epoch`, `batches` of it that were handed out, and `batch_size`: examples a batch, of all processes."""
         epoch = self._epoch if self._resumes_in is None else self._resumes_in
         return {"epoch": epoch, "batches": self._num_given, "batch_size": self._step_size}
 
@@ -75,7 +75,7 @@ class TrainLoader(DataLoader[Any]):
 
 
 def leave_signals_to_main_process(worker: int) -> None:
-    """Ignore signals in a data-loading worker; for ``worker_init_fn``.
+    """Ignore signals in a data-loading worker; for `worker_init_fn`.
 
     Schedulers, Ctrl-C and a closed terminal signal every process, and the main one still needs its workers' batches. A worker
     ends when its main process does. (torch's looks for that, but not for one that was gone before it first looked.)

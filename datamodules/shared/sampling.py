@@ -21,25 +21,25 @@ _OTHER_STREAM = 0x5851F42D4C957F2D  # keeps the seeds of augmentation apart from
 class ShuffledSampler(Sampler[Any]):
     """A new order every epoch, fixed by (seed, epoch), so that a resumed run goes on where the interrupted one stopped.
 
-    For a ``TrainLoader``, inside a ``TrainShare``, which passes Lightning's ``set_epoch`` on.
+    For a `TrainLoader`, inside a `TrainShare`, which passes Lightning's `set_epoch` on.
 
     Args:
-        dataset: What is sampled from.
-        seed: Decides the orders.
-        lengths: Length of each example, for batches of similar lengths, which need little padding: the shuffled examples
+        dataset: what is sampled from.
+        seed: decides the orders.
+        lengths: length of each example, for batches of similar lengths, which need little padding: the shuffled examples
             are sorted within chunks of 50 batches, and then the batches are shuffled. Examples that fill no batch come last.
-        batch_size: Examples a step on all processes together (a loader's batch size times ``num_shares``); needed with
-            ``lengths``.
-        weights: How often each example comes in an epoch, on average: with 2.3, twice in every epoch and in 3 of 10 a third
+        batch_size: examples a step on all processes together (a loader's batch size times `num_shares`); needed with
+            `lengths`.
+        weights: how often each example comes in an epoch, on average: with 2.3, twice in every epoch and in 3 of 10 a third
             time. Every epoch has the same number of examples, the sum of the weights rounded down.
-        with_seeds: Give pairs of an index and a seed, from which the example's augmentation is to draw. The seeds are fixed by
+        with_seeds: give pairs of an index and a seed, from which the example's augmentation is to draw. The seeds are fixed by
             (seed, epoch, place in the order), so that neither workers nor an interruption change what is drawn.
 
     Attributes:
-        generator: For the DataLoader, which would otherwise draw from the run's own.
+        generator: for the DataLoader, which would otherwise draw from the run's own.
 
     Raises:
-        UserError: An argument does not fit the data set, or the weights add up to less than one example.
+        UserError: an argument does not fit the data set, or the weights add up to less than one example.
     """
 
     def __init__(
@@ -151,10 +151,10 @@ def num_shares(trainer: Trainer | None) -> int:
 class TrainShare(DistributedSamplerWrapper):
     """A process's own examples of a training sampler, dealt out one by one in the sampler's order.
 
-    A stretch of ``batch_size * num_shares`` examples of the sampler becomes one step of all processes. One process gets all.
+    A stretch of `batch_size * num_shares` examples of the sampler becomes one step of all processes. One process gets all.
 
     Attributes:
-        first: Place among its own examples where the next pass begins; the passes after that begin at 0.
+        first: place among its own examples where the next pass begins; the passes after that begin at 0.
     """
 
     def __init__(self, sampler: Sampler[Any], trainer: Trainer | None) -> None:
@@ -182,19 +182,19 @@ def evaluation_sampler(dataset: Sized, trainer: Trainer | None) -> Sampler[int] 
 def hold_out(labels: Sequence[int], fraction: float, seed: int) -> tuple[list[int], list[int]]:
     """Divides examples into train and validation, class by class.
 
-    Each class gives its share of ``fraction``. Shares are rounded so that the total is right: with few examples a class,
+    Each class gives its share of `fraction`. Shares are rounded so that the total is right: with few examples a class,
     the classes that give one more are drawn at random. Every class keeps at least one train example.
 
     Args:
-        labels: Class index of each example.
-        fraction: Share of the examples to hold out, between 0 and 1.
-        seed: Decides which examples are held out; the same seed gives the same division.
+        labels: class index of each example.
+        fraction: share of the examples to hold out, between 0 and 1.
+        seed: decides which examples are held out; the same seed gives the same division.
 
     Returns:
         Indices of the train examples and of the validation examples, both ascending, the latter at least one.
 
     Raises:
-        UserError: No class has an example to spare.
+        UserError: no class has an example to spare.
     """
     generator = torch.Generator().manual_seed(seed)
     members: dict[int, list[int]] = {}

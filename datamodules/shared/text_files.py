@@ -14,7 +14,7 @@ def read_text(path: Path) -> str:
     """The text of a file in UTF-8, with or without a byte-order mark; line ends stay as they are.
 
     Raises:
-        UserError: The file cannot be read, is not UTF-8, or holds NUL characters.
+        UserError: the file cannot be read, is not UTF-8, or holds NUL characters.
     """
     try:
         content = path.read_bytes()
