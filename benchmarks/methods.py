@@ -34,7 +34,7 @@ def _adapt_with_peft(model: Classifier, config: Any) -> None:
     """Use PEFT's public interface, including float32 adapters over half-precision weights; it changes `model` in place."""
     from peft import get_peft_model
 
-    get_peft_model(model, config)  # type: ignore[arg-type]
+    get_peft_model(model, config)
 
 
 def _fourier_moe(model: Classifier, entry: ModelEntry, config_class: type[FourierMoEConfig] = FourierMoEConfig) -> None:

@@ -6,7 +6,7 @@ import io
 from typing import IO
 
 import numpy as np
-from PIL import Image, features
+from PIL import Image, UnidentifiedImageError, features
 
 from fourier_moe.errors import UserError, printable
 
@@ -61,7 +61,7 @@ def open_image(file: IO[bytes], name: str) -> Image.Image:
         image = Image.open(file, formats=FORMATS)
     except Image.DecompressionBombError as error:
         raise _too_large(name) from error
-    except Image.UnidentifiedImageError as error:
+    except UnidentifiedImageError as error:
         known = ", ".join(FORMATS)
         raise UserError(f"image '{printable(name)}' cannot be decoded: it is no complete file of {known}") from error
     except Exception as error:  # the readers raise OSError, SyntaxError, struct.error and others

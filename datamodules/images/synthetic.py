@@ -3,6 +3,7 @@
 import io
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -29,7 +30,7 @@ def write_parquet_files(directory: Path, size: tuple[int, int], file_format: str
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list(COLOURS))})
     (directory / "data").mkdir()
     for split in splits:
-        rows: dict[str, list] = {"image": [], "label": []}
+        rows: dict[str, list[Any]] = {"image": [], "label": []}
         for label, name in enumerate(COLOURS):
             for number, content in enumerate(_generate(split, name, size, file_format)):
                 rows["image"].append({"bytes": content, "path": f"{name}_{number}.{_SUFFIXES[file_format]}"})

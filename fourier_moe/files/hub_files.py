@@ -248,7 +248,7 @@ def _log_progress(path: str, say: Say) -> Any:
     """The class of a progress bar that writes a line now and then, where there is no terminal to draw in."""
     from tqdm import tqdm
 
-    class Progress(tqdm):  # type: ignore[type-arg]
+    class Progress(tqdm):  # type: ignore[misc, type-arg, unused-ignore]
         def __init__(self, *args: Any, **options: Any) -> None:
             known = {name: options[name] for name in ("total", "initial") if name in options}
             super().__init__(*args, **known, mininterval=LOG_SECONDS, delay=LOG_SECONDS / 2)

@@ -100,7 +100,7 @@ def _hints(kind: type) -> dict[str, Any]:
         known = typing.get_type_hints(kind)
     except NameError:  # a plugin's, of a type that it imports for type checkers alone
         known = {}
-    return {field.name: known.get(field.name, Any) for field in dataclasses.fields(kind) if field.init}  # type: ignore[arg-type]
+    return {field.name: known.get(field.name, Any) for field in dataclasses.fields(kind) if field.init}
 
 
 def _fits(value: Any, hint: Any) -> bool:

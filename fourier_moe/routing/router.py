@@ -96,7 +96,7 @@ class Router(nn.Module, ABC):
                 "torch.nn.DataParallel runs copies of the routers in threads of its own, where `recording` sees nothing; use "
                 "DistributedDataParallel"
             )
-        return super()._replicate_for_data_parallel()  # type: ignore[misc]
+        return super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy has no readers, so it counts nothing, and belongs to no open recording."""

@@ -78,7 +78,7 @@ class CheckedCheckpointIO(TorchCheckpointIO):
     def load_checkpoint(
         self,
         path: str | os.PathLike[str],
-        map_location: Callable | None = lambda storage, loc: storage,
+        map_location: Callable[..., Any] | None = lambda storage, loc: storage,
         weights_only: bool | None = None,
     ) -> dict[str, Any]:
         """Check the file, then read it; code in it is never run.

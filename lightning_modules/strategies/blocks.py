@@ -46,7 +46,7 @@ def checkpoint_activations(model: nn.Module) -> None:
             "set it to false"
         )
     for block in blocks:
-        block.forward = partial(_recompute, block, block.forward)  # type: ignore[method-assign]
+        block.forward = partial(_recompute, block, block.forward)
 
 
 def _recompute(block: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -64,7 +64,7 @@ class F1(MulticlassConfusionMatrix):
         super().__init__(num_classes)
         self.add_state("most_classes", torch.tensor(0), dist_reduce_fx="max")
 
-    def update(self, preds: Tensor, target: Tensor, num_classes: Tensor | None = None) -> None:  # type: ignore[override]
+    def update(self, preds: Tensor, target: Tensor, num_classes: Tensor | None = None) -> None:
         """Count examples.
 
         Args:

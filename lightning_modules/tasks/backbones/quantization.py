@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
-from transformers.utils import is_bitsandbytes_available
+from transformers.utils.import_utils import is_bitsandbytes_available
 
 from fourier_moe.errors import UserError
 
@@ -60,7 +60,7 @@ def modules_outside_body(model: PreTrainedModel) -> tuple[str, ...]:
 
 def prepare_training(model: PreTrainedModel) -> None:
     """What bitsandbytes needs besides to pass all gradients on, and to do so without a line in the log for every layer."""
-    from bitsandbytes.nn import Linear4bit
+    from bitsandbytes.nn.modules import Linear4bit
 
     for module in model.modules():
         if isinstance(module, Linear4bit):
