@@ -11,6 +11,7 @@ test: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	git ls-files | xargs $(BIN)/codespell
 	$(BIN)/python -m pytest -n 2 tests examples/callback_plugin
 
 docs: install
