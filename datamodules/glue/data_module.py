@@ -168,7 +168,7 @@ class GlueDataModule(TextDataModule):
         Raises:
             UserError: the tokenizer cannot be loaded or does not take max_length tokens, a split is missing or has no
                 examples, or a line or label cannot be read.
-            RuntimeError: the hub cannot be reached.
+            UserError: the hub cannot be reached.
         """
         parts = [part for part in _PARTS_OF_STAGE[stage] if part not in self._datasets]
         for part in parts:

@@ -157,7 +157,7 @@ class ImageDataModule(BaseDataModule):
 
         Raises:
             UserError: the batches of the workers do not fit into shared memory.
-            RuntimeError: the hub cannot be reached.
+            UserError: the hub cannot be reached.
         """
         predicts_files = self.trainer is not None and self.trainer.predicting and self._predict_directory is not None
         if not self._is_local and not predicts_files:
@@ -172,7 +172,7 @@ class ImageDataModule(BaseDataModule):
 
         Raises:
             UserError: image files are broken, a class to be evaluated has no train images, or there are no images.
-            RuntimeError: the hub cannot be reached.
+            UserError: the hub cannot be reached.
         """
         missing = [split for split in _SPLITS_OF_STAGE[stage] if split not in self._datasets]
         if stage == "fit" and missing:  # a broken test image should not come to light after the training

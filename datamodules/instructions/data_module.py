@@ -158,7 +158,7 @@ class InstructionDataModule(TextDataModule):
 
         Raises:
             UserError: A file is missing or malformed, or max_length is too small for the prompt.
-            RuntimeError: files or tokenizer cannot be fetched.
+            UserError: files or tokenizer cannot be fetched.
         """
         inventory, files = self._inventory, self._open()
         inventory.lines.clear()

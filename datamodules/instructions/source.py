@@ -110,7 +110,7 @@ class PinnedFiles(Files):
         """Where the file lies, after it was fetched and checked, if it was not there.
 
         Raises:
-            RuntimeError: it cannot be fetched.
+            UserError: it cannot be fetched.
             UserError: what was fetched is another file.
         """
         path = self._cache / file

@@ -42,7 +42,7 @@ class HubDataset:
         """Asks the hub for the newest files of the revision.
 
         Raises:
-            RuntimeError: the hub does not answer, and nothing is in the cache.
+            HubError: the hub does not answer, and nothing is in the cache.
         """
         try:
             self._listing = self._repository.look_up(rank_zero_info)
@@ -53,7 +53,7 @@ class HubDataset:
         """The files of each split, in row order, after those that are not in the cache were fetched.
 
         Raises:
-            RuntimeError: they cannot be fetched, or there are none of a split.
+            HubError: they cannot be fetched, or there are none of a split.
         """
         if self._listing is None:
             self._listing = self._in_cache(splits)
@@ -76,9 +76,9 @@ class HubDataset:
             complete = False
         return listing if complete else None
 
-    def _failed(self, error: HubError, problem: str | None = None) -> RuntimeError:
+    def _failed(self, error: HubError, problem: str | None = None) -> HubError:
         incomplete = f"; the cache is all there is, because of {problem}" if problem else ""
-        return RuntimeError(
+        return HubError(
             f"dataset '{self._name}' cannot be loaded from the Hugging Face hub as '{self._repository}' ({error}{incomplete}). "
             f"{self._otherwise}"
         )

@@ -57,7 +57,7 @@ class CheckedCheckpointIO(TorchCheckpointIO):
         """Write a checkpoint and see it on the disk.
 
         Raises:
-            RuntimeError: if the file cannot be written (a full disk, no permission); what was at `path` is still there.
+            UserError: if the file cannot be written (a full disk, no permission); what was at `path` is still there.
         """
         if storage_options is not None:
             raise UserError(f"storage_options={storage_options!r} must be None")

@@ -106,7 +106,7 @@ def test_arguments_come_from_yaml_with_their_documentation(directory, monkeypatc
     config = {"data": {"dataset": "custom", "directory": str(directory), "mean": [0, 0, 0]}}
     parsed = parser.parse_string(json.dumps(config))
     assert parser.instantiate_classes(parsed).data.num_classes == 2
-    assert "Share of train held out for validation" in parser.format_help()
+    assert "share of train held out for validation" in parser.format_help()
 
 
 # Splits and batches

@@ -4,9 +4,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from lightning import LightningDataModule
 from support.hub_server import Repository
 from support.token_task import TokenTask
 
+from datamodules import BaseDataModule
 from fourier_moe import FourierMoEConfig, HeadOnly, describe_adapter, inject, load_adapter
 from lightning_modules import AdaptationModule
 from lightning_modules.tasks import CausalLanguageModel, ImageClassification, SequenceClassification
@@ -56,12 +58,20 @@ def test_task_that_does_not_say_its_arguments_leaves_the_code_to_the_model():
     assert building_code(TokenTask(), 2, None) is None
 
 
-@pytest.mark.parametrize(("dataset", "says"), [("rte", "rte"), (None, "Data"), (object(), "Data")])
-def test_data_is_called_by_its_name_or_its_class(tmp_path, dataset, says):
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        (type("Data", (BaseDataModule,), {"dataset_name": "rte"}), "rte"),
+        (type("Data", (BaseDataModule,), {}), "Data"),
+        (type("Data", (LightningDataModule,), {}), "Data"),
+        (type("Data", (LightningDataModule,), {"dataset": object()}), "Data"),
+    ],
+)
+def test_data_is_called_by_its_name_or_its_class(tmp_path, data, says):
     task = CausalLanguageModel("llama", tiny=True)
     module = AdaptationModule(task, HeadOnly())
     inject(task.build(), HeadOnly(head=["lm_head"]))
-    module._trainer = SimpleNamespace(datamodule=type("Data", (), {"dataset": dataset})())
+    module._trainer = SimpleNamespace(datamodule=data())
     module.save_adapter(tmp_path, {})
     assert describe_adapter(tmp_path).task["data"] == says
 
