@@ -48,8 +48,12 @@ class Routing(NamedTuple):
 
     def dense(self, num_experts: int) -> Tensor:
         """Gates (..., E) of all experts, 0 for the inactive ones."""
-        shape = (*self.gates.shape[:-1], num_experts)
-        return self.gates.new_zeros(shape).scatter_add(-1, self.experts, self.gates)
+        return dense_gates(self.gates, self.experts, num_experts)
+
+
+def dense_gates(gates: Tensor, experts: Tensor, num_experts: int) -> Tensor:
+    """Gates (..., E) of all experts from those of the active ones (..., K), 0 for the others."""
+    return gates.new_zeros(*gates.shape[:-1], num_experts).scatter_add(-1, experts, gates)
 
 
 def active(probabilities: Tensor, experts: Tensor) -> Tensor:

@@ -94,11 +94,6 @@ class RouterStatistics:
         return self.sums[..., 2 * self.num_experts : -1] / self.counts.clamp(min=1)
 
     @property
-    def mean_gate(self) -> Tensor:
-        """Mean gate of an expert over all tokens, 0 for those it does not serve (..., E)."""
-        return self.gate * self.load
-
-    @property
     def balance_loss(self) -> Tensor:
         """E * sum_e f_e P_e (...,), paper Eq. 13-14; K when the load is even."""
         return self.num_experts * (self.load * self.probability).sum(-1)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fourier_moe.routing.record import dense_gates
 from fourier_moe.spectral.kernels.triton_spectral import RowLists, accumulate, gradients
 from fourier_moe.spectral.torch_product import Positions
 
@@ -77,8 +78,7 @@ def product_backward(
 
 def _all_gates(gates_TK: Tensor, experts_TK: Tensor, num_experts: int) -> Tensor:
     """(T, E): the kernels look a gate up by its expert and skip those that are 0."""
-    gates_TE = torch.zeros(len(gates_TK), num_experts, device=gates_TK.device)
-    return gates_TE.scatter_add_(-1, experts_TK, gates_TK.detach().float())
+    return dense_gates(gates_TK.detach().float(), experts_TK, num_experts)
 
 
 def _half_spectrum(x_TN: Tensor) -> Tensor:
