@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, cast
@@ -234,8 +233,3 @@ class Task(nn.Module, ABC):
 def without_weights() -> bool:
     """Whether models are built on the meta device now: shapes and dtypes, no values."""
     return torch.get_default_device().type == "meta"
-
-
-def without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
-    """Computing on the tensor's device in the operands' own precision. The meta device has no autocast to switch off."""
-    return nullcontext() if tensor.is_meta else torch.autocast(tensor.device.type, enabled=False)

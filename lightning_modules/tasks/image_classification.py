@@ -18,8 +18,9 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from fourier_moe.errors import UserError
 from fourier_moe.models.attention import fuse_attention, is_split_attention
+from fourier_moe.routing.logits import without_autocast
 from lightning_modules.tasks.backbones.open_clip import check_model, fetch_weights, load_open_clip, save_open_clip
-from lightning_modules.tasks.base import Batch, Evaluation, Task, without_autocast
+from lightning_modules.tasks.base import Batch, Evaluation, Task
 from lightning_modules.tasks.scores import BalancedAccuracy
 
 
@@ -41,7 +42,7 @@ class ImageClassifier(nn.Module):
                 f"data.init_args.image_size={size[0]}, or model.task.init_args.image_size={images.shape[-1]}"
             )
         features = self.backbone(images)
-        with without_autocast(features):  # a bfloat16 logit has 3 digits: a zero-shot head would tie one example in 20
+        with without_autocast(features.device):  # a bfloat16 logit has 3 digits: a zero-shot head would tie one example in 20
             return self.head(features.float())
 
 

@@ -17,6 +17,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from datamodules.shared.tokenizers import load_tokenizer
 from fourier_moe.errors import UserError
+from fourier_moe.routing.logits import without_autocast
 from lightning_modules.tasks.backbones.hugging_face import (
     check_model,
     check_vocabulary,
@@ -27,7 +28,7 @@ from lightning_modules.tasks.backbones.hugging_face import (
     tokenizer_name,
 )
 from lightning_modules.tasks.backbones.quantization import modules_outside_body
-from lightning_modules.tasks.base import Batch, Evaluation, Task, without_autocast
+from lightning_modules.tasks.base import Batch, Evaluation, Task
 from lightning_modules.tasks.padding import padded_right, real_tokens
 from lightning_modules.tasks.scores import F1, Matthews
 
@@ -207,7 +208,7 @@ def _reading(heads: Sequence[nn.Module], last_token: Tensor | None, length: int)
     with ExitStack() as hooks, ExitStack() as autocast:
 
         def begin(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-            autocast.enter_context(without_autocast(inputs[0]))
+            autocast.enter_context(without_autocast(inputs[0].device))
             if last_token is None or inputs[0].dim() < 3:  # pooled by a head before this one
                 return inputs
             examples = torch.arange(len(inputs[0]), device=inputs[0].device)
