@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from datamodules.glue.benchmarks import TEST, TRAIN, VALIDATION, GlueTask
+from datamodules.glue.benchmarks import GlueTask
 from datamodules.glue.custom_files import SUFFIXES, read_rows
 from datamodules.glue.source import Examples, GlueSource
 from datamodules.shared.custom import CUSTOM, FILE_NAMES
 from datamodules.shared.json_items import shorten
+from datamodules.shared.splits import TEST, TRAIN, VALIDATION
 from fourier_moe.errors import UserError, printable
 
 _LABEL, _SENTENCE, _PAIR = "label", ("sentence",), ("sentence1", "sentence2")

@@ -11,7 +11,7 @@ import datasets
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 
-from datamodules.glue.benchmarks import TEST, TRAIN, VALIDATION, find_task
+from datamodules.glue.benchmarks import find_task
 from datamodules.glue.custom import CustomSentences
 from datamodules.glue.dataset import PadBatch, TextDataset
 from datamodules.glue.directory import open_directory
@@ -24,6 +24,7 @@ from datamodules.shared.arguments import require
 from datamodules.shared.custom import CUSTOM, current_name
 from datamodules.shared.data_module import TextDataModule, incomplete, one_or_all
 from datamodules.shared.sampling import hold_out
+from datamodules.shared.splits import TEST, TRAIN, VALIDATION
 from fourier_moe.errors import UserError
 
 MAX_SELECTION = 5000
@@ -167,8 +168,7 @@ class GlueDataModule(TextDataModule):
 
         Raises:
             UserError: the tokenizer cannot be loaded or does not take max_length tokens, a split is missing or has no
-                examples, or a line or label cannot be read.
-            UserError: the hub cannot be reached.
+                examples, a line or label cannot be read, or the hub cannot be reached.
         """
         parts = [part for part in _PARTS_OF_STAGE[stage] if part not in self._datasets]
         for part in parts:

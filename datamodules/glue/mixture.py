@@ -8,11 +8,11 @@ from typing import Any, Literal
 
 from torch.utils.data import ConcatDataset, DataLoader
 
-from datamodules.glue.benchmarks import TRAIN
 from datamodules.glue.data_module import PREDICT, SELECTION, TESTED, GlueDataModule
 from datamodules.glue.dataset import PadBatch, TaskDataset
 from datamodules.shared.arguments import require
 from datamodules.shared.data_module import BaseDataModule
+from datamodules.shared.splits import TRAIN
 from fourier_moe.errors import UserError
 
 

@@ -9,9 +9,10 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from datamodules.glue.benchmarks import TEST, GlueTask
+from datamodules.glue.benchmarks import GlueTask
 from datamodules.glue.source import Examples, GlueSource
 from datamodules.shared.hub import HubDataset
+from datamodules.shared.splits import TEST
 from fourier_moe.errors import UserError
 
 HUB_ID = "nyu-mll/glue"

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from datamodules.glue.benchmarks import TRAIN
 from datamodules.glue.source import Examples
 from datamodules.glue.tokenization import TokenizedExamples
+from datamodules.shared.splits import TRAIN
 
 MAX_CLASSES = 20  # that are named
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
-from datamodules.glue.benchmarks import TEST, TRAIN, VALIDATION, GlueTask
+from datamodules.glue.benchmarks import GlueTask
 from datamodules.glue.tsv import tsv_name
+from datamodules.shared.splits import TEST, TRAIN, VALIDATION
 
 NUM_EXAMPLES = {TRAIN: 80, VALIDATION: 16, TEST: 8}
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from datamodules.glue.benchmarks import TEST, GlueTask
+from datamodules.glue.benchmarks import GlueTask
 from datamodules.glue.source import Examples, GlueSource
+from datamodules.shared.splits import TEST
 from datamodules.shared.text_files import not_utf8
 from fourier_moe.errors import UserError
 

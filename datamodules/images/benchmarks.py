@@ -12,10 +12,11 @@ from PIL import Image
 
 from datamodules.images.directory import LAYOUTS
 from datamodules.images.parquet import LoadedTables, ParquetFiles
-from datamodules.images.source import TEST, TRAIN, VALIDATION, ImageSource
+from datamodules.images.source import ImageSource
 from datamodules.images.synthetic import write_class_folders, write_parquet_files
 from datamodules.shared.custom import CUSTOM
 from datamodules.shared.hub import HubDataset
+from datamodules.shared.splits import TEST, TRAIN, VALIDATION
 from fourier_moe.errors import UserError
 
 

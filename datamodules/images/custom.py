@@ -4,7 +4,8 @@ from pathlib import Path
 
 from datamodules.images.dataset import FileSplit, ImageSplit
 from datamodules.images.files import FoundFiles, describe_left_out, find_files, is_hidden, shorten
-from datamodules.images.source import SPLIT_NAMES, TRAIN, ImageSource, check_classes
+from datamodules.images.source import SPLIT_NAMES, ImageSource, check_classes
+from datamodules.shared.splits import TRAIN
 from fourier_moe.errors import UserError
 
 

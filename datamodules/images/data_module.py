@@ -14,13 +14,14 @@ from datamodules.images.dataset import FileSplit, ImageDataset, ImageSplit
 from datamodules.images.decoding import IMAGE_EXTENSIONS
 from datamodules.images.directory import open_directory
 from datamodules.images.files import describe_left_out, find_files
-from datamodules.images.source import TEST, TRAIN, VALIDATION, ImageSource
+from datamodules.images.source import ImageSource
 from datamodules.images.transforms import CLIP_MEAN, CLIP_STD, eval_transform, normalisation, train_transform
 from datamodules.shared.arguments import require
 from datamodules.shared.custom import current_name
 from datamodules.shared.data_module import BaseDataModule, incomplete
 from datamodules.shared.loading import require_shared_memory
 from datamodules.shared.sampling import hold_out
+from datamodules.shared.splits import TEST, TRAIN, VALIDATION
 from fourier_moe.errors import UserError
 
 _PREDICT = "predict"
@@ -156,8 +157,7 @@ class ImageDataModule(BaseDataModule):
         """Downloads the data set, if it comes from the hub and this run needs it.
 
         Raises:
-            UserError: the batches of the workers do not fit into shared memory.
-            UserError: the hub cannot be reached.
+            UserError: the batches of the workers do not fit into shared memory, or the hub cannot be reached.
         """
         predicts_files = self.trainer is not None and self.trainer.predicting and self._predict_directory is not None
         if not self._is_local and not predicts_files:
@@ -171,8 +171,8 @@ class ImageDataModule(BaseDataModule):
         "fit" checks the images of the test split, too.
 
         Raises:
-            UserError: image files are broken, a class to be evaluated has no train images, or there are no images.
-            UserError: the hub cannot be reached.
+            UserError: image files are broken, a class to be evaluated has no train images, there are no images, or the hub
+                cannot be reached.
         """
         missing = [split for split in _SPLITS_OF_STAGE[stage] if split not in self._datasets]
         if stage == "fit" and missing:  # a broken test image should not come to light after the training

@@ -4,7 +4,8 @@ from pathlib import Path
 
 from datamodules.images.custom import ClassFolders, find_split_folders
 from datamodules.images.parquet import ParquetFiles, find_parquet_files
-from datamodules.images.source import TEST, TRAIN, ImageSource
+from datamodules.images.source import ImageSource
+from datamodules.shared.splits import TEST, TRAIN
 from fourier_moe.errors import UserError
 
 LAYOUTS = (

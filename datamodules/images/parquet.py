@@ -12,7 +12,8 @@ import pyarrow.parquet as pq
 
 from datamodules.images.dataset import ImageSplit, TableSplit
 from datamodules.images.files import shorten
-from datamodules.images.source import SPLIT_NAMES, TRAIN, ImageSource, check_classes
+from datamodules.images.source import SPLIT_NAMES, ImageSource, check_classes
+from datamodules.shared.splits import TRAIN
 from fourier_moe.errors import UserError
 
 

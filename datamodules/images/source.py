@@ -5,9 +5,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from datamodules.images.dataset import ImageSplit
 from datamodules.images.files import shorten
+from datamodules.shared.splits import TEST, TRAIN, VALIDATION
 from fourier_moe.errors import UserError
-
-TRAIN, VALIDATION, TEST = "train", "validation", "test"
 
 # What folders and parquet files of a split may be called, in lower case: the names that the `datasets` library knows.
 SPLIT_NAMES = {

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow.parquet as pq
 from PIL import Image
 
-from datamodules.images.source import TEST, TRAIN, VALIDATION
+from datamodules.shared.splits import TEST, TRAIN, VALIDATION
 
 COLOURS = {"blue": (40, 70, 200), "green": (50, 160, 60), "red": (200, 50, 50), "yellow": (220, 200, 50)}
 IMAGES_PER_CLASS = {TRAIN: 8, VALIDATION: 4, TEST: 4}

@@ -157,8 +157,8 @@ class InstructionDataModule(TextDataModule):
         """Reads, checks and tokenises what the stage needs, once. "fit" checks the test sets, too.
 
         Raises:
-            UserError: A file is missing or malformed, or max_length is too small for the prompt.
-            UserError: files or tokenizer cannot be fetched.
+            UserError: a file is missing or malformed, files or tokenizer cannot be fetched, or max_length is too small for the
+                prompt.
         """
         inventory, files = self._inventory, self._open()
         inventory.lines.clear()

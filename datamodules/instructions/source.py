@@ -110,8 +110,7 @@ class PinnedFiles(Files):
         """Where the file lies, after it was fetched and checked, if it was not there.
 
         Raises:
-            UserError: it cannot be fetched.
-            UserError: what was fetched is another file.
+            UserError: it cannot be fetched, or what was fetched is another file.
         """
         path = self._cache / file
         if not self.has(file):

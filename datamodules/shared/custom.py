@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from lightning.pytorch.utilities import rank_zero_info
 
+from datamodules.shared.splits import TEST, TRAIN, VALIDATION
+
 CUSTOM = "custom"
 
 # What the files of a split may be called, without suffix.
-FILE_NAMES = {"train": ("train",), "validation": ("dev", "validation", "valid", "val"), "test": ("test",)}
+FILE_NAMES = {TRAIN: ("train",), VALIDATION: ("dev", "validation", "valid", "val"), TEST: ("test",)}
 
 
 def current_name(dataset: str, former: str) -> str:

@@ -1,0 +1,3 @@
+"""The splits of a data set, by the names that they have in all families."""
+
+TRAIN, VALIDATION, TEST = "train", "validation", "test"
