@@ -9,6 +9,7 @@ import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from PIL import Image
+from support.clock import Clock
 from support.token_task import ADAPTER, TokenData, token_batch, token_module, token_trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import DataLoader
@@ -243,17 +244,6 @@ def test_tensorboard_gets_scalars_and_maps(tmp_path):
     for tag in ("router/load_map", "router/task_load_map"):
         assert [event.step for event in events.Images(tag)] == [1, 2]  # the second: at the end
     assert [event.step for event in events.Scalars("router/load_imbalance")] == [0, 1, 2]
-
-
-class Clock:
-    """Every look at it takes a second, so a map takes one, too."""
-
-    def __init__(self):
-        self.now = 0.0
-
-    def monotonic(self):
-        self.now += 1
-        return self.now
 
 
 @pytest.mark.parametrize(("steps", "shown"), [(None, [9, 23]), (10, [9, 19, 23])])

@@ -7,6 +7,7 @@ import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from PIL import Image
+from support.clock import Clock
 from support.models import randomize
 from support.token_task import ADAPTER, TokenData, token_module, token_trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -185,17 +186,6 @@ def test_model_without_fourier_moe_is_left_in_peace(tmp_path):
 def test_fast_dev_run_writes_nothing(tmp_path):
     fit(tmp_path, SpectralOccupancy(every_n_steps=1), fast_dev_run=True)
     assert list(tmp_path.iterdir()) == []
-
-
-class Clock:
-    """Every look at it takes a second, so a measurement takes one, too."""
-
-    def __init__(self):
-        self.now = 0.0
-
-    def monotonic(self):
-        self.now += 1
-        return self.now
 
 
 @pytest.mark.parametrize("devices", [1, 2])
