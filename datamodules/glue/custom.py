@@ -12,7 +12,7 @@ from typing import Any
 from datamodules.glue.benchmarks import GlueTask
 from datamodules.glue.custom_files import SUFFIXES, read_rows
 from datamodules.glue.source import Examples, GlueSource
-from datamodules.shared.custom import CUSTOM, FILE_NAMES
+from datamodules.shared.custom import CUSTOM, data_files, expected_files, files_of_split
 from datamodules.shared.json_items import shorten
 from datamodules.shared.splits import TEST, TRAIN, VALIDATION
 from fourier_moe.errors import UserError, printable
@@ -58,7 +58,7 @@ class CustomSentences(GlueSource):
         return self._examples[split]
 
     def missing(self, split: str) -> str:
-        return f"expected {_file_names(split)} there"
+        return f"expected {expected_files(split, SUFFIXES)} there"
 
 
 @dataclass(frozen=True)
@@ -79,23 +79,23 @@ class _Rows:
 def _find_files(directory: Path) -> tuple[dict[str, Path], list[str]]:
     """The file of each split that there is, and the names of other files that look like data."""
     if not directory.is_dir():
-        raise UserError(f"directory '{directory}' does not exist; expected a directory with {_file_names(TRAIN)}, dev and test")
-    data = sorted(path for path in directory.iterdir() if path.suffix.lower() in SUFFIXES and path.is_file())
+        raise UserError(
+            f"directory '{directory}' does not exist; expected a directory with {expected_files(TRAIN, SUFFIXES)}, dev and test"
+        )
+    data = data_files(directory, SUFFIXES)
     files: dict[str, Path] = {}
-    for split, names in FILE_NAMES.items():
-        found = [path for path in data if path.stem.lower() in names]
+    for split in (TRAIN, VALIDATION, TEST):
+        found = files_of_split(data, split)
         if len(found) > 1:
             raise UserError(f"directory '{directory}' has {' and '.join(path.name for path in found)}; leave one {split} file")
         if found:
             files[split] = found[0]
     if TRAIN not in files:
         there = ", ".join(path.name for path in data) or "no such file"
-        raise UserError(f"dataset '{CUSTOM}' needs {_file_names(TRAIN)} in directory '{directory}'; there is {there}")
+        raise UserError(
+            f"dataset '{CUSTOM}' needs {expected_files(TRAIN, SUFFIXES)} in directory '{directory}'; there is {there}"
+        )
     return files, [path.name for path in data if path not in files.values()]
-
-
-def _file_names(split: str) -> str:
-    return f"{' or '.join(f'{name}.tsv' for name in FILE_NAMES[split])} (or {', '.join(SUFFIXES[1:])})"
 
 
 def _sentence_columns(path: Path) -> tuple[str, ...]:

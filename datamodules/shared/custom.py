@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
 from lightning.pytorch.utilities import rank_zero_info
 
 from datamodules.shared.splits import TEST, TRAIN, VALIDATION
@@ -9,7 +12,23 @@ from datamodules.shared.splits import TEST, TRAIN, VALIDATION
 CUSTOM = "custom"
 
 # What the files of a split may be called, without suffix.
-FILE_NAMES = {TRAIN: ("train",), VALIDATION: ("dev", "validation", "valid", "val"), TEST: ("test",)}
+_FILE_NAMES = {TRAIN: ("train",), VALIDATION: ("dev", "validation", "valid", "val"), TEST: ("test",)}
+
+
+def data_files(directory: Path, suffixes: Sequence[str]) -> list[Path]:
+    """The files of a directory that look like data, in the order of their names."""
+    return sorted(path for path in directory.iterdir() if path.suffix.lower() in suffixes and path.is_file())
+
+
+def files_of_split(files: Iterable[Path], split: str) -> list[Path]:
+    """Those that are called like a split, in upper or lower case."""
+    return [path for path in files if path.stem.lower() in _FILE_NAMES[split]]
+
+
+def expected_files(split: str, suffixes: Sequence[str]) -> str:
+    """What a split's file may be called, for errors."""
+    names = " or ".join(f"{name}{suffixes[0]}" for name in _FILE_NAMES[split])
+    return f"{names} (or {', '.join(suffixes[1:])})"
 
 
 def current_name(dataset: str, former: str) -> str:

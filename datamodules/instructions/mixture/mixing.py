@@ -10,8 +10,9 @@ from pathlib import Path
 
 from datamodules.instructions.benchmarks import Benchmark, TrainSet
 from datamodules.instructions.dataset import Example
-from datamodules.shared.custom import CUSTOM, FILE_NAMES
+from datamodules.shared.custom import CUSTOM, data_files, expected_files, files_of_split
 from datamodules.shared.json_items import SUFFIXES
+from datamodules.shared.splits import TEST, TRAIN, VALIDATION
 from fourier_moe.errors import UserError, printable
 
 HELD_OUT = "held_out"  # name of the evaluation set that is taken out of the training examples
@@ -69,7 +70,7 @@ def train_sources(
         if name in known:
             sources.append(Source(name, known[name].file, count=known[name].count, weight=weight))
         elif name == CUSTOM:
-            sources.append(_in_directory("train", "train", directory, weight))
+            sources.append(_in_directory("train", TRAIN, directory, weight))
         elif _is_path(name):
             sources.append(_custom("train", name, weight))
         else:
@@ -92,7 +93,7 @@ def evaluation_sources(
             row = benchmarks[name]
             sources.append(Source(name, row.test_file, count=row.count, benchmark=row))
         elif name == CUSTOM:
-            sources.append(_in_directory(argument, "test" if argument == "test" else "validation", directory))
+            sources.append(_in_directory(argument, TEST if argument == "test" else VALIDATION, directory))
         elif _is_path(name):
             sources.append(_custom(argument, name))
         else:
@@ -129,11 +130,11 @@ def choices(known: Iterable[str]) -> str:
 
 def _in_directory(argument: str, split: str, directory: Path | None, weight: float = 1.0) -> Source:
     """The file of a split in a directory of custom data."""
-    expected = f"{' or '.join(f'{name}.json' for name in FILE_NAMES[split])} (or {', '.join(SUFFIXES[1:])})"
+    expected = expected_files(split, SUFFIXES)
     if directory is None:
         raise UserError(f"{argument}: '{CUSTOM}' needs directory, a folder with {expected}")
-    files = sorted(path for path in directory.iterdir() if path.suffix.lower() in SUFFIXES and path.is_file())
-    found = [path for path in files if path.stem.lower() in FILE_NAMES[split]]
+    files = data_files(directory, SUFFIXES)
+    found = files_of_split(files, split)
     if len(found) != 1:
         there = ", ".join(path.name for path in found or files) or "no such file"
         raise UserError(f"{argument}: '{CUSTOM}' needs one {expected} in directory '{directory}'; there is {there}")
