@@ -304,8 +304,8 @@ class AdaptationModule(L.LightningModule):
         loader = each_loader(loaders)[dataloader_idx]
         evaluation = self.task.evaluate(batch).first(num_own(loader, batch_idx, _batch_size(batch)))
         sets[dataloader_idx].update(evaluation)
-        answers = {"given": evaluation.given, "right": evaluation.right, "num_classes": evaluation.num_classes}
-        return {"set": sets.names[dataloader_idx], "rows": evaluation.rows, **answers}
+        graded = {name: getattr(evaluation, name) for name in ("prediction", "target", "num_classes")}
+        return {"set": sets.names[dataloader_idx], "rows": evaluation.rows, **graded}
 
     def on_validation_epoch_end(self) -> None:
         self._log_evaluation("val", self.val_sets)

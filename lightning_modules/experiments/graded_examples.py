@@ -66,11 +66,11 @@ class GradedExamples(L.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        if outputs["given"] is None:
+        prediction, target, num_classes = outputs["prediction"], outputs["target"], outputs["num_classes"]
+        if prediction is None:
             return
-        given, right, num_classes = outputs["given"], outputs["right"], outputs["num_classes"]
-        num_classes = torch.zeros_like(given) if num_classes is None else num_classes
-        graded = zip(given.tolist(), right.tolist(), num_classes.tolist(), strict=True)
+        num_classes = torch.zeros_like(prediction) if num_classes is None else num_classes
+        graded = zip(prediction.tolist(), target.tolist(), num_classes.tolist(), strict=True)
         examples = self._graded.setdefault(outputs["set"] or "", {})
         examples.update(zip(map(str, batch["id"]), graded, strict=False))  # this process's own examples come first
 

@@ -102,25 +102,25 @@ class Evaluation:
         metric_inputs: keyword arguments of the metrics' `update`, each with one entry per example.
         loss: loss of each example (B,), None where none is known.
         rows: one row per example for reports, or none at all; `id` is its first entry.
-        given: class that the model gave each example (B,); for a task without classes 1 if its answer is right, else 0. None
-            where nothing is graded.
-        right: the right class of each example (B,); for a task without classes 1. None together with `given`.
-        num_classes: number of classes that each example's was chosen from (B,); None where no score needs it.
+        prediction: predicted class of each example (B,); for a task without classes 1 if its answer is correct, else 0. None
+            if nothing is graded.
+        target: correct class of each example (B,); for a task without classes 1. None together with `prediction`.
+        num_classes: number of classes to choose from, for each example (B,); None if no score needs it.
     """
 
     metric_inputs: Mapping[str, Tensor]
     loss: Tensor | None = None
     rows: Sequence[dict[str, Any]] = field(default_factory=list)
-    given: Tensor | None = None
-    right: Tensor | None = None
+    prediction: Tensor | None = None
+    target: Tensor | None = None
     num_classes: Tensor | None = None
 
     def first(self, count: int) -> Evaluation:
         """The same for the first `count` examples."""
         inputs = {name: values[:count] for name, values in self.metric_inputs.items()}
-        by_example = (self.loss, self.given, self.right, self.num_classes)
-        loss, given, right, num_classes = (None if values is None else values[:count] for values in by_example)
-        return Evaluation(inputs, loss, self.rows[:count], given, right, num_classes)
+        by_example = (self.loss, self.prediction, self.target, self.num_classes)
+        loss, *graded = (None if values is None else values[:count] for values in by_example)
+        return Evaluation(inputs, loss, self.rows[:count], *graded)
 
 
 def select(batch: Batch, rows: Sequence[int]) -> Batch:

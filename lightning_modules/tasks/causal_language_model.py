@@ -151,8 +151,8 @@ class CausalLanguageModel(Task):
         loss = torch.tensor([row["loss"] for row in rows], device=device) if "labels" in batch else None
         graded = {"accuracy": "correct", "strict_accuracy": "strict_correct"}
         inputs = {name: torch.tensor([float(row[key]) for row in rows], device=device) for name, key in graded.items()}
-        given = inputs["accuracy"].long()
-        return Evaluation(inputs, loss, rows, given, torch.ones_like(given))
+        prediction = inputs["accuracy"].long()
+        return Evaluation(inputs, loss, rows, prediction, torch.ones_like(prediction))
 
     def predict(self, batch: Batch) -> list[dict[str, Any]]:
         """Answer and grade every prompt.

@@ -212,7 +212,8 @@ class ImageClassification(Task):
     def evaluate(self, batch: Batch) -> Evaluation:
         logits = self(batch["image"])
         loss = F.cross_entropy(logits, batch["label"], reduction="none")
-        return Evaluation({"preds": logits, "target": batch["label"]}, loss, given=logits.argmax(-1), right=batch["label"])
+        inputs = {"preds": logits, "target": batch["label"]}
+        return Evaluation(inputs, loss, prediction=logits.argmax(-1), target=batch["label"])
 
     def predict(self, batch: Batch) -> list[dict[str, Any]]:
         probabilities = self(batch["image"]).softmax(-1)

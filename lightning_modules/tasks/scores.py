@@ -1,4 +1,4 @@
-"""Scores of given against right classes, once as functions of weighted examples and once as torchmetrics.
+"""Scores of predicted against correct classes, once as functions of weighted examples and once as torchmetrics.
 
 Both read the same formulas, so that what a test logs is what a paired test resamples.
 """
@@ -16,35 +16,37 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionM
 Score = Callable[[np.ndarray, np.ndarray, np.ndarray, int | None], float]
 
 
-def accuracy(given: np.ndarray, right: np.ndarray, weights: np.ndarray, num_classes: int | None = None) -> float:
-    """Share of the weight on right answers."""
-    return float(weights[given == right].sum() / weights.sum())
+def accuracy(predictions: np.ndarray, targets: np.ndarray, weights: np.ndarray, num_classes: int | None = None) -> float:
+    """Share of the weight on correct predictions."""
+    return float(weights[predictions == targets].sum() / weights.sum())
 
 
-def balanced_accuracy(given: np.ndarray, right: np.ndarray, weights: np.ndarray, num_classes: int | None = None) -> float:
-    """Mean over the classes that occur of the share of their examples answered right, as scikit-learn defines it."""
-    hits, _, actual = _counts(given, right, weights)
+def balanced_accuracy(
+    predictions: np.ndarray, targets: np.ndarray, weights: np.ndarray, num_classes: int | None = None
+) -> float:
+    """Mean recall over the classes that occur, as scikit-learn defines it."""
+    hits, _, actual = _counts(predictions, targets, weights)
     return float((hits[actual > 0] / actual[actual > 0]).mean())
 
 
-def f1(given: np.ndarray, right: np.ndarray, weights: np.ndarray, num_classes: int | None = None) -> float:
-    """Of class 1 where there are two classes, else the mean over the classes that occur or are given.
+def f1(predictions: np.ndarray, targets: np.ndarray, weights: np.ndarray, num_classes: int | None = None) -> float:
+    """F1 of class 1 of two classes, otherwise the mean over the classes that occur or are predicted.
 
-    Where `num_classes` is not known (files of an older version), two classes are assumed unless a third occurs or is given.
+    If `num_classes` is unknown (files of an older version), two classes are assumed unless a third occurs or is predicted.
     """
-    return _f1(*_counts(given, right, weights), num_classes)
+    return _f1(*_counts(predictions, targets, weights), num_classes)
 
 
-def matthews(given: np.ndarray, right: np.ndarray, weights: np.ndarray, num_classes: int | None = None) -> float:
-    """Matthews' correlation coefficient for any number of classes (Gorodkin 2004); 0 where one class is all there is."""
-    return _matthews(*_counts(given, right, weights))
+def matthews(predictions: np.ndarray, targets: np.ndarray, weights: np.ndarray, num_classes: int | None = None) -> float:
+    """Matthews' correlation coefficient for any number of classes (Gorodkin 2004); 0 if there is only one class."""
+    return _matthews(*_counts(predictions, targets, weights))
 
 
 SCORES: dict[str, Score] = {"accuracy": accuracy, "balanced_accuracy": balanced_accuracy, "f1": f1, "matthews": matthews}
 
 
 class BalancedAccuracy(MulticlassAccuracy):
-    """`balanced_accuracy` of all examples. torchmetrics' own counts a class that only occurs among the predictions as 0."""
+    """`balanced_accuracy` of all examples. torchmetrics' own counts a class that is predicted but never occurs as 0."""
 
     def __init__(self, num_classes: int) -> None:
         super().__init__(num_classes, average="macro")
@@ -56,7 +58,7 @@ class BalancedAccuracy(MulticlassAccuracy):
 
 
 class F1(MulticlassConfusionMatrix):
-    """`f1` of all examples. A task of two classes keeps its F1 of class 1 beside tasks of more, in one head."""
+    """`f1` of all examples. Under a head shared with larger tasks, a task of two classes keeps its F1 of class 1."""
 
     most_classes: Tensor
 
@@ -68,48 +70,48 @@ class F1(MulticlassConfusionMatrix):
         """Count examples.
 
         Args:
-            preds: classes that were given (B,).
-            target: the right ones (B,).
-            num_classes: number of classes of each example's task (B,); None for all of the head.
+            preds: predicted classes (B,).
+            target: correct classes (B,).
+            num_classes: number of classes of each example's task (B,); None for all classes of the head.
         """
         super().update(preds, target)
-        of_tasks = preds.new_tensor([self.num_classes]) if num_classes is None else num_classes
-        self.most_classes = torch.cat([self.most_classes.view(1), of_tasks]).amax()
+        numbers = preds.new_tensor([self.num_classes]) if num_classes is None else num_classes
+        self.most_classes = torch.cat([self.most_classes.view(1), numbers]).amax()
 
     def compute(self) -> Tensor:
         return torch.tensor(_f1(*_counts_of(super().compute()), int(self.most_classes)))
 
 
 class Matthews(MulticlassConfusionMatrix):
-    """`matthews` of all examples. torchmetrics' own gives a model that always gives one of two classes 0.03 on CoLA, not 0."""
+    """`matthews` of all examples. torchmetrics' own is 0.03, not 0, on CoLA for a model that always predicts the same class."""
 
     def compute(self) -> Tensor:
         return torch.tensor(_matthews(*_counts_of(super().compute())))
 
 
-def _f1(hits: np.ndarray, named: np.ndarray, actual: np.ndarray, num_classes: int | None) -> float:
-    both = named + actual
+def _f1(hits: np.ndarray, predicted: np.ndarray, actual: np.ndarray, num_classes: int | None) -> float:
+    both = predicted + actual
     if num_classes == 2 or (num_classes is None and not both[2:].any()):
         return float(2 * hits[1] / both[1]) if both[1] else 0.0
     return float((2 * hits[both > 0] / both[both > 0]).mean())
 
 
-def _matthews(hits: np.ndarray, named: np.ndarray, actual: np.ndarray) -> float:
+def _matthews(hits: np.ndarray, predicted: np.ndarray, actual: np.ndarray) -> float:
     total = actual.sum()
-    spread = (total**2 - (named**2).sum()) * (total**2 - (actual**2).sum())
-    return float((hits.sum() * total - (named * actual).sum()) / math.sqrt(spread)) if spread > 0 else 0.0
+    variances = (total**2 - (predicted**2).sum()) * (total**2 - (actual**2).sum())
+    return float((hits.sum() * total - (predicted * actual).sum()) / math.sqrt(variances)) if variances > 0 else 0.0
 
 
-def _counts(given: np.ndarray, right: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Weight by class of right answers, of answers, and of examples."""
-    classes = int(max(given.max(), right.max())) + 1
-    hit = given == right
-    pairs = ((given[hit], weights[hit]), (given, weights), (right, weights))
-    hits, named, actual = (np.bincount(labels, weight, minlength=max(2, classes)) for labels, weight in pairs)
-    return hits, named, actual
+def _counts(predictions: np.ndarray, targets: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Total weight of each class in correct predictions, in predictions, and in targets."""
+    classes = int(max(predictions.max(), targets.max())) + 1
+    hit = predictions == targets
+    pairs = ((predictions[hit], weights[hit]), (predictions, weights), (targets, weights))
+    hits, predicted, actual = (np.bincount(labels, weight, minlength=max(2, classes)) for labels, weight in pairs)
+    return hits, predicted, actual
 
 
 def _counts_of(confusion: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The same from how often each right class (row) was given each class (column)."""
+    """The same from a confusion matrix: targets by row, predictions by column."""
     counts = confusion.cpu().double().numpy()
     return counts.diagonal(), counts.sum(0), counts.sum(1)

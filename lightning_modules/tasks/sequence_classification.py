@@ -166,9 +166,9 @@ class SequenceClassification(Task):
         loss = F.cross_entropy(logits, batch["label"], reduction="none")
         every = torch.tensor([[0, self.num_classes]], device=logits.device).expand(len(logits), 2)
         first, end = batch.get("classes", every).unbind(-1)
-        given, right, num_classes = logits.argmax(-1) - first, batch["label"] - first, end - first
-        inputs = {"preds": given, "target": right, "num_classes": num_classes}
-        return Evaluation(inputs, loss, given=given, right=right, num_classes=num_classes)
+        prediction, target, num_classes = logits.argmax(-1) - first, batch["label"] - first, end - first
+        inputs = {"preds": prediction, "target": target, "num_classes": num_classes}
+        return Evaluation(inputs, loss, prediction=prediction, target=target, num_classes=num_classes)
 
     def predict(self, batch: Batch) -> list[dict[str, Any]]:
         probabilities = self(batch).softmax(-1)

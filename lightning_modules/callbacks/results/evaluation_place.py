@@ -28,11 +28,11 @@ class EvaluatedExamples:
     def add(self, set_name: str, outputs: Any, batch: Mapping[str, Any]) -> None:
         """Add the examples of a batch, with the outputs of the test, validation or prediction step."""
         rows = outputs if isinstance(outputs, list) else outputs["rows"]
-        right = None if isinstance(outputs, list) else outputs["right"]
+        target = None if isinstance(outputs, list) else outputs["target"]
         if rows and "prompt" in rows[0]:
             keys: Iterable[Any] = [(row["id"], row["prompt"], row["answer"]) for row in rows]
         else:
-            keys = zip(batch["id"], batch["id"] if right is None else right.tolist(), strict=False)
+            keys = zip(batch["id"], batch["id"] if target is None else target.tolist(), strict=False)
         seen = self._seen.setdefault(set_name, set())
         seen.update(hashlib.sha256(repr(key).encode("utf-8", "surrogatepass")).digest() for key in keys)
 

@@ -173,30 +173,31 @@ def test_metrics_are_torchmetrics_and_weights_are_repetitions(classes):
 
 
 @pytest.mark.parametrize(
-    ("given", "right", "expected"),
+    ("predictions", "targets", "expected"),
     [
-        ([0, 0, 1, 2], [0, 0, 1, 1], 0.75),  # a class that is only given: scikit-learn's balanced_accuracy_score
+        ([0, 0, 1, 2], [0, 0, 1, 1], 0.75),  # a class that is only predicted: scikit-learn's balanced_accuracy_score
         ([0, 0, 2, 2], [0, 0, 1, 1], 0.5),
         ([0, 1, 1, 0], [1, 1, 1, 1], 0.5),  # a single class occurs
         ([0, 0, 0, 1, 1], [0, 0, 0, 1, 2], 2 / 3),
     ],
 )
-def test_balanced_accuracy_is_the_mean_over_the_classes_that_occur(given, right, expected):
-    assert SCORES["balanced_accuracy"](np.array(given), np.array(right), np.ones(len(given))) == pytest.approx(expected)
-    assert float(BalancedAccuracy(3)(torch.tensor(given), torch.tensor(right))) == pytest.approx(expected)
+def test_balanced_accuracy_is_the_mean_over_the_classes_that_occur(predictions, targets, expected):
+    weights = np.ones(len(targets))
+    assert SCORES["balanced_accuracy"](np.array(predictions), np.array(targets), weights) == pytest.approx(expected)
+    assert float(BalancedAccuracy(3)(torch.tensor(predictions), torch.tensor(targets))) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(("num_classes", "expected"), [(2, 2 / 3), (3, (0.8 + 2 / 3) / 2)])
 def test_f1_of_three_classes_stays_the_mean_where_the_third_does_not_occur(num_classes, expected):
     """F1 of class 0 is 0.8, of class 1 it is 2/3."""
-    right, given = [0, 0, 0, 1], [0, 0, 1, 1]
-    assert f1(np.array(given), np.array(right), np.ones(4), num_classes) == pytest.approx(expected)
+    targets, predictions = [0, 0, 0, 1], [0, 0, 1, 1]
+    assert f1(np.array(predictions), np.array(targets), np.ones(4), num_classes) == pytest.approx(expected)
     metric = F1(5)  # a head that has classes of other tasks, too
     for first, end in ((0, 3), (3, 4)):
         sizes = torch.full((end - first,), num_classes)
-        metric.update(torch.tensor(given[first:end]), torch.tensor(right[first:end]), sizes)
+        metric.update(torch.tensor(predictions[first:end]), torch.tensor(targets[first:end]), sizes)
     assert float(metric.compute()) == pytest.approx(expected)
-    assert float(F1(num_classes)(torch.tensor(given), torch.tensor(right))) == pytest.approx(expected)
+    assert float(F1(num_classes)(torch.tensor(predictions), torch.tensor(targets))) == pytest.approx(expected)
 
 
 def test_older_files_of_graded_examples_load_without_a_number_of_classes(tmp_path):
@@ -208,12 +209,12 @@ def test_older_files_of_graded_examples_load_without_a_number_of_classes(tmp_pat
     assert np.array_equal(loaded.targets, one.targets)
 
 
-@pytest.mark.parametrize("given", [0, 1])
-@pytest.mark.parametrize("right", [[0] * 5, [1] * 5, [0, 0, 1, 1, 1]])
-def test_matthews_of_one_answer_for_all_is_none(given, right):
-    answers, labels = np.full(5, given), np.array(right)
-    assert matthews(answers, labels, np.ones(5)) == 0
-    assert Matthews(2)(torch.tensor(answers), torch.tensor(labels)) == 0
+@pytest.mark.parametrize("prediction", [0, 1])
+@pytest.mark.parametrize("targets", [[0] * 5, [1] * 5, [0, 0, 1, 1, 1]])
+def test_matthews_of_one_prediction_for_all_is_zero(prediction, targets):
+    predictions, targets = np.full(5, prediction), np.array(targets)
+    assert matthews(predictions, targets, np.ones(5)) == 0
+    assert Matthews(2)(torch.tensor(predictions), torch.tensor(targets)) == 0
 
 
 def test_samples_are_shared_between_methods_and_stay_within_their_test_set():
