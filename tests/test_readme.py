@@ -12,6 +12,7 @@ from torch import nn
 
 import lightning_modules.commands.compare
 import lightning_modules.experiments.grid
+import lightning_modules.experiments.tuning
 import lightning_modules.tasks
 import train
 from fourier_moe import FourierMoEConfig, adapters, inject, save_adapter
@@ -146,7 +147,7 @@ def parse(main, monkeypatch):
         parsed.append(self.config[self.subcommand] if self.subcommand else self.config)
         raise ParsedError
 
-    def one_run(overlay, seed, args, output):
+    def one_run(overlay, seed, args, output, measure):
         if seed == 0 and not parsed:
             with pytest.raises(ParsedError):
                 AdaptationCLI([*args, "--seed_everything", str(seed)], run=False)
@@ -154,11 +155,13 @@ def parse(main, monkeypatch):
         return Result("Method", overlay, seed, "test/accuracy", metrics, {"head": 1}, 1.0)
 
     monkeypatch.setattr(AdaptationCLI, "instantiate_classes", instantiate_classes)
-    monkeypatch.setattr(lightning_modules.experiments.grid, "_run", one_run)
+    monkeypatch.setattr(lightning_modules.experiments.grid, "run_one", one_run)
     # What compare does before the first run needs the models themselves.
     monkeypatch.setattr(lightning_modules.commands.compare, "parse_grid", lambda grid, metric: grid)
     monkeypatch.setattr(lightning_modules.commands.compare, "unfair_differences", lambda cells: [])
     monkeypatch.setattr(lightning_modules.commands.compare, "_sizes", lambda cells, budget: ({name: [] for name in cells}, ""))
+    monkeypatch.setattr(lightning_modules.commands.compare, "own_rates", lambda cells: {name: {} for name in cells})
+    monkeypatch.setattr(lightning_modules.experiments.tuning, "run_one", one_run)
 
     def parse(*words):
         try:

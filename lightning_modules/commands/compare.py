@@ -18,6 +18,8 @@ from lightning_modules.experiments.paired_tests import differences, format_diffe
 from lightning_modules.experiments.preflight import Variant, parse_grid, raise_together, unfair_differences
 from lightning_modules.experiments.report import format_table, method_labels, partial_runs, publish, unfair_runs
 from lightning_modules.experiments.results import Result, result_frame
+from lightning_modules.experiments.tuning import Trial, best_trial, own_rates, rate_words, trial_table
+from lightning_modules.experiments.tuning import tune as tune_rates
 from lightning_modules.tables import markdown_table
 
 OWN = "config"  # the adapter that the config itself names
@@ -31,6 +33,7 @@ def compare(
     adapters: str | list[str],
     seeds: PositiveInt = 3,
     match_parameters: str | int | None = None,
+    tune: PositiveInt | None = None,
     metric: str | None = None,
     output: str | None = None,
 ) -> list[Result]:
@@ -49,6 +52,8 @@ def compare(
         seeds: number of seeds: 0, 1, ...
         match_parameters: choose every adapter's size (rank, coefficients) such that it trains this many parameters beside the
             head: `150000`, or a share of the pretrained model's: `0.42%`.
+        tune: number of trials over its learning rates that every adapter gets, judged on validation data with a seed of their
+            own; by default the rates of the config and the overlays are used.
         metric: test metric to compare: `matthews`, or `cola/matthews` of one of several test sets; the task's main metric by
             default.
         output: directory of the results; `runs/compare/<config's name>` by default.
@@ -69,15 +74,22 @@ def compare(
     sized, sizes = _sizes(variants, budget)
     grid = {name: [*words, *sized[name]] for name, words in grid.items()}
     notes = unfair_differences(variants)
+    rates = own_rates(variants)
     del variants  # the runs need the memory
     print(f"\n{sizes}")
 
+    tuned: dict[str, list[Trial]] = {}
+    if tune:
+        tuned = {name: tune_rates(name, grid[name], rates[name], tune, metric, directory) for name in names}
+        grid = {name: [*words, *rate_words(best_trial(tuned[name]).rates)] for name, words in grid.items()}
     results, failures = run_grid(grid, seeds, directory)
     frame, labels, parts = None, {}, []
     if results:
         frame = _frame(results, metric)
         labels = method_labels(frame)
         parts = _tables(frame, labels, next(iter(grid)), notes, directory)
+        if tuned:
+            parts += trial_table(tuned, labels, frame["metric"].iat[0].replace("test/", "val/", 1), directory)
     if budget:
         parts.append(f"Parameters matched to {match_parameters}:\n\n{sizes}")
 

@@ -8,7 +8,7 @@ import statistics
 import sys
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -46,12 +46,12 @@ def run_grid(grid: Mapping[str, Sequence[str]], seeds: int, output: Path) -> tup
         print(f"\n=== {number}/{len(runs)}: {name}, seed {seed}{left} ===", flush=True)
         begin, kept = time.perf_counter(), kept_file(output, name, seed).is_file()
         try:
-            results.append(_run(name, seed, [*grid[name]], output))
+            results.append(run_one(name, seed, [*grid[name]], output, _train_and_test))
         except (KeyboardInterrupt, SystemExit):  # Lightning makes the former the latter
             print(f"\ninterrupted: {len(results)} of {len(runs)} runs are in {output}; repeat the command to go on", flush=True)
             raise
         except Exception as error:
-            failures.append(f"{name}, seed {seed}: {_describe(error)}")
+            failures.append(f"{name}, seed {seed}: {describe_error(error)}")
             print(f"failed: {failures[-1]}", file=sys.stderr, flush=True)
         if not kept:
             seconds[name, seed] = time.perf_counter() - begin
@@ -87,8 +87,22 @@ def _remaining(runs: Sequence[tuple[str, int]], seconds: Mapping[tuple[str, int]
     return f", about {text} left"
 
 
-def _run(variant: str, seed: int, args: list[str], output: Path) -> Result:
-    """Train and test, or read the result of an earlier run of the same resolved config."""
+def run_one(
+    variant: str,
+    seed: int,
+    args: list[str],
+    output: Path,
+    measure: Callable[[AdaptationCLI, str, int], tuple[Result, dict[str, GradedSet]]],
+) -> Result:
+    """Make one run, or read its result if a run of the same resolved config is kept.
+
+    Args:
+        variant: name of the variant.
+        seed: its seed.
+        args: arguments of `fit`.
+        output: directory of the runs.
+        measure: trains and evaluates; gets the parsed run, the variant and the seed.
+    """
     name = f"{variant_directory(variant)}/seed_{seed}"
     logger = ["--trainer.logger.init_args.save_dir", str(output), "--trainer.logger.init_args.name", name]
     try:
@@ -101,7 +115,7 @@ def _run(variant: str, seed: int, args: list[str], output: Path) -> Result:
     if kept is not None:
         kept.pop("overlay", None)  # the variant's former name
         return Result(**kept | {"variant": variant})
-    result, examples = _train_and_test(cli, variant, seed)
+    result, examples = measure(cli, variant, seed)
     if cli.trainer.is_global_zero:
         write_run(path, config, asdict(result), examples)
     return result
@@ -120,7 +134,7 @@ def _train_and_test(cli: AdaptationCLI, variant: str, seed: int) -> tuple[Result
     trainer.fit(model, cli.datamodule)
     last_step = trainer.global_step
     router = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("router/")}
-    metrics = _merged(trainer.test(model, cli.datamodule, verbose=False))
+    metrics = merged(trainer.test(model, cli.datamodule, verbose=False))
     partial = limit_of(trainer, "test", each_loader(trainer.test_dataloaders))
     graded = examples.gather(trainer)
     main_metric = f"test/{model.task.main_metric}"
@@ -132,7 +146,7 @@ def _train_and_test(cli: AdaptationCLI, variant: str, seed: int) -> tuple[Result
     if best is not None:
         path, step = best
         same = step == last_step  # then it holds the weights just tested
-        best_metrics = metrics if same else _merged(trainer.test(model, cli.datamodule, ckpt_path=path, verbose=False))
+        best_metrics = metrics if same else merged(trainer.test(model, cli.datamodule, ckpt_path=path, verbose=False))
     result = Result(
         method=type(model.adapter).__name__.removesuffix("Config"),
         variant=variant,
@@ -163,12 +177,12 @@ def _best_checkpoint(callbacks: list[Any]) -> tuple[str, int] | None:
     return None
 
 
-def _merged(metrics_of_sets: list[Any]) -> dict[str, float]:
+def merged(metrics_of_sets: list[Any]) -> dict[str, float]:
     """Return the metrics of all test sets in one dictionary; their names contain the set."""
     return {name: float(value) for metrics in metrics_of_sets for name, value in metrics.items()}
 
 
-def _describe(error: Exception) -> str:
+def describe_error(error: Exception) -> str:
     """Return one line; print the traceback before it, unless the error is the user's mistake."""
     mistake = user_error(error)
     if mistake is None:

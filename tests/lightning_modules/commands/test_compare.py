@@ -323,7 +323,7 @@ def test_bug_shows_its_traceback_and_nothing_but_failures_is_no_table(compare, o
 
 @pytest.fixture
 def _no_run(monkeypatch):
-    monkeypatch.setattr(lightning_modules.experiments.grid, "_run", lambda *_: pytest.fail("a run began"))
+    monkeypatch.setattr(lightning_modules.experiments.grid, "run_one", lambda *_: pytest.fail("a run began"))
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,7 @@ def trained(monkeypatch):
 
 @pytest.fixture
 def _no_run(monkeypatch):
-    monkeypatch.setattr(lightning_modules.experiments.grid, "_run", lambda *_: pytest.fail("a run began"))
+    monkeypatch.setattr(lightning_modules.experiments.grid, "run_one", lambda *_: pytest.fail("a run began"))
 
 
 def anything(adapter):
