@@ -1,4 +1,4 @@
-"""The trainer: one LightningModule, tasks, optimisation, callbacks."""
+"""The trainer: one LightningModule, tasks, optimization, callbacks."""
 
 import logging
 

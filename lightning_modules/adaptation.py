@@ -1,4 +1,4 @@
-"""AdaptationModule: the single LightningModule. Task + adapter + optimisation."""
+"""AdaptationModule: the single LightningModule. Task + adapter + optimization."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class BatchLosses(NamedTuple):
     """What the loss of a training batch was made of, on this process; scalars without gradients.
 
     Attributes:
-        weight: the batch's weight in its optimiser step, see `Task.loss_weight`.
+        weight: the batch's weight in its optimizer step, see `Task.loss_weight`.
         task: the task's loss.
         balance: the load-balancing losses of all adapters, times their weights.
         penalty: what adapters put on their own parameters.

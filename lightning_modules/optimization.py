@@ -50,7 +50,7 @@ class Optimization:
         head: the head.
         backbone: the pretrained weights (full fine-tuning only).
         schedule: learning rate after warm-up: `linear` or `cosine` to 0 at the last step, or `constant`.
-        warmup_ratio: share of all optimiser steps over which the rate rises from 0.
+        warmup_ratio: share of all optimizer steps over which the rate rises from 0.
         betas: AdamW's moment decay rates.
     """
 
@@ -89,7 +89,7 @@ class Optimization:
         return optimizer
 
     def build_scheduler(self, optimizer: AdamW, num_steps: int) -> LambdaLR:
-        """The schedule over `num_steps` optimiser steps."""
+        """The schedule over `num_steps` optimizer steps."""
         return LambdaLR(optimizer, self._share_of_peak(num_steps))
 
     def reschedule(self, scheduler: LambdaLR, num_steps: int) -> None:
@@ -115,7 +115,7 @@ class Optimization:
         return get_scheduler(name, some, num_warmup_steps=warmup, num_training_steps=num_steps).lr_lambdas[0]
 
     def override(self, checkpoint: dict[str, Any]) -> None:
-        """Put these learning rates, weight decays and betas into a Lightning checkpoint's optimiser and scheduler states.
+        """Put these learning rates, weight decays and betas into a Lightning checkpoint's optimizer and scheduler states.
 
         Otherwise a resumed run silently goes on with the remembered values. The schedule's position is kept.
         """

@@ -45,7 +45,7 @@ def plot_comparison(path: Path, frame: pd.DataFrame, labels: Mapping[str, str]) 
             )  # fmt: skip
         front = mean.loc[pareto_front({name: (mean.loc[name, price], mean.loc[name, "percent"]) for name in names})]
         fronts.update(front.index)
-        axes.plot(front[price], front["percent"], ":", color="grey", zorder=0)
+        axes.plot(front[price], front["percent"], ":", color="gray", zorder=0)
         axes.set_xlabel(title)
     left.set_xscale("log")
     right.set_xlim(left=0)

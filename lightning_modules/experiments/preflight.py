@@ -47,7 +47,7 @@ class Variant:
         """Inject an adapter into a copy of the outline, which costs no memory and little time, and group the parameters.
 
         Raises:
-            UserError: if the adapter does not fit the model, or the optimisation does not fit the adapter.
+            UserError: if the adapter does not fit the model, or the optimization does not fit the adapter.
         """
         model, adapter = copy.deepcopy(self.outline), dataclasses.replace(adapter, head=self.head_names)
         report = inject(model, adapter)

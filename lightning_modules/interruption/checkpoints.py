@@ -1,4 +1,4 @@
-"""Checkpoint files: written whole or not at all, checked before they are read, tensors and numbers only."""
+"""Checkpoint files: written atomically, verified before they are read, restricted to tensors and plain values."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ _MARK = b"fourier_moe sha256 "
 _END_OF_ZIP = b"PK\x05\x06"  # begins the last 22 bytes of a zip archive that has no comment
 _END_SIZE = 22
 _POSITION = re.compile(rb"step (\d+) written (\d+) (whole|weights) " + re.escape(_MARK) + rb"[0-9a-f]{64}\Z")
-_POSITION_SIZE = 200  # bytes at the end of a file that surely hold it
+_POSITION_SIZE = 200  # bytes at the end of a file; enough to contain it
 
 
 @dataclass(frozen=True, order=True)
 class Position:
     """How far training was when a checkpoint was written; the newer of two is the greater.
 
-    The file itself records it, so that copying or unpacking a run directory changes nothing.
+    The file itself records it, so copying or unpacking a run directory does not change it.
 
     Args:
-        step: optimiser steps.
-        written: time of writing in ns; tells two checkpoints of one step apart.
-        whole: whether training can go on from it; a checkpoint of weights alone (`save_weights_only`) has no optimiser state.
+        step: optimizer steps.
+        written: time of writing in ns; orders checkpoints of the same step.
+        whole: whether training can resume from it; weights alone (`save_weights_only`) lack the optimizer state.
     """
 
     step: int
@@ -49,15 +49,15 @@ class Position:
 class CheckedCheckpointIO(TorchCheckpointIO):
     """torch's format with step and checksum in the zip archive's comment; `torch.load` reads the files as usual.
 
-    torch itself notices no flipped bit in a tensor. A file is written beside its place under another name and then moved
-    there, so that a process killed at any moment leaves the old file or the new one.
+    torch itself does not detect a flipped bit in a tensor. Files are written under a temporary name and then renamed, so a
+    process that is killed at any moment leaves either the old file or the new one.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None) -> None:
-        """Write a checkpoint and see it on the disk.
+        """Write a checkpoint and flush it to disk.
 
         Raises:
-            UserError: if the file cannot be written (a full disk, no permission); what was at `path` is still there.
+            UserError: if the file cannot be written (a full disk, no permission); the file that was at `path` is kept.
         """
         if storage_options is not None:
             raise UserError(f"storage_options={storage_options!r} must be None")
@@ -71,8 +71,8 @@ class CheckedCheckpointIO(TorchCheckpointIO):
         except OSError as error:
             step, cause = checkpoint.get("global_step"), os.strerror(error.errno) if error.errno else error
             raise UserError(
-                f"checkpoint {path} of step {step} cannot be written: {cause}; earlier checkpoints are as they were. "
-                "Make room there, then resume with --ckpt_path RUN_DIRECTORY, which takes the newest intact one"
+                f"checkpoint {path} of step {step} cannot be written: {cause}; earlier checkpoints are intact. "
+                "Free some space, then resume with --ckpt_path RUN_DIRECTORY, which takes the newest intact one"
             ) from error
 
     def load_checkpoint(
@@ -81,10 +81,10 @@ class CheckedCheckpointIO(TorchCheckpointIO):
         map_location: Callable[..., Any] | None = lambda storage, loc: storage,
         weights_only: bool | None = None,
     ) -> dict[str, Any]:
-        """Check the file, then read it; code in it is never run.
+        """Verify the file, then read it without running code from it.
 
         Raises:
-            UserError: if the file is damaged, or holds other things than tensors and plain values.
+            UserError: if the file is damaged, or contains more than tensors and plain values.
         """
         if weights_only is False:
             raise UserError("weights_only=False would run code from a checkpoint; leave it out or set it to True")
@@ -92,7 +92,7 @@ class CheckedCheckpointIO(TorchCheckpointIO):
 
 
 def read_checkpoint(path: str | os.PathLike[str], map_location: Any = "cpu") -> dict[str, Any]:
-    """A checkpoint's content, if its bytes are those that were written."""
+    """Return the content of a checkpoint; raise UserError if it is damaged or contains code."""
     with fsspec.open(str(path), "rb") as file:
         content = file.read()
     problem = _problem(content)
@@ -106,17 +106,17 @@ def read_checkpoint(path: str | os.PathLike[str], map_location: Any = "cpu") -> 
         return torch.load(io.BytesIO(content), map_location=map_location, weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(
-            f"checkpoint {path} holds more than tensors and plain values; reading it could run code and is refused"
+            f"checkpoint {path} contains more than tensors and plain values; it is refused, since reading it could run code"
         ) from error
 
 
 def is_intact(path: Path) -> bool:
-    """Whether a file is a whole checkpoint as far as can be seen without loading it."""
+    """Return whether a file is an undamaged checkpoint, without loading it."""
     return _problem(path.read_bytes()) is None
 
 
 def position(path: Path) -> Position | None:
-    """How far training was, without reading the weights; None if the file is no checkpoint or is badly damaged."""
+    """Return how far training was, without reading the weights; None for a file that is not a checkpoint or badly damaged."""
     with path.open("rb") as file:
         file.seek(-min(_POSITION_SIZE, path.stat().st_size), os.SEEK_END)
         found = _POSITION.search(file.read())
@@ -125,12 +125,12 @@ def position(path: Path) -> Position | None:
     try:  # an older version or another program wrote it
         content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         return Position(int(content["global_step"]), path.stat().st_mtime_ns, "optimizer_states" in content)
-    except Exception:  # torch and pickle raise errors of any kind for files that are no checkpoints
+    except Exception:  # torch and pickle raise all kinds of errors for other files
         return None
 
 
 def positions(*directories: Path) -> dict[Path, Position | None]:
-    """Every checkpoint file in or below the directories, the newest first; before them files without a readable position."""
+    """Return all checkpoint files in or below the directories: unreadable ones, then the others from new to old."""
     paths = sorted({path for directory in directories for path in directory.rglob("*.ckpt")})
     found = {path: position(path) if path.is_file() else None for path in paths}
     unknown = {path: None for path, place in found.items() if place is None}
@@ -140,13 +140,13 @@ def positions(*directories: Path) -> dict[Path, Position | None]:
 
 
 def newest_intact(*directories: Path, to_resume: bool = False) -> tuple[Path | None, list[str]]:
-    """The undamaged checkpoint of the greatest step in or below the directories.
+    """Find the newest undamaged checkpoint in or below the directories.
 
     Args:
-        to_resume: leave out checkpoints of weights alone.
+        to_resume: skip checkpoints of weights alone.
 
     Returns:
-        Its path, None if there is none, and what is wrong with files that may be newer.
+        Its path (None if there is none), and the problems of files that may be newer.
     """
     problems: list[str] = []
     for path, place in positions(*directories).items():
@@ -162,13 +162,13 @@ def newest_intact(*directories: Path, to_resume: bool = False) -> tuple[Path | N
 
 
 def require_writable(directory: Path, option: str) -> None:
-    """Try to write where a directory is or will be.
+    """Check that a directory, which may not exist yet, can be written to.
 
     Args:
-        option: which one it comes from, for the message.
+        option: the option that sets it, for the message.
 
     Raises:
-        UserError: if that fails.
+        UserError: if it cannot.
     """
     there = next(path for path in (directory.absolute(), *directory.absolute().parents) if path.exists())
     try:
@@ -195,7 +195,7 @@ def _with_checksum(checkpoint: dict[str, Any]) -> bytes:
 
 
 def _problem(content: bytes) -> str | None:
-    """What shows that these are not the bytes of a whole checkpoint."""
+    """Return why these are not the bytes of an undamaged checkpoint, or None if they are."""
     if content[:-64].endswith(_MARK):
         intact = hashlib.sha256(memoryview(content)[:-64]).hexdigest().encode() == content[-64:]
         return None if intact else "its checksum differs"
@@ -208,4 +208,4 @@ def _problem(content: bytes) -> str | None:
 
 def _advice(path: Path) -> str:
     other, _ = newest_intact(path.parent)
-    return f"the newest intact one beside it: {other}" if other else "there is no intact one beside it"
+    return f"the newest intact checkpoint in this directory: {other}" if other else "this directory has no intact checkpoint"

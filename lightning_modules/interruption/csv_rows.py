@@ -1,4 +1,4 @@
-"""Lightning's CSVLogger deletes the rows that its file has when a run opens it again; a run that goes on keeps them."""
+"""Keep the rows of a resumed run's CSV files, which Lightning's CSVLogger deletes when it opens them again."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from lightning.pytorch.utilities import rank_zero_only
 
 
 def open_csv_files(trainer: L.Trainer) -> None:
-    """Open the CSV files of the trainer's loggers with the rows that they have.
+    """Open the CSV files of the trainer's loggers and keep their rows.
 
-    To be called before Lightning opens them, which it does right after `configure_callbacks`. Touches `_experiment` of
-    CSVLogger and `metrics_keys` of its writer.
+    Call it before Lightning opens them, which it does right after `configure_callbacks`. Uses the private `_experiment` of
+    CSVLogger, and `metrics_keys` of its writer.
     """
     for logger in _csv_loggers(trainer):
         path = _path(logger)
         aside = path.with_name(f".{path.name}.kept")
         if path.is_file() and logger._experiment is None:
             os.replace(path, aside)
-        if aside.is_file():  # also after a kill in between
+        if aside.is_file():  # also if an earlier run was killed before it moved the file back
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="Experiment logs directory .* exists and is not empty")
                 writer = logger.experiment
@@ -32,15 +32,15 @@ def open_csv_files(trainer: L.Trainer) -> None:
 
 
 def rows_in_csv_files(trainer: L.Trainer) -> list[int]:
-    """How many rows each CSV file has."""
+    """Return the number of rows of each CSV file."""
     return [len(_read(_path(logger))[1]) if _path(logger).is_file() else 0 for logger in _csv_loggers(trainer)]
 
 
 def cut_csv_files(trainer: L.Trainer, counts: list[int]) -> None:
-    """Drop rows of steps that are going to be done again.
+    """Drop the rows of steps that a resumed run repeats.
 
     Args:
-        counts: rows that each file had when the checkpoint was written.
+        counts: number of rows of each file when the checkpoint was written.
     """
     for logger, count in zip(_csv_loggers(trainer), counts, strict=False):
         path = _path(logger)
@@ -56,7 +56,7 @@ def cut_csv_files(trainer: L.Trainer, counts: list[int]) -> None:
 
 
 def _csv_loggers(trainer: L.Trainer) -> list[CSVLogger]:
-    """In the process that writes."""
+    """Return the loggers that write CSV files, none on processes that do not write."""
     main = getattr(rank_zero_only, "rank", 0) == 0
     return [logger for logger in trainer.loggers if isinstance(logger, CSVLogger)] if main else []
 

@@ -1,4 +1,4 @@
-"""A run ends at once when its loss or a weight is not finite. Uses the private `_trainer` of LightningModule."""
+"""Stop a run as soon as its loss or a weight is not finite. Uses the private `_trainer` of LightningModule."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from fourier_moe.errors import UserError
 
 
 def require_finite_loss(module: L.LightningModule, losses: Mapping[str, Tensor], batch: Mapping[str, Any]) -> None:
-    """Stop all processes before a loss that is nan or infinite reaches a weight.
+    """Stop all processes before a loss that is nan or infinite changes a weight.
 
     Args:
         losses: the parts of the loss by name.
-        batch: its examples' ids are named.
+        batch: the training batch; the message names some of its ids.
 
     Raises:
-        UserError: on every process, with step, cause and advice.
+        UserError: on every process, naming the step and the cause.
     """
     own = not all(bool(loss.isfinite()) for loss in losses.values())
-    trainer = module._trainer  # None where someone calls training_step alone
+    trainer = module._trainer  # None if training_step is called without a trainer
     if not (own if trainer is None else trainer.strategy.reduce_boolean_decision(own, all=False)):
         return
     place = f"the loss is not finite at step {module.global_step} of epoch {module.current_epoch}"
     if not own:
-        raise UserError(f"{place} on another process, whose message names the cause")
+        raise UserError(f"{place} on another process; see its message for the cause")
     values = ", ".join(f"{name} loss {float(loss):g}" for name, loss in losses.items())
     ids = ", ".join(map(str, list(batch["id"])[:4]))
     weights = _not_finite((name, weight) for name, weight in module.named_parameters() if weight.requires_grad)
@@ -41,10 +41,10 @@ def require_finite_loss(module: L.LightningModule, losses: Mapping[str, Tensor],
 
 
 def require_finite_weights(trainer: L.Trainer, state: Mapping[str, Tensor]) -> None:
-    """Keep the last good checkpoint: one with weights that are nan or infinite is not written.
+    """Refuse to write a checkpoint with weights that are nan or infinite, so that the last good one is kept.
 
     Raises:
-        UserError: naming step and weights.
+        UserError: naming the step and the weights.
     """
     names = _not_finite(state.items())
     if names:
@@ -63,6 +63,6 @@ def _advice(optimizers: list[Optimizer]) -> str:
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     rates = ", ".join(f"{group['name']} {group['initial_lr']:g}" for group in groups)
     return (
-        f"lower the learning rates (now at most: {rates}) or set --trainer.gradient_clip_val 1, and go on from the newest good "
-        "checkpoint with --ckpt_path RUN_DIRECTORY"
+        f"lower the learning rates (now at most: {rates}) or set --trainer.gradient_clip_val 1, and resume from the newest "
+        "good checkpoint with --ckpt_path RUN_DIRECTORY"
     )

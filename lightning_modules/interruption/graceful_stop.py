@@ -1,4 +1,4 @@
-"""GracefulStop: signals and full disks end a run after the current batch, with a checkpoint."""
+"""GracefulStop: write a checkpoint before a signal or a full disk ends a run."""
 
 from __future__ import annotations
 
@@ -28,26 +28,26 @@ NAME = "interrupted.ckpt"
 
 
 class GracefulStop(L.Callback):
-    """Write `checkpoints/interrupted.ckpt`, say how to resume, and exit with 128 + the signal's number.
+    """Write `checkpoints/interrupted.ckpt`, print how to resume, and exit with 128 + the signal's number.
 
-    AdaptationModule brings it along. The signals are SIGTERM, SIGHUP (a closed terminal), SIGINT (pressed again, it ends at
-    once) and, in a SLURM job that may be requeued, the one that announces the time limit (`--signal=USR1@120`), after which the
-    job is requeued. A signal that the process ignores (`nohup`) stays ignored. A handler only notes the signal. All processes
-    agree after every training batch, so that one signal to one of them is enough. With a single process a validation is left
-    before its end, too; several, which may have unequally many batches, end it first.
+    AdaptationModule adds it to every run. The signals are SIGTERM, SIGHUP (a closed terminal), SIGINT (a second one exits at
+    once) and, in a SLURM job that may be requeued, the signal that announces the time limit (`--signal=USR1@120`), after which
+    the job is requeued. A signal that the process ignores (`nohup`) stays ignored. A handler only records the signal. All
+    processes agree after every training batch, so a signal to one of them is enough. A single process also leaves a validation
+    early; several processes, which may have different numbers of batches, finish it first.
 
-    These handlers replace Lightning's, which save from within the handler, during an optimiser step. Uses the Trainer's private
-    `_accelerator_connector`.
+    These handlers replace Lightning's, which save within the handler, possibly during an optimizer step. Uses the Trainer's
+    private `_accelerator_connector`.
 
-    A full disk raises an error wherever it is met first, and the checkpoint is written then: if not beside the others, in the
-    directory for temporary files. Several processes cannot do that, since only one of them sees the error.
+    A full disk raises an error in whichever writer meets it first. The checkpoint is then written beside the others or, if that
+    fails, in the directory for temporary files. With several processes it is not, since only one of them sees the error.
     """
 
     def __init__(self) -> None:
         self._received: int | None = None
         self._requeue: int | None = None
         self._before: dict[int, Any] = {}
-        self._trained = False  # a batch since the start
+        self._trained = False  # whether this run has trained a batch
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._trained = False
@@ -99,9 +99,9 @@ class GracefulStop(L.Callback):
         self._received = number
         if number == signal.SIGHUP:
             _leave_closed_terminal()
-        again = ", again for an end without one" if number == signal.SIGINT else ""
-        if getattr(rank_zero_only, "rank", 0) == 0:  # past sys.stderr, which may be writing right now
-            text = f"\n{signal.Signals(number).name} received: checkpoint and end after this batch{again}\n"
+        again = "; press again to exit without one" if number == signal.SIGINT else ""
+        if getattr(rank_zero_only, "rank", 0) == 0:  # not sys.stderr, which may be in use
+            text = f"\n{signal.Signals(number).name} received: writing a checkpoint and exiting after this batch{again}\n"
             with contextlib.suppress(OSError):
                 os.write(2, text.encode())
 
@@ -111,13 +111,13 @@ class GracefulStop(L.Callback):
         self._before.clear()
 
     def _stop(self, trainer: L.Trainer) -> None:
-        number = self._received or signal.SIGTERM  # which another process got
+        number = self._received or signal.SIGTERM  # received by another process
         reason = f"{signal.Signals(number).name} ended the run at step {trainer.global_step}"
         path = _checkpoint_path(trainer)
         if path is None:
             rank_zero_warn(f"{reason}; no checkpoint was written, since the run has no checkpoint callback")
         else:
-            trainer.save_checkpoint(path, weights_only=False)  # unsaid, Lightning logs its default
+            trainer.save_checkpoint(path, weights_only=False)  # by default Lightning logs a hint
             rank_zero_info(f"\n{reason}. Checkpoint: {path}\nResume: {resume_command(trainer, path, path.parent.parent)}")
         if number == self._requeue and trainer.is_global_zero:
             _requeue_job()
@@ -128,12 +128,12 @@ class GracefulStop(L.Callback):
         path = _checkpoint_path(trainer)
         if path is None:
             return
-        newest = f"go on from the newest checkpoint with --ckpt_path {path.parent}"
+        newest = f"resume from the newest checkpoint with --ckpt_path {path.parent}"
         if trainer.world_size > 1:
-            rank_zero_warn(f"{reason}; several processes write no checkpoint after an error of one, {newest}")
+            rank_zero_warn(f"{reason}; with several processes no checkpoint is written after an error of one; {newest}")
             return
         if not between_steps(trainer):
-            rank_zero_warn(f"{reason}, in the middle of a step, of which no checkpoint can be written; {newest}")
+            rank_zero_warn(f"{reason} during a step, when no checkpoint can be written; {newest}")
             return
         for beside_the_others in (True, False):
             try:
@@ -143,13 +143,13 @@ class GracefulStop(L.Callback):
                 rank_zero_warn(str(problem))
                 continue
             command = resume_command(trainer, place, path.parent.parent)
-            rank_zero_info(f"\n{reason}. Checkpoint: {place}\nMake room, then resume: {command}")
+            rank_zero_info(f"\n{reason}. Checkpoint: {place}\nFree some space, then resume: {command}")
             return
         rank_zero_warn(f"{reason}, and no checkpoint could be written; {newest}")
 
 
 def resume_command(trainer: L.Trainer, path: Path, run: Path) -> str:
-    """The line that goes on from a checkpoint in the directory of the run."""
+    """Return the command that resumes from a checkpoint in the directory of the run."""
     config = run / "config.yaml"
     if not config.is_file():
         return f"the same command with --ckpt_path {shlex.quote(str(path))}"
@@ -161,7 +161,7 @@ def resume_command(trainer: L.Trainer, path: Path, run: Path) -> str:
 
 
 def _checkpoint_path(trainer: L.Trainer) -> Path | None:
-    """Beside the other checkpoints; None if the run writes none."""
+    """Return the path of `interrupted.ckpt`, beside the other checkpoints; None if the run writes none."""
     kept = [callback for callback in trainer.checkpoint_callbacks if not isinstance(callback, NewestState)]
     if trainer.fast_dev_run or not kept:  # type: ignore[attr-defined]
         return None
@@ -170,7 +170,7 @@ def _checkpoint_path(trainer: L.Trainer) -> Path | None:
 
 
 def _leave_closed_terminal() -> None:
-    """Let go on what is printed (the progress bar) once the terminal takes nothing more."""
+    """Send the output (progress bar) to /dev/null, since writing to the closed terminal would fail."""
     for descriptor in (1, 2):
         with contextlib.suppress(OSError):  # closed already
             if stat.S_ISCHR(os.fstat(descriptor).st_mode) and not os.isatty(descriptor):

@@ -1,4 +1,4 @@
-"""Locks between processes, also of several machines. They end with the process that holds them."""
+"""Locks between processes, also on several machines. A lock ends with the process that holds it."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ Lock = tuple[int, Path]
 
 
 def take_lock(directory: Path, wait: bool = False) -> Lock | None:
-    """Lock a directory by a file beside it, `.<name>.lock`. None where the file system has no locks.
+    """Lock a directory by a file beside it, `.<name>.lock`. Return None if the file system has no locks.
 
-    POSIX locks, unlike flock's, are not inherited by DataLoader workers, which outlive a killed run, and work over NFS.
+    Unlike those of flock, POSIX locks are not inherited by DataLoader workers, which outlive a killed run, and work over NFS.
 
     Args:
-        wait: until another process gives it back.
+        wait: whether to wait until the lock is free.
 
     Raises:
-        BlockingIOError: if another process has it, without `wait`.
-        OSError: if the file cannot be made.
+        BlockingIOError: if another process holds the lock and `wait` is false.
+        OSError: if the file cannot be created.
     """
     path = directory.with_name(f".{directory.name}.lock")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -36,11 +36,11 @@ def take_lock(directory: Path, wait: bool = False) -> Lock | None:
             return None
         if path.exists() and os.path.samestat(path.stat(), os.fstat(handle)):
             return handle, path
-        os.close(handle)  # its owner has removed it in between
+        os.close(handle)  # the previous holder has removed it
 
 
 def release_lock(lock: Lock | None) -> None:
-    """Give a lock back, and remove its file."""
+    """Release a lock and remove its file."""
     if lock is not None:
         handle, path = lock
         path.unlink(missing_ok=True)
@@ -49,7 +49,7 @@ def release_lock(lock: Lock | None) -> None:
 
 @contextmanager
 def locked(directory: Path) -> Iterator[None]:
-    """Hold a directory's lock, after whoever has it now."""
+    """Hold a directory's lock; wait until it is free."""
     lock = take_lock(directory, wait=True)
     try:
         yield

@@ -1,4 +1,4 @@
-"""NewestState: after every validation the newest state is on disk, whichever checkpoint is the best."""
+"""NewestState: keep the newest state on disk after every validation, whichever checkpoint is the best."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from lightning_modules.interruption.csv_rows import cut_csv_files, rows_in_csv_f
 
 
 class NewestState(Checkpoint):
-    """Make `ModelCheckpoint(save_last=True)` mean what it says; AdaptationModule brings it along.
+    """Make `last.ckpt` of ModelCheckpoint the newest state; AdaptationModule adds this callback to every run.
 
-    Lightning writes `last.ckpt` only together with one of the best, so that it is the best and not the newest. This callback
-    comes after all ModelCheckpoints. Where none of them has written a whole checkpoint since the validation began, the first
-    with `save_last` (else the first that leaves it open) writes its `last.ckpt`. A run without validation does so after every
+    Lightning writes `last.ckpt` only together with one of the best, so it is the best and not the newest. This callback runs
+    after all ModelCheckpoints. If none of them has written a whole checkpoint since the validation began, the first one with
+    `save_last` (otherwise the first that does not set it) writes its `last.ckpt`. A run without validation does so after every
     epoch, and every run at its end. `save_last: false` switches it off.
 
-    Two more things hold for every checkpoint: what loggers have taken so far is on disk before it, and files that have been
-    superseded are removed on resumption if the run was killed before ModelCheckpoint could do so.
+    For every checkpoint, it also flushes the loggers first, and on resumption it removes superseded files, which remain if the
+    run was killed before ModelCheckpoint could remove them.
 
-    Uses `_save_last_checkpoint` and `_monitor_candidates` of ModelCheckpoint.
+    Uses the private `_save_last_checkpoint` and `_monitor_candidates` of ModelCheckpoint.
     """
 
-    best_model_path = ""  # Lightning asks any Checkpoint for it
+    best_model_path = ""  # Lightning reads it from every Checkpoint
 
     def __init__(self) -> None:
-        self._on_disk = False  # the state at this point of training
-        self._validated = False  # since the last epoch or `last.ckpt`
-        self._known: dict[str, set[str]] = {}  # files that a ModelCheckpoint has written and that may still be there
+        self._on_disk = False  # whether a checkpoint has the current state
+        self._validated = False  # since the last `last.ckpt`
+        self._known: dict[str, set[str]] = {}  # files of each ModelCheckpoint that may still exist
         self._superseded: list[str] = []
         self._csv_rows: list[int] = []
 
@@ -52,11 +52,11 @@ class NewestState(Checkpoint):
         if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
         self._validated = True
-        if not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:  # else the epoch's end comes right after
+        if not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:  # otherwise on_train_epoch_end follows
             self._write(trainer)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        loaded = trainer.val_dataloaders is not None  # only then Lightning knows how many batches there are
+        loaded = trainer.val_dataloaders is not None  # only then does Lightning know the number of batches
         if self._validated or not trainer.enable_validation or (loaded and not sum(trainer.num_val_batches)):
             self._write(trainer)
 
@@ -64,10 +64,10 @@ class NewestState(Checkpoint):
         self._write(trainer)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Of whole checkpoints; Lightning does not ask for those of weights alone."""
+        """Record the state of files. Lightning calls it for whole checkpoints only, not for weights alone."""
         self._on_disk = True
         for logger in trainer.loggers:
-            with contextlib.suppress(OSError):  # the logger's own next call says so
+            with contextlib.suppress(OSError):  # the logger's next call raises it
                 logger.save()
         checkpoint["csv_rows"] = rows_in_csv_files(trainer)
         checkpoint["superseded_checkpoints"] = []
@@ -96,7 +96,7 @@ class NewestState(Checkpoint):
             callback.save_last, callback.save_weights_only = options
 
     def _remove_superseded(self, trainer: L.Trainer) -> None:
-        """Only what the run itself has written, in directories it still writes to, and only if what replaced it is there."""
+        """Remove files that this run wrote, in directories it still writes to, if the files that replaced them exist."""
         tracked = set().union(*self._known.values())
         if not all(Path(path).exists() for path in tracked if path):
             return
@@ -113,7 +113,7 @@ def _model_checkpoints(trainer: L.Trainer) -> list[ModelCheckpoint]:
 
 
 def _tracked(callback: ModelCheckpoint) -> set[str]:
-    """The files that it keeps; of one that keeps all, those that it replaces."""
+    """Return the files that a ModelCheckpoint keeps or replaces; with `save_top_k=-1` only the one it replaces."""
     replaced = {callback.last_model_path}
     if callback.save_top_k != -1:
         replaced |= {callback.best_model_path, *callback.best_k_models}

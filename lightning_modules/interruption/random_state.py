@@ -23,7 +23,7 @@ def random_state(device: torch.device) -> RandomState:
 
 
 def set_random_state(state: RandomState, device: torch.device) -> None:
-    """Put a state back; the device is of the kind that it was taken on."""
+    """Restore a state, on a device of the kind that it was taken on."""
     torch.set_rng_state(state["torch"])
     if device.type == "cuda":
         torch.cuda.set_rng_state(state["cuda"], device)
@@ -33,15 +33,15 @@ def set_random_state(state: RandomState, device: torch.device) -> None:
 
 
 def reseed(seed: int, step: int, rank: int) -> None:
-    """A new state, fixed by the run's seed, the step and the process."""
+    """Set a new state, derived from the run's seed, the step and the process."""
     numbers = np.random.SeedSequence([seed % 2**64, step, rank]).generate_state(4, np.uint64)
-    torch.manual_seed(int(numbers[0]))  # the GPU's, too
+    torch.manual_seed(int(numbers[0]))  # also on the GPU
     np.random.seed(numbers[1:2].view(np.uint32))
     random.seed(int(numbers[2]))
 
 
 def new_state(seed: int, step: int, rank: int, device: torch.device) -> RandomState:
-    """What `reseed` makes, with the present state left as it is."""
+    """Return the state that `reseed` sets, without changing the current one."""
     before = random_state(device)
     reseed(seed, step, rank)
     state = random_state(device)
@@ -50,7 +50,7 @@ def new_state(seed: int, step: int, rank: int, device: torch.device) -> RandomSt
 
 
 def all_random_states(state: RandomState) -> list[RandomState]:
-    """Every process's state, by rank, on every process. All have to call it together."""
+    """Return the states of all processes by rank. All processes must call it together."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return [state]
     states: list[Any] = [None] * torch.distributed.get_world_size()

@@ -1,4 +1,4 @@
-"""Find the checkpoint that a command names, and check whether a run may write beside existing ones."""
+"""Find the checkpoint that a command names, and check that a run may write beside existing ones."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from lightning_modules.interruption.checkpoints import is_intact, newest_intact,
 
 
 def find_checkpoint(name: str, *others: Path, to_resume: bool = False) -> str:
-    """A checkpoint file as it is; in or below a directory, the newest intact one.
+    """Return the path of a checkpoint file as it is; for a directory, the newest intact checkpoint in or below it.
 
     Args:
+        name: path of a file or a directory, or an address with `://`.
         others: further directories of the same run.
-        to_resume: whether training is to go on from it, which weights alone do not allow.
+        to_resume: whether training resumes from it, which needs more than weights.
 
     Raises:
-        UserError: if there is none, or if the directory holds checkpoints of several runs.
+        UserError: if there is none, or if the directory has checkpoints of several runs.
     """
     path = Path(name)
     if "://" in name:
@@ -29,28 +30,26 @@ def find_checkpoint(name: str, *others: Path, to_resume: bool = False) -> str:
         place = position(path)
         if to_resume and place is not None and not place.whole:
             raise UserError(
-                f"ckpt_path={name!r} holds weights only (save_weights_only), and training cannot go on without the optimiser's "
+                f"ckpt_path={name!r} has weights only (save_weights_only), and training cannot resume without the optimizer "
                 "state; give a whole checkpoint"
             )
         return name
     if not path.exists():
         near = ", ".join(sorted(str(file) for file in path.parent.glob("*.ckpt"))) or "none"
-        raise UserError(f"ckpt_path={name!r} does not exist; checkpoints beside it: {near}")
+        raise UserError(f"ckpt_path={name!r} does not exist; checkpoints in its directory: {near}")
     _require_one_run(path)
     newest, problems = newest_intact(path, *others, to_resume=to_resume)
     for problem in problems:
-        rank_zero_warn(f"damaged checkpoint left out: {problem}")
+        rank_zero_warn(f"skipped a damaged checkpoint: {problem}")
     if newest is None:
         whole = "whole " if to_resume else ""
-        raise UserError(
-            f"ckpt_path={name!r} is a directory without an intact checkpoint; a {whole}.ckpt file in or below it is needed"
-        )
+        raise UserError(f"ckpt_path={name!r} has no intact checkpoint; it needs a {whole}.ckpt file in or below it")
     rank_zero_info(f"newest intact checkpoint of {path}: {newest}")
     return str(newest)
 
 
 def checkpoint_directories(trainer: L.Trainer) -> list[Path]:
-    """Where the run's ModelCheckpoints write, before Lightning has set them up."""
+    """Return the directories that the run's ModelCheckpoints will write to, before Lightning has set them up."""
     base = Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints"
     callbacks = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
     own = [Path(callback.dirpath) if callback.dirpath else base for callback in callbacks]
@@ -58,7 +57,7 @@ def checkpoint_directories(trainer: L.Trainer) -> list[Path]:
 
 
 def last_checkpoint(trainer: L.Trainer, to_resume: bool = False) -> str | None:
-    """What `--ckpt_path last` means: the newest intact checkpoint of the run's own directories; None if there is none."""
+    """Resolve `--ckpt_path last`: the newest intact checkpoint in the run's own directories; None if there is none."""
     searched = checkpoint_directories(trainer)
     if trainer.log_dir:
         searched.insert(0, Path(trainer.log_dir))
@@ -67,31 +66,32 @@ def last_checkpoint(trainer: L.Trainer, to_resume: bool = False) -> str | None:
 
 
 def require_nothing_ahead(directories: list[Path], ckpt_path: str | None) -> None:
-    """Refuse to write beside checkpoints of later steps: nobody could tell the newest of this run from those.
+    """Refuse to write beside checkpoints of later steps, which would be taken for the newest of this run.
 
     Args:
-        directories: where the run is going to write checkpoints.
-        ckpt_path: what it goes on from; None if it begins anew.
+        directories: where the run will write checkpoints.
+        ckpt_path: the checkpoint that it resumes from; None if it starts from scratch.
 
     Raises:
-        UserError: naming the one that is ahead.
+        UserError: naming the later checkpoint.
     """
     start = position(Path(ckpt_path)) if ckpt_path and Path(ckpt_path).is_file() and is_intact(Path(ckpt_path)) else None
     if ckpt_path and start is None:
-        return  # loading it says what is wrong
+        return  # loading it raises the error
     step = start.step if start else 0
     newest, _ = newest_intact(*directories)
     place = position(newest) if newest else None
     if newest is not None and place is not None and place.step > step:
-        begins = f"goes on from step {step} ({ckpt_path})" if ckpt_path else "begins anew"
+        start_of_run = f"resumes from step {step} ({ckpt_path})" if ckpt_path else "starts from scratch"
         raise UserError(
-            f"{newest} is of step {place.step}, and this run, which {begins}, would write beside it. Go on from the newest "
-            f"with --ckpt_path {newest.parent}, give another --trainer.logger.init_args.version, or move the checkpoints away"
+            f"{newest} is of step {place.step}, and this run, which {start_of_run}, would write beside it. Resume from "
+            f"the newest with --ckpt_path {newest.parent}, give another --trainer.logger.init_args.version, or move the "
+            "checkpoints away"
         )
 
 
 def _require_one_run(directory: Path) -> None:
-    """Every run directory has a `config.yaml`; without one, all files below `directory` count as one run's."""
+    """Refuse checkpoints of several runs. A run is a directory with `config.yaml`; files outside of one count as one run."""
     steps: dict[Path, int] = {}
     for path, place in positions(directory).items():
         parents = path.relative_to(directory).parents
@@ -100,4 +100,4 @@ def _require_one_run(directory: Path) -> None:
         steps[run] = max(steps.get(run, 0), place.step if place else 0)
     if len(steps) > 1:
         found = ", ".join(f"{run} (step {step})" for run, step in sorted(steps.items()))
-        raise UserError(f"ckpt_path={str(directory)!r} holds checkpoints of {len(steps)} runs; name one of them: {found}")
+        raise UserError(f"ckpt_path={str(directory)!r} has checkpoints of {len(steps)} runs; choose one of them: {found}")

@@ -1,4 +1,4 @@
-"""Errors of a full or lost disk, whichever writer meets them first: of checkpoints, adapters or TensorBoard."""
+"""Errors of a full or lost disk, from any writer: checkpoints, adapters, TensorBoard."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG, errn
 
 
 def write_error(error: BaseException | None) -> OSError | None:
-    """The error in a chain of causes that says a disk is full, over quota, read-only or gone; None if there is none."""
+    """Return the error in a chain of causes that says a disk is full, over quota, read-only or lost; None if there is none."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         if isinstance(error, OSError) and error.errno in _ERRORS:
@@ -20,7 +20,7 @@ def write_error(error: BaseException | None) -> OSError | None:
 
 
 def quiet_writer_threads() -> None:
-    """Print no traceback of a thread that meets a full disk: TensorBoard's hands the error on to the main thread."""
+    """Suppress the traceback of a thread that meets a full disk: TensorBoard's passes the error to the main thread."""
     before = threading.excepthook
     if getattr(before, "quiet_about_write_errors", False):
         return

@@ -27,7 +27,7 @@ _OVERLAY = "add --config configs/strategies/fsdp.yaml for FSDP2, or configs/stra
 class ShardedBaseStrategy(ModelParallelStrategy):
     """Data-parallel over all devices of all nodes, with the frozen model sharded per transformer block (FSDP2).
 
-    Adapters and head are a small part: they stay whole on every process, and their gradients are averaged once per optimiser
+    Adapters and head are a small part: they stay whole on every process, and their gradients are averaged once per optimizer
     step, as DDP does. So files, checkpoints, clipping and callbacks are those of one process, and a checkpoint of any number
     of processes resumes under any other.
 

@@ -199,7 +199,7 @@ class Task(nn.Module, ABC):
     def loss_weight(self, batch: Batch) -> Tensor | float:
         """What the mean in `loss` is over: the number of examples, unless a task says otherwise.
 
-        Batches and processes of one optimiser step weigh by it, so that the step's gradient is that of one batch. A loss that
+        Batches and processes of one optimizer step weigh by it, so that the step's gradient is that of one batch. A loss that
         divides by anything else has to say so here: the number of label tokens, or the sum of the class weights of the labels
         (`F.cross_entropy` with `weight`).
         """

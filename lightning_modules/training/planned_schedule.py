@@ -1,4 +1,4 @@
-"""PlannedSchedule: learning rates over the optimiser steps that a run takes in all, also where that number changes."""
+"""PlannedSchedule: learning rates over the optimizer steps that a run takes in all, also where that number changes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class PlannedSchedule:
         trainer: how many steps there are to be.
 
     Attributes:
-        num_steps: optimiser steps that the schedule is over.
+        num_steps: optimizer steps that the schedule is over.
         scheduler: for Lightning, which lets it advance after every step.
 
     Raises:
@@ -45,7 +45,7 @@ class PlannedSchedule:
         if abs(after - before) > 1e-6:
             rank_zero_warn(
                 f"learning rates go on at {after:.3g} of their peaks, and not at {before:.3g} as in the checkpoint: this run's "
-                f"schedule is over {self.num_steps} optimiser steps, of which {self.scheduler.last_epoch} are done"
+                f"schedule is over {self.num_steps} optimizer steps, of which {self.scheduler.last_epoch} are done"
             )
 
     def on_train_epoch_start(self, trainer: L.Trainer) -> None:
@@ -55,7 +55,7 @@ class PlannedSchedule:
             self._plan(trainer)
             rank_zero_warn(
                 f"epoch {trainer.current_epoch} has another number of batches than the schedule was planned for: it is over "
-                f"{self.num_steps} optimiser steps now, and was over {planned}; trainer.max_steps fixes the number"
+                f"{self.num_steps} optimizer steps now, and was over {planned}; trainer.max_steps fixes the number"
             )
 
     def _plan(self, trainer: L.Trainer) -> None:
@@ -68,7 +68,7 @@ class PlannedSchedule:
 
 
 def planned_steps(trainer: L.Trainer) -> int:
-    """The optimiser steps done, and those of all batches to come.
+    """The optimizer steps done, and those of all batches to come.
 
     Unlike `Trainer.estimated_stepping_batches` this knows of a GradientAccumulationScheduler, and of a resumed run's steps that
     were of other batches.
@@ -81,7 +81,7 @@ def planned_steps(trainer: L.Trainer) -> int:
     """
     steps = trainer.estimated_stepping_batches  # loads the training set if nobody has asked for it yet
     if steps in (-1, float("inf")):
-        raise UserError("the number of optimiser steps is unknown, and the schedule needs it; set trainer.max_steps")
+        raise UserError("the number of optimizer steps is unknown, and the schedule needs it; set trainer.max_steps")
     num_batches, max_epochs = trainer.num_training_batches, trainer.max_epochs
     if max_epochs in (-1, None) or num_batches == float("inf"):
         return int(steps)  # max_steps
@@ -93,7 +93,7 @@ def planned_steps(trainer: L.Trainer) -> int:
 
 
 def accumulated_batches(trainer: L.Trainer, epoch: int) -> int:
-    """How many batches make an optimiser step in an epoch, counted from 0."""
+    """How many batches make an optimizer step in an epoch, counted from 0."""
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, GradientAccumulationScheduler):
             return callback.get_accumulate_grad_batches(epoch)

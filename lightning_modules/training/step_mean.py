@@ -1,4 +1,4 @@
-"""StepMean: every label token, or example, of an optimiser step weighs the same, whatever batch and process it came in."""
+"""StepMean: every label token, or example, of an optimizer step weighs the same, whatever batch and process it came in."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 
 class StepMean:
-    """Make the gradient of an optimiser step that of one batch of all its examples.
+    """Make the gradient of an optimizer step that of one batch of all its examples.
 
     A batch's loss is a mean, over the label tokens of a language model or over examples. Lightning gives the batches of a step
     and the processes equal shares of its gradient, so that a token of a batch with few label tokens counts for more than one of

@@ -163,7 +163,7 @@ def attach_weight_average(trainer: L.Trainer) -> WeightAverage | None:
 
 
 def check_resumed(trainer: L.Trainer, checkpoint: dict[str, Any], average: WeightAverage | None) -> None:
-    """Refuse to train on from an averaged checkpoint without averaging: its weights are not those of its optimiser.
+    """Refuse to train on from an averaged checkpoint without averaging: its weights are not those of its optimizer.
 
     Raises:
         UserError: naming what to do.

@@ -6,7 +6,7 @@ from benchmarks import start
 
 
 def test_every_process_is_measured_in_both_ways_of_loading(monkeypatch, capsys):
-    fork = multiprocessing.get_context("fork")  # imports nothing anew
+    fork = multiprocessing.get_context("fork")  # imports nothing again
     monkeypatch.setattr(multiprocessing, "get_context", lambda _: fork)
     rows = start.main(["--layers", "2", "--width", "512"])
     assert [row["loaded by"] for row in rows] == ["the first process", "every process"]

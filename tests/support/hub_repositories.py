@@ -29,7 +29,7 @@ def _image(red: int) -> bytes:
 
 
 def image_rows(num_classes: int, a_class: int, red: int = 200) -> bytes:
-    """Parquet of `a_class` images of every class, all of one colour."""
+    """Parquet of `a_class` images of every class, all of one color."""
     features = datasets.Features(
         {"image": datasets.Image(), "label": datasets.ClassLabel(names=[f"class {index}" for index in range(num_classes)])}
     )

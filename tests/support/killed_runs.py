@@ -69,7 +69,7 @@ class At(L.Callback):
             self.action()
 
     def patch(self) -> None:
-        """Arrange for a kill inside the optimiser's step or the writing of a file; in the process that is to die."""
+        """Arrange for a kill inside the optimizer's step or the writing of a file; in the process that is to die."""
         adamw, fsync, replace = torch.optim.AdamW.step, os.fsync, os.replace
         due = self
 
@@ -140,7 +140,7 @@ def fit(directory: Path, *callbacks: L.Callback, resume: Path | None = None, **o
 
 
 def result(trainer: L.Trainer) -> dict[str, Any]:
-    """What has to be the same: trained weights, the optimiser's and the schedule's state, the number of steps."""
+    """What has to be the same: trained weights, the optimizer's and the schedule's state, the number of steps."""
     model = trainer.lightning_module
     return {
         "weights": {name: value.detach() for name, value in model.named_parameters() if value.requires_grad},

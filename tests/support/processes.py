@@ -1,4 +1,4 @@
-"""Two processes of a run, as torchrun starts them, but forked from the test: nothing is imported anew."""
+"""Two processes of a run, as torchrun starts them, but forked from the test: nothing is imported again."""
 
 import io
 import multiprocessing

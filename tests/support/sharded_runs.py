@@ -14,7 +14,7 @@ from support.language_models import TinyLanguageModel, collate, example
 ADAPTER = FourierMoEConfig(targets=["q_proj", "v_proj", "down_proj"], num_coefficients=32, num_experts=4, balance_weight=0.5)
 RATES = Optimization(experts=ParameterGroup(0.02), router=ParameterGroup(0.01), schedule="cosine", warmup_ratio=0.1)
 EPOCHS, STEPS_PER_EPOCH = 4, 5
-MICRO_BATCHES = 4  # of one optimiser step, all processes together
+MICRO_BATCHES = 4  # of one optimizer step, all processes together
 STEPS_BEFORE_CHECKPOINT = (EPOCHS - 1) * STEPS_PER_EPOCH
 CHECKPOINT = f"step={STEPS_BEFORE_CHECKPOINT}.ckpt"
 STRATEGIES = {"ddp": lambda: "ddp", "fsdp": ShardedBaseStrategy}

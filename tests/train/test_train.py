@@ -87,7 +87,7 @@ def test_zero_initialised_adapter_gives_the_outputs_of_the_model_before_injectio
     (original,), adapted = originals, cli.model.model.eval()
     original.eval()
     for batch in cli.datamodule.val_dataloader():
-        images = cli.datamodule.normalise(batch["image"])
+        images = cli.datamodule.normalize(batch["image"])
         with torch.no_grad():
             torch.testing.assert_close(adapted(images), original(images), rtol=0, atol=1e-5)
 

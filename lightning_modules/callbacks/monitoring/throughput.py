@@ -23,7 +23,7 @@ class Throughput(L.Callback):
 
     Every interval:
 
-    - `speed/step_seconds`, per optimiser step; `speed/samples_per_second`; `speed/tokens_per_second`, without padding, where
+    - `speed/step_seconds`, per optimizer step; `speed/samples_per_second`; `speed/tokens_per_second`, without padding, where
       the task knows its padding (`Task.token_mask`);
     - `memory/gpu_peak_gib`, memory of tensors since training began, and `memory/process_peak_gib`, resident memory of the
       process since it began (not on Windows), each of the process that took most.
@@ -31,7 +31,7 @@ class Throughput(L.Callback):
     The GPU is synchronized once per interval.
 
     Args:
-        every_n_steps: optimiser steps in an interval; null for the trainer's log_every_n_steps.
+        every_n_steps: optimizer steps in an interval; null for the trainer's log_every_n_steps.
     """
 
     def __init__(self, every_n_steps: int | None = None) -> None:

@@ -130,7 +130,7 @@ class SensitivityReport:
         of_layers.set_ylabel("energy per position / mean")
         for plot in (of_layers, of_sources):
             plot.axhline(1.0, color="black", linewidth=0.5)
-            plot.set_xlabel("normalised radius")
+            plot.set_xlabel("normalized radius")
             plot.set_yscale("log")
         figure.savefig(path, dpi=100)
 

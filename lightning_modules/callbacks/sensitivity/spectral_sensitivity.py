@@ -167,7 +167,7 @@ def group_by_memory(projections: Mapping[str, Adapter], num_bytes: float) -> Ite
 
 
 def _frozen_weight(adapter: Adapter) -> Tensor | None:
-    """W0 (M, N) in float32; None for a quantised one."""
+    """W0 (M, N) in float32; None for a quantized one."""
     return None if is_quantized(adapter.base) else weight_matrix(adapter.base).float()
 
 

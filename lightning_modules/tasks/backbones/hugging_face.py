@@ -126,7 +126,7 @@ def load_sequence_classifier(
     Args:
         model: name on the hub, or directory.
         num_labels: outputs of the head.
-        dtype: of the pretrained weights; of the others and of what is computed where linear layers are quantised.
+        dtype: of the pretrained weights; of the others and of what is computed where linear layers are quantized.
         quantization: of the linear layers outside of the head: int8, nf4 or None.
         tiny: untrained, of the same architecture but 2 layers of width 256, with a vocabulary of bytes.
 
@@ -166,7 +166,7 @@ def _load(auto_class: Any, model: str, dtype: str, quantization: str | None, tin
             torch.manual_seed(_UNTRAINED_SEED)
             loaded = auto_class.from_config(_tiny_config(model, **options), dtype=DTYPES[dtype])
         if quantization:
-            with tempfile.TemporaryDirectory() as directory:  # weights are quantised as they are read from files
+            with tempfile.TemporaryDirectory() as directory:  # weights are quantized as they are read from files
                 loaded.save_pretrained(directory)
                 loaded = _load(auto_class, directory, dtype, quantization, False)
         loaded.config._name_or_path = f"{Path(model).name}/tiny"

@@ -85,7 +85,7 @@ def load_open_clip(
     check_model(model, pretrained)
     name, config = _register(model)
     overrides = _tiny(config, model) if tiny else {}
-    # open_clip warns that a model is initialised randomly even when weights follow; our report names the weights.
+    # open_clip warns that a model is initialized randomly even when weights follow; our report names the weights.
     with torch.random.fork_rng(devices=[]), quiet(logging.ERROR):
         torch.manual_seed(_UNTRAINED_SEED)
         if without_weights():

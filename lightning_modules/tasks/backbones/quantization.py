@@ -11,7 +11,7 @@ from transformers.utils.import_utils import is_bitsandbytes_available
 
 from fourier_moe.errors import UserError
 
-# What each is called in transformers. nf4 also quantises its own scale factors, as QLoRA does (arXiv 2305.14314).
+# What each is called in transformers. nf4 also quantizes its own scale factors, as QLoRA does (arXiv 2305.14314).
 QUANTIZATIONS: dict[str, dict[str, Any]] = {
     "int8": {"load_in_8bit": True},
     "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
@@ -25,7 +25,7 @@ def check_quantization(quantization: str | None) -> None:
     """Look for what is needed without loading anything.
 
     Raises:
-        UserError: for an unknown quantisation, or if bitsandbytes is not installed.
+        UserError: for an unknown quantization, or if bitsandbytes is not installed.
     """
     if quantization is None:
         return
@@ -41,7 +41,7 @@ def quantization_config(quantization: str, skeleton: PreTrainedModel) -> BitsAnd
     Args:
         quantization: one of QUANTIZATIONS.
         skeleton: the model without weights (on the meta device), in the dtype that is computed in and that what is not
-            quantised keeps.
+            quantized keeps.
     """
     kept = [*modules_outside_body(skeleton)]
     if quantization == "nf4":

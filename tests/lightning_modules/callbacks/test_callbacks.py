@@ -194,7 +194,7 @@ def test_predictions_have_names_and_probabilities_of_every_example(tmp_path):
         assert [float(column) for column in columns] == pytest.approx(expected.tolist(), rel=1e-4)
 
 
-class Unlabelled(TokenData):
+class Unlabeled(TokenData):
     def predict_dataloader(self):
         batches = [token_batch(seed=4), token_batch(seed=5)]
         return DataLoader(
@@ -204,7 +204,7 @@ class Unlabelled(TokenData):
 
 def test_predictions_without_labels_or_names_go_to_the_given_file_with_class_numbers(tmp_path):
     path = tmp_path / "new/out.csv"
-    _, (header, *rows) = predict(tmp_path, Unlabelled(), str(path))
+    _, (header, *rows) = predict(tmp_path, Unlabeled(), str(path))
     assert header == ["id", "label", "prediction", "probability", "p(0)", "p(1)"]
     assert len(rows) == 16
     assert {row[1] for row in rows} == {""}

@@ -27,7 +27,7 @@ class OtherData(TokenData):
         return self._loader(*self.seeds)
 
 
-class Relabelled(TokenData):
+class Relabeled(TokenData):
     """The examples of TokenData with one other label."""
 
     def test_dataloader(self):
@@ -68,11 +68,11 @@ def test_other_data_have_a_directory_of_their_own_and_the_same_data_replace_thei
     assert f"Written to {run}/adapter_test_2; {run}/adapter_test holds the results of another evaluation" in caplog.text
     assert (run / "adapter_test/results.json").read_bytes() == first
     assert record(run / "adapter_test_2")["sets"]["test"]["count"] == 16
-    evaluate(Relabelled())
+    evaluate(Relabeled())
     evaluate(TokenData(), "validate")
     assert results_in(run) == {"adapter_test", "adapter_test_2", "adapter_test_3", "adapter_validate"}
     (run / "adapter_test/results.md").write_text("to be replaced")
-    for data in (TokenData(), OtherData(4, 5), Relabelled()):
+    for data in (TokenData(), OtherData(4, 5), Relabeled()):
         evaluate(data)
     assert results_in(run) == {"adapter_test", "adapter_test_2", "adapter_test_3", "adapter_validate"}
     assert (run / "adapter_test/results.json").read_bytes() == first

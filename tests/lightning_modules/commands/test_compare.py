@@ -360,14 +360,14 @@ def test_what_does_not_fit_is_one_message_before_any_run(compare, words, message
 def test_problems_of_all_variants_are_told_together(compare, tmp_path, capsys):
     target, unparsed, group = tmp_path / "target.yaml", tmp_path / "unparsed.yaml", tmp_path / "group.yaml"
     target.write_text(UNKNOWN_TARGET)
-    unparsed.write_text("model: {optimisation: null}")
+    unparsed.write_text("model: {optimization: null}")
     group.write_text("model: {optimization: {backbone: {lr: 0.1}}}")
     with pytest.raises(ValueError) as error:
         compare("--adapters", f"{target},head_only,{group}")
     assert re.search(
         r"target\.yaml: targets entry 'quary' matches no module.*; .*group\.yaml: .*trains no back", str(error.value)
     )
-    with pytest.raises(ValueError, match=r"nothing was run; .*unparsed\.yaml: .*optimisation"):
+    with pytest.raises(ValueError, match=r"nothing was run; .*unparsed\.yaml: .*optimization"):
         compare("--adapters", f"{unparsed},head_only")
     assert "usage:" not in capsys.readouterr().err
 

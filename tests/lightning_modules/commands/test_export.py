@@ -202,7 +202,10 @@ def test_merged_language_model_loads_with_transformers_alone_with_a_weight_that_
     [
         ((), r"export needs a trained adapter: give --model\.adapter_path DIR"),
         (("--model.adapter_path", "nowhere"), "no adapter in nowhere"),
-        (("--ckpt_path", "nowhere/last.ckpt"), r"ckpt_path='nowhere/last\.ckpt' does not exist; checkpoints beside it: none"),
+        (
+            ("--ckpt_path", "nowhere/last.ckpt"),
+            r"ckpt_path='nowhere/last\.ckpt' does not exist; checkpoints in its directory: none",
+        ),
     ],
 )
 def test_missing_source_is_one_line(export, words, message):

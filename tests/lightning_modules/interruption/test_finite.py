@@ -57,7 +57,7 @@ def test_bad_example_of_one_of_two_processes_ends_both_before_a_weight_is_touche
     statuses, _ = in_two_processes(tmp_path, SpoilImage(), accumulate_grad_batches=1, max_epochs=1)
     logs = [(tmp_path / f"log_{rank}.txt").read_text() for rank in range(2)]
     assert statuses == [70, 70], logs
-    assert "UserError: the loss is not finite at step 2 of epoch 0 on another process, whose message names the cause" in logs[0]
+    assert "UserError: the loss is not finite at step 2 of epoch 0 on another process; see its message for the cause" in logs[0]
     assert "at step 2 of epoch 0: task loss nan" in logs[1]
     state = read_checkpoint(tmp_path / "newest.ckpt")
     assert state["global_step"] == 2

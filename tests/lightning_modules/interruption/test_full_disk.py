@@ -24,7 +24,7 @@ def full(*_, **__):
 @pytest.mark.parametrize(
     ("hook", "count", "step"),
     [
-        ("on_train_batch_start", 3, 1),  # where LearningRateMonitor logs; the first batch of an optimiser step
+        ("on_train_batch_start", 3, 1),  # where LearningRateMonitor logs; the first batch of an optimizer step
         ("on_train_batch_start", 4, 1),  # the second
         ("on_train_batch_end", 4, 2),  # before other callbacks have seen the end of the batch
         ("on_validation_end", 1, 1),  # where the adapter is written; in the middle of accumulation

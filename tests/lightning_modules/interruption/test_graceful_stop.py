@@ -26,8 +26,8 @@ def signalled(number):
 @pytest.mark.parametrize(
     ("hook", "count", "number", "step"),
     [
-        ("on_after_backward", 5, signal.SIGINT, 2),  # one in the midst of accumulation
-        ("on_validation_batch_start", 1, signal.SIGTERM, 1),  # validation, in the midst of accumulation
+        ("on_after_backward", 5, signal.SIGINT, 2),  # one during accumulation
+        ("on_validation_batch_start", 1, signal.SIGTERM, 1),  # validation, during accumulation
         ("on_validation_batch_start", 3, signal.SIGTERM, 3),  # validation, the second of the epoch
         ("on_after_backward", 4, signal.SIGHUP, 2),  # a closed terminal
     ],
@@ -155,7 +155,7 @@ def test_run_without_checkpoints_says_that_none_was_written(tmp_path):
 
 
 def test_signal_to_one_of_two_processes_ends_both_at_one_step_and_both_go_on_with_their_own_random_numbers(tmp_path):
-    """The interrupted run sharded, in the midst of accumulation, and resumed with copies."""
+    """The interrupted run sharded, during accumulation, and resumed with copies."""
     statuses, outcome = in_two_processes(tmp_path / "straight", max_epochs=1)
     assert statuses == [0, 0], (tmp_path / "straight/log_0.txt").read_text()
     straight = torch.load(outcome)

@@ -74,19 +74,19 @@ def test_every_process_takes_its_own_state():
     assert [loaded(states, rank, 3)["torch"].equal(states[rank]["torch"]) for rank in range(3)] == [True] * 3
 
 
-def test_another_number_of_processes_draws_anew_in_a_defined_way_and_says_so():
+def test_another_number_of_processes_derives_new_states_and_warns():
     before = draw(), random_state(CPU)
-    with pytest.warns(UserWarning, match=r"1 process\(es\) on CPU, this run has 2 on CPU: .* drawn anew"):
+    with pytest.warns(UserWarning, match=r"1 process\(es\) on CPU, this run has 2 on CPU: .* derived"):
         states = [loaded([before[1]], rank, 2) for rank in range(2)]
     assert not states[0]["torch"].equal(states[1]["torch"])
-    with pytest.warns(UserWarning, match="drawn anew"):
+    with pytest.warns(UserWarning, match="are derived"):
         assert loaded([before[1]], 1, 2)["torch"].equal(states[1]["torch"])
     assert torch.get_rng_state().equal(before[1]["torch"])  # until training begins, nothing has changed
     reseed(7, 5, 1)
     assert random_state(CPU)["torch"].equal(states[1]["torch"])
 
 
-def test_checkpoint_of_a_gpu_draws_anew_on_the_cpu():
+def test_checkpoint_of_a_gpu_derives_new_states_on_the_cpu():
     state = random_state(CPU) | {"cuda": torch.zeros(16, dtype=torch.uint8)}
     with pytest.warns(UserWarning, match="1 process.* on GPU, this run has 1 on CPU"):
         assert not loaded([state])["torch"].equal(state["torch"])

@@ -37,21 +37,21 @@ def test_directory_stands_for_its_newest_intact_checkpoint(run, short, tmp_path)
     content[len(content) // 2] ^= 1
     Path(bad).write_bytes(content)
     os.utime(bad, (2_000_000_000,) * 2)
-    with pytest.warns(UserWarning, match=r"damaged checkpoint left out: .*newer\.ckpt: its checksum differs"):
+    with pytest.warns(UserWarning, match=r"skipped a damaged checkpoint: .*newer\.ckpt: its checksum differs"):
         trainer = short(3, "--ckpt_path", str(tmp_path / "demo"))
     assert trainer.ckpt_path == str(good)
     assert trainer.global_step == 3
     with pytest.raises(
-        ValueError, match=rf"newer\.ckpt is damaged \(its checksum differs\); the newest intact one .*{good.name}"
+        ValueError, match=rf"newer\.ckpt is damaged \(its checksum differs\); the newest intact checkpoint .*{good.name}"
     ):
         short(3, "--ckpt_path", str(bad))
     for path in checkpoints.glob("*.ckpt"):
         path.write_bytes(b"")
-    with pytest.raises(ValueError, match="directory without an intact checkpoint"), pytest.warns(UserWarning, match="left out"):
+    with pytest.raises(ValueError, match="has no intact checkpoint"), pytest.warns(UserWarning, match="skipped"):
         short(3, "--ckpt_path", str(tmp_path / "demo"))
 
 
-def test_last_begins_anew_and_then_goes_on_in_the_run_s_own_directory(short, tmp_path):
+def test_last_starts_from_scratch_and_then_resumes_in_the_run_s_own_directory(short, tmp_path):
     first = short(2, "--ckpt_path", "last")
     assert first.ckpt_path is None
     second = short(3, "--ckpt_path", "last")
@@ -68,7 +68,7 @@ def test_last_also_finds_what_a_model_checkpoint_with_a_directory_of_its_own_has
     assert second.global_step == 3
 
 
-def test_beginning_anew_or_earlier_beside_later_checkpoints_is_refused(short, tmp_path, monkeypatch):
+def test_starting_from_scratch_or_earlier_beside_later_checkpoints_is_refused(short, tmp_path, monkeypatch):
     short(2)
     monkeypatch.setattr(AdaptationModule, "training_step", lambda *_: pytest.fail("training began"))
     first = str(next((tmp_path / "demo/job_1/checkpoints").glob("epoch=*")))
@@ -76,7 +76,7 @@ def test_beginning_anew_or_earlier_beside_later_checkpoints_is_refused(short, tm
         short(9)
     newer = CheckedCheckpointIO().load_checkpoint(first) | {"global_step": 5}
     CheckedCheckpointIO().save_checkpoint(newer, tmp_path / "demo/job_1/checkpoints/newer.ckpt")
-    with pytest.raises(ValueError, match=r"newer\.ckpt is of step 5, and this run, which goes on from step 2"):
+    with pytest.raises(ValueError, match=r"newer\.ckpt is of step 5, and this run, which resumes from step 2"):
         short(9, "--ckpt_path", first)
 
 

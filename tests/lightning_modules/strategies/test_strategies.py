@@ -81,4 +81,6 @@ def test_slurm_script_is_bash_and_starts_one_process_for_each_gpu(script):
     assert gpus == tasks
     assert re.search(r"srun python train\.py fit", text)
     assert re.search(r"#SBATCH --requeue", text)
-    assert '--trainer.logger.init_args.version "job_$SLURM_JOB_ID" --ckpt_path last "$@"' in text  # or it would begin anew
+    assert (
+        '--trainer.logger.init_args.version "job_$SLURM_JOB_ID" --ckpt_path last "$@"' in text
+    )  # or it would start from scratch

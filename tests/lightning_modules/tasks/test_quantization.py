@@ -1,4 +1,4 @@
-"""Quantised bases: what is quantised, and that adapters over them learn as over plain layers of the same numbers."""
+"""Quantized bases: what is quantized, and that adapters over them learn as over plain layers of the same numbers."""
 
 import copy
 import logging
@@ -51,7 +51,7 @@ IDS = torch.randint(0, 60, (3, 7), generator=torch.Generator().manual_seed(0))
 
 @cache
 def directory(kind, root):
-    """A pretrained model's; weights far from zero, so that what is quantised matters."""
+    """A pretrained model's; weights far from zero, so that what is quantized matters."""
     torch.manual_seed(0)
     model = {
         "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, num_key_value_heads=2)),
@@ -112,7 +112,7 @@ def gradients(model):
     return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
 
 
-# ---------------------------------------------------------------- what is quantised
+# ---------------------------------------------------------------- what is quantized
 
 
 @pytest.mark.parametrize("quantization", KINDS)
@@ -289,7 +289,7 @@ def test_method_that_needs_the_weights_is_refused_and_leaves_the_model_as_it_was
     inject(model, LLAMA)
 
 
-def test_methods_that_need_the_weights_take_a_layer_that_is_not_quantised(root):
+def test_methods_that_need_the_weights_take_a_layer_that_is_not_quantized(root):
     inject(loaded(root, "llama", "nf4"), PiSSAConfig(targets=["lm_head"], r=2))
 
 

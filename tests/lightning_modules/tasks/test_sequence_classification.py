@@ -317,8 +317,8 @@ def test_predictions_are_probabilities_with_labels_where_known(bert):
     rows = task.predict(batch())
     assert [row["label"] for row in rows] == [0, 1, 1]
     assert all(sum(row["probabilities"]) == pytest.approx(1, abs=1e-5) for row in rows)
-    unlabelled = {key: value for key, value in batch().items() if key != "label"}
-    assert [row["label"] for row in task.predict(unlabelled)] == [None] * 3
+    unlabeled = {key: value for key, value in batch().items() if key != "label"}
+    assert [row["label"] for row in task.predict(unlabeled)] == [None] * 3
 
 
 def test_extra_padding_changes_neither_loss_nor_load_nor_gradients(bert):

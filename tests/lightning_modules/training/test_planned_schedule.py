@@ -94,13 +94,13 @@ def test_run_resumed_with_other_batches_ends_its_schedule_at_its_last_step(tmp_p
     """Half of the batches from the second epoch on, as on twice as many processes: 6 steps are done, 3 and 3 are to come."""
     saving = ModelCheckpoint(tmp_path, "first", save_on_train_epoch_end=True, every_n_epochs=1)
     fit(tmp_path, Batches(6), saving, max_epochs=1, enable_checkpointing=True)
-    with pytest.warns(UserWarning, match="over 12 optimiser steps, of which 6 are done"):
+    with pytest.warns(UserWarning, match="over 12 optimizer steps, of which 6 are done"):
         rates = fit(tmp_path, Batches(3), max_epochs=3, checkpoint=tmp_path / "first.ckpt")
     assert rates.values == cosine(*range(6, 12), of=12)
 
 
 def test_epochs_of_different_sizes_are_said_and_the_schedule_ends_at_the_last_step(tmp_path):
-    with pytest.warns(UserWarning, match="epoch 1 has another number .* over 8 optimiser steps now, and was over 12"):
+    with pytest.warns(UserWarning, match="epoch 1 has another number .* over 8 optimizer steps now, and was over 12"):
         rates = fit(tmp_path, Batches(4, 2), max_epochs=3, reload_dataloaders_every_n_epochs=1)
     assert rates.values == [*cosine(0, 1, 2, 3, of=12).expected, *cosine(4, 5, 6, 7, of=8).expected]
 
@@ -133,6 +133,6 @@ class StreamedBatches(L.LightningDataModule):
 
 
 def test_training_set_without_length_needs_max_steps(tmp_path):
-    with pytest.raises(ValueError, match=r"number of optimiser steps is unknown.* set trainer\.max_steps"):
+    with pytest.raises(ValueError, match=r"number of optimizer steps is unknown.* set trainer\.max_steps"):
         fit(tmp_path, StreamedBatches(), max_epochs=2)
     assert fit(tmp_path, StreamedBatches(), max_epochs=2, max_steps=9).values == cosine(*range(9), of=9)

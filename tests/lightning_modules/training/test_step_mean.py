@@ -1,4 +1,4 @@
-"""The gradient of an optimiser step: that of one batch of all its examples, however they are cut into batches and processes."""
+"""The gradient of an optimizer step: that of one batch of all its examples, however they are cut into batches and processes."""
 
 from dataclasses import replace
 
