@@ -1,7 +1,7 @@
 """Data for the benchmarks: one LightningDataModule per task family."""
 
 from datamodules.glue import GlueDataModule, GlueMixtureDataModule
-from datamodules.images import ImageDataModule
+from datamodules.images import ImageDataModule, ImageMixtureDataModule
 from datamodules.instructions import InstructionDataModule
 from datamodules.instructions.commonsense import CommonsenseDataModule
 from datamodules.instructions.math_reasoning import MathReasoningDataModule
@@ -13,6 +13,7 @@ __all__ = [
     "GlueDataModule",
     "GlueMixtureDataModule",
     "ImageDataModule",
+    "ImageMixtureDataModule",
     "InstructionDataModule",
     "MathReasoningDataModule",
 ]

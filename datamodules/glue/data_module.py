@@ -24,11 +24,11 @@ from datamodules.shared.arguments import require
 from datamodules.shared.custom import CUSTOM, current_name
 from datamodules.shared.data_module import TextDataModule, incomplete, one_or_all
 from datamodules.shared.sampling import hold_out
-from datamodules.shared.splits import TEST, TRAIN, VALIDATION
+from datamodules.shared.splits import PREDICT, TEST, TRAIN, VALIDATION
 from fourier_moe.errors import UserError
 
 MAX_SELECTION = 5000
-SELECTION, TESTED, PREDICT = "selection", "tested", "predict"  # parts of the data beside the splits
+SELECTION, TESTED = "selection", "tested"  # parts of the data beside the splits
 _PARTS_OF_STAGE = {
     "fit": (TRAIN, SELECTION, TESTED),  # the last to be read before hours of training rather than after
     "validate": (SELECTION,),

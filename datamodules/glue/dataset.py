@@ -43,34 +43,6 @@ class TextDataset(Dataset[dict[str, Any]]):
         return example
 
 
-class TaskDataset(Dataset[dict[str, Any]]):
-    """A set of one task among several, whose classes are numbered from `first_class`.
-
-    An item is that of the set, with `task` str, `classes` (the number of the task's first class, and of the one after its
-    last), `label` so numbered, and the task's name in front of the `id`.
-
-    Args:
-        dataset: the task's set.
-        task: the task's name.
-        first_class: number of the task's first class.
-        num_classes: how many it has.
-    """
-
-    def __init__(self, dataset: TextDataset, task: str, first_class: int, num_classes: int) -> None:
-        self.lengths = dataset.lengths
-        self._dataset, self._task = dataset, task
-        self._classes = first_class, first_class + num_classes
-
-    def __len__(self) -> int:
-        return len(self._dataset)
-
-    def __getitem__(self, item: int) -> dict[str, Any]:
-        example = self._dataset[item]
-        if "label" in example:
-            example["label"] += self._classes[0]
-        return {**example, "id": f"{self._task}/{example['id']}", "task": self._task, "classes": self._classes}
-
-
 @dataclass(frozen=True)
 class PadBatch:
     """Makes a batch of B items, padded on the right to the longest of them.
@@ -90,9 +62,10 @@ class PadBatch:
         for name, padding in (("input_ids", self.pad_token_id), ("token_type_ids", 0)):
             if name in items[0]:
                 batch[name] = pad_sequence([item[name] for item in items], batch_first=True, padding_value=padding).long()
-        for name in ("label", "classes"):
-            if name in items[0]:
-                batch[name] = torch.tensor([item[name] for item in items])
+        if "label" in items[0]:
+            batch["label"] = torch.tensor([item["label"] for item in items])
+        if "classes" in items[0]:
+            batch["classes"] = torch.stack([item["classes"] for item in items])
         for name in ("id", "task"):
             if name in items[0]:
                 batch[name] = [item[name] for item in items]

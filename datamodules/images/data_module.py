@@ -21,15 +21,14 @@ from datamodules.shared.custom import current_name
 from datamodules.shared.data_module import BaseDataModule, incomplete
 from datamodules.shared.loading import require_shared_memory
 from datamodules.shared.sampling import hold_out
-from datamodules.shared.splits import TEST, TRAIN, VALIDATION
+from datamodules.shared.splits import PREDICT, TEST, TRAIN, VALIDATION
 from fourier_moe.errors import UserError
 
-_PREDICT = "predict"
 _SPLITS_OF_STAGE = {
     "fit": (TRAIN, VALIDATION),
     "validate": (VALIDATION,),
     "test": (TEST,),
-    "predict": (_PREDICT,),
+    "predict": (PREDICT,),
 }
 
 
@@ -199,6 +198,10 @@ class ImageDataModule(BaseDataModule):
         """Normalises the images on the model's device."""
         return {**batch, "image": self.normalise(batch["image"])}
 
+    def datasets(self, part: str) -> dict[str, ImageDataset]:
+        """After `setup`: the set of `train`, `validation`, `test` or `predict`, by that name."""
+        return {part: self._datasets[part]}
+
     def train_dataloader(self) -> DataLoader[dict[str, Any]]:
         return self.train_loader(self._datasets[TRAIN], with_seeds=True)
 
@@ -209,7 +212,7 @@ class ImageDataModule(BaseDataModule):
         return self._evaluation_loader(TEST)
 
     def predict_dataloader(self) -> DataLoader[dict[str, Any]]:
-        return self._evaluation_loader(_PREDICT)
+        return self._evaluation_loader(PREDICT)
 
     def _evaluation_loader(self, split: str) -> DataLoader[dict[str, Any]]:
         return self.evaluation_loaders({split: self._datasets[split]})[split]
@@ -244,7 +247,7 @@ class ImageDataModule(BaseDataModule):
 
     def _select(self, split: str) -> tuple[ImageSplit, Sequence[int]]:
         """The images that a split is taken from, and which of them it consists of."""
-        if split == _PREDICT and self._predict_directory is not None:
+        if split == PREDICT and self._predict_directory is not None:
             files = _list_predict_files(self._predict_directory)
             return files, range(len(files))
         source = self._open()
@@ -253,7 +256,7 @@ class ImageDataModule(BaseDataModule):
             assert images.labels is not None
             train, validation = hold_out(images.labels, self.validation_fraction, self.seed)
             return images, train if split == TRAIN else validation
-        images = source.load(TEST if split == _PREDICT else split)
+        images = source.load(TEST if split == PREDICT else split)
         return images, range(len(images))
 
     def _incomplete(self, split: str) -> str:
@@ -265,7 +268,7 @@ class ImageDataModule(BaseDataModule):
 
     def _summary(self, splits: list[str]) -> str:
         parts = [f"{split} {len(self._datasets[split])}" for split in splits]
-        if self._source is None or (splits == [_PREDICT] and self._predict_directory is not None):
+        if self._source is None or (splits == [PREDICT] and self._predict_directory is not None):
             return f"{self.dataset}: {parts[0]} images without labels, from '{self._predict_directory}'"
         classes = f"{self.num_classes} classes"
         if self._benchmark.num_classes not in (None, self.num_classes):

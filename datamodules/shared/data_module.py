@@ -101,6 +101,14 @@ class BaseDataModule(L.LightningDataModule):
         """Makes a batch of examples; None for torch's."""
         return None
 
+    def datasets(self, part: str) -> Mapping[str, Dataset[Any]]:
+        """After `setup`: the sets of a part of the data by name, for mixtures of several tasks.
+
+        Raises:
+            UserError: if this DataModule is not made for mixtures.
+        """
+        raise UserError(f"{type(self).__name__} cannot be a part of a mixture; implement its method datasets")
+
     def teardown(self, stage: str) -> None:
         """Remove generated files; a later `setup` writes the same ones again."""
         if self._remove_generated is not None:

@@ -21,6 +21,7 @@ from fourier_moe.models.attention import fuse_attention, is_split_attention
 from fourier_moe.routing.logits import without_autocast
 from lightning_modules.tasks.backbones.open_clip import check_model, fetch_weights, load_open_clip, save_open_clip
 from lightning_modules.tasks.base import Batch, Evaluation, Task
+from lightning_modules.tasks.class_ranges import evaluate_classes, own_classes_only
 from lightning_modules.tasks.scores import BalancedAccuracy
 
 
@@ -62,6 +63,9 @@ class CosineHead(nn.Module):
 
 class ImageClassification(Task):
     """Classify images with a frozen open_clip vision tower.
+
+    Of several tasks at once (a batch with `classes`, see `datamodules.mixture`) each image is classified among the classes of
+    its own task, as with an output layer per task.
 
     Args:
         model: open_clip model name (`ViT-B-32-quickgelu`) or path of an open_clip model config (.json).
@@ -188,8 +192,15 @@ class ImageClassification(Task):
             description["logit_scale"] = self.model.head.logit_scale
         (directory / "head.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
 
+    def _logits(self, batch: Batch) -> Tensor:
+        if "classes" in batch and self.head_kind == "zero_shot":
+            raise UserError(
+                "head='zero_shot' makes prompts of class names, which in a mixture have their task's name; use linear"
+            )
+        return own_classes_only(self(batch["image"]), batch)
+
     def loss(self, batch: Batch) -> Tensor:
-        return F.cross_entropy(self(batch["image"]), batch["label"])
+        return F.cross_entropy(self._logits(batch), batch["label"])
 
     def new_metrics(self) -> MetricCollection:
         assert isinstance(self.model, ImageClassifier)
@@ -210,13 +221,10 @@ class ImageClassification(Task):
         return weight.shape[0]
 
     def evaluate(self, batch: Batch) -> Evaluation:
-        logits = self(batch["image"])
-        loss = F.cross_entropy(logits, batch["label"], reduction="none")
-        inputs = {"preds": logits, "target": batch["label"]}
-        return Evaluation(inputs, loss, prediction=logits.argmax(-1), target=batch["label"])
+        return evaluate_classes(self._logits(batch), batch)
 
     def predict(self, batch: Batch) -> list[dict[str, Any]]:
-        probabilities = self(batch["image"]).softmax(-1)
+        probabilities = self._logits(batch).softmax(-1)
         labels = batch["label"].tolist() if "label" in batch else [None] * len(probabilities)
         return [
             {"id": id_, "label": label, "probabilities": row}

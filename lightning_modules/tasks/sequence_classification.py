@@ -29,6 +29,7 @@ from lightning_modules.tasks.backbones.hugging_face import (
 )
 from lightning_modules.tasks.backbones.quantization import modules_outside_body
 from lightning_modules.tasks.base import Batch, Evaluation, Task
+from lightning_modules.tasks.class_ranges import evaluate_classes, own_classes_only
 from lightning_modules.tasks.padding import padded_right, real_tokens
 from lightning_modules.tasks.scores import F1, Matthews
 
@@ -41,7 +42,7 @@ _FIRST_TOKEN_READERS = ("cohere_compass_text",)  # call it `score`, too
 class SequenceClassification(Task):
     """Classify sentences, or pairs of them, with a frozen encoder (RoBERTa, BERT) or decoder (LLaMA).
 
-    Of several tasks at once (a batch with `classes`, see GlueMixtureDataModule) each example is classified among the classes of
+    Of several tasks at once (a batch with `classes`, see `datamodules.mixture`) each example is classified among the classes of
     its own task, as with an output layer per task; metrics count a task's classes from 0.
 
     A batch has `input_ids`, `attention_mask` and perhaps `token_type_ids`, padded on either side with any token. A decoder is
@@ -128,11 +129,7 @@ class SequenceClassification(Task):
         last_token = mask.sum(-1) - 1 if self._reads_last_token else None
         with _reading(heads, last_token, mask.shape[-1]):
             logits = self.model(**inputs).logits.float()
-        if "classes" not in batch:
-            return logits
-        classes = torch.arange(logits.shape[-1], device=logits.device)
-        first, end = batch["classes"].split(1, -1)
-        return logits.masked_fill((classes < first) | (classes >= end), -torch.inf)
+        return own_classes_only(logits, batch)
 
     def save_model(self, directory: Path, class_names: Sequence[str] | None) -> None:
         """For AutoModelForSequenceClassification, with the class names in its config."""
@@ -162,13 +159,7 @@ class SequenceClassification(Task):
         return MetricCollection({name: known[name] for name in self.metric_names})
 
     def evaluate(self, batch: Batch) -> Evaluation:
-        logits = self(batch)
-        loss = F.cross_entropy(logits, batch["label"], reduction="none")
-        every = torch.tensor([[0, self.num_classes]], device=logits.device).expand(len(logits), 2)
-        first, end = batch.get("classes", every).unbind(-1)
-        prediction, target, num_classes = logits.argmax(-1) - first, batch["label"] - first, end - first
-        inputs = {"preds": prediction, "target": target, "num_classes": num_classes}
-        return Evaluation(inputs, loss, prediction=prediction, target=target, num_classes=num_classes)
+        return evaluate_classes(self(batch), batch)
 
     def predict(self, batch: Batch) -> list[dict[str, Any]]:
         probabilities = self(batch).softmax(-1)

@@ -22,6 +22,7 @@ fourier_moe.files
 fourier_moe.serving
 fourier_moe
 datamodules.shared
+datamodules.mixture
 datamodules.glue datamodules.images datamodules.instructions
 datamodules
 lightning_modules.interruption lightning_modules.tables lightning_modules.strategies

@@ -25,7 +25,7 @@ def test_every_datamodule_tells_all_of_it():
     assert [task_data(data).dataset_name for data in (image, glue)] == ["digits", "cola"]
     assert task_data(CommonsenseDataModule(tokenizer="bytes")).class_names == []
     mixture = task_data(GlueMixtureDataModule({"cola": MixtureTask(), "rte": MixtureTask()}, "bytes"))
-    assert (mixture.dataset_name, mixture.num_classes) == ("GlueMixtureDataModule", 4)
+    assert (mixture.dataset_name, mixture.num_classes) == ("cola, rte", 4)
 
 
 @pytest.mark.parametrize(
