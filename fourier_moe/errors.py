@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import unicodedata
+from collections.abc import Iterable
 
 _CONTROL_CATEGORIES = {"Cc", "Cs", "Zl", "Zp"}  # control characters, surrogates, line and paragraph separators
 _DIRECTIONS = set("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
@@ -25,6 +26,13 @@ def printable(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(_escape(character) if _is_control(character) else character for character in text)
+
+
+def shorten(texts: Iterable[str], limit: int = 3, separator: str = ", ") -> str:
+    """Join the first texts and count the others: `a, b, c and 2 more`."""
+    first = list(texts)
+    more = f" and {len(first) - limit} more" if len(first) > limit else ""
+    return separator.join(first[:limit]) + more
 
 
 def _is_control(character: str) -> bool:

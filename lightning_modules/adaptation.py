@@ -29,7 +29,7 @@ from fourier_moe import (
     recording,
     save_adapter,
 )
-from fourier_moe.errors import UserError, printable
+from fourier_moe.errors import UserError, printable, shorten
 from fourier_moe.files.adapter_files import check_fit
 from fourier_moe.files.format import description_of
 from fourier_moe.files.hub import local_directory
@@ -60,13 +60,13 @@ from lightning_modules.training.weight_averaging import WeightAverage, attach_we
 
 
 class BatchLosses(NamedTuple):
-    """What the loss of a training batch was made of, on this process; scalars without gradients.
+    """The parts of the loss of a training batch on this process; scalars without gradients.
 
     Attributes:
         weight: the batch's weight in its optimizer step, see `Task.loss_weight`.
         task: the task's loss.
-        balance: the load-balancing losses of all adapters, times their weights.
-        penalty: what adapters put on their own parameters.
+        balance: the sum of all adapters' weighted load-balancing losses.
+        penalty: the adapters' regularization of their own parameters.
     """
 
     weight: Tensor
@@ -76,25 +76,25 @@ class BatchLosses(NamedTuple):
 
 
 class AdaptationModule(L.LightningModule):
-    """Adapt a task's pretrained model and train what the adapter says.
+    """Adapt a task's pretrained model and train the adapter.
 
-    Checkpoints hold what is trained and nothing of the frozen model.
+    Checkpoints contain the trained parameters, not the frozen model.
 
     Args:
-        task: what is adapted and how it is scored.
-        adapter: how it is adapted.
+        task: the model to adapt, and how it is scored.
+        adapter: how to adapt it.
         optimization: learning rates by kind of parameters, and their schedule. Not needed to validate, test or predict.
-        num_classes: outputs of the head; the command line takes it from the data.
+        num_classes: outputs of the head; the command line sets it from the data.
         adapter_path: saved adapter to start from (fit) or to use (validate, test, predict): its directory, or
             `hf://owner/name[@revision]` on the Hugging Face hub.
-        activation_checkpointing: keep only the input of every transformer block for the backward pass and compute the rest
-            again: much less memory for about a third more time.
+        activation_checkpointing: keep only the input of every transformer block for the backward pass and recompute the rest:
+            much less memory for about a third more time.
 
     Attributes:
-        batch_losses: of the last training batch.
+        batch_losses: parts of the loss of the last training batch.
 
     Raises:
-        UserError: if adapter_path holds no adapter.
+        UserError: if there is no adapter at adapter_path.
     """
 
     def __init__(
@@ -116,7 +116,7 @@ class AdaptationModule(L.LightningModule):
         self.activation_checkpointing = activation_checkpointing
         self.class_names: list[str] | None = None
         self.report: InjectionReport | None = None
-        self.skips_prediction = False  # PredictionsWriter says so of a batch whose rows it has
+        self.skips_prediction = False  # set by PredictionsWriter for batches whose rows it has
         self.val_sets: EvaluationSets | None = None
         self.test_sets: EvaluationSets | None = None
         self.batch_losses: BatchLosses | None = None
@@ -129,7 +129,7 @@ class AdaptationModule(L.LightningModule):
 
     @property
     def model(self) -> nn.Module:
-        """The adapted model, from configure_model on."""
+        """The adapted model; available after configure_model."""
         assert self.task.model is not None, "configure_model() comes first"
         return self.task.model
 
@@ -143,13 +143,13 @@ class AdaptationModule(L.LightningModule):
                 f"trainer.precision={precision!r} would cast the adapters, which stay in float32; use bf16-mixed or 32-true"
             )
         if self.adapter.head:
-            raise UserError(f"adapter.head={list(self.adapter.head)} is the task's to say; remove it from the config")
+            raise UserError(f"adapter.head={list(self.adapter.head)} is set by the task; remove it from the config")
         if self._trainer is not None:
             check_strategy(self._trainer.strategy, self.adapter, getattr(self.task, "quantization", None))
-        of_adapter = self._stored.class_names if self._stored else None
-        of_data = list(run_data(self._trainer).class_names) or self.class_names  # without data a checkpoint's may be known
-        self.class_names = _agree(f"adapter_path={self.adapter_path!r}", of_adapter, "the data", of_data)
-        # A local directory may hold fewer classes than its source is known for, and so may its adapter.
+        adapter_classes = self._stored.class_names if self._stored else None
+        data_classes = list(run_data(self._trainer).class_names) or self.class_names  # without data, those of a checkpoint
+        self.class_names = _agree(f"adapter_path={self.adapter_path!r}", adapter_classes, "the data", data_classes)
+        # A local directory may have fewer classes than its benchmark, and so may an adapter trained on it.
         num_classes = len(self.class_names) if self.class_names else self.num_classes
         model = self.task.build(num_classes, self.class_names)
         self.report = inject(model, dataclasses.replace(self.adapter, head=self.task.head_names))
@@ -161,9 +161,9 @@ class AdaptationModule(L.LightningModule):
         rank_zero_info(f"\n{backbone_name(model)}, {type(self.adapter).__name__}\n{self.report}\n")
 
     def configure_callbacks(self) -> list[L.Callback]:
-        """What every run needs: a directory of its own, to survive an interruption, and not to train beside the model.
+        """Add the callbacks of every run: exact resumption, a graceful stop, the newest state, a check for unused adapters.
 
-        It is also the last moment before Lightning opens the loggers' files.
+        Also claims the run's directory. This is the last hook before Lightning opens the loggers' files.
         """
         check_callbacks(self.trainer)
         directory = attach_run_directory(self.trainer)
@@ -180,7 +180,7 @@ class AdaptationModule(L.LightningModule):
 
     def on_validation_end(self) -> None:
         if self.average is not None and self.trainer.state.fn == "fit":
-            self.average.put_current_back()  # here, after every callback has seen the weights that were validated
+            self.average.put_current_back()  # after all callbacks have seen the validated weights
 
     def on_test_start(self) -> None:
         self._require_trained()
@@ -194,7 +194,7 @@ class AdaptationModule(L.LightningModule):
             self._require_equal_batches()
 
     def _require_equal_batches(self) -> None:
-        """Refuse shares in which the last forward would wait for ever; Lightning makes such ones for predict."""
+        """Refuse unequal numbers of batches, which Lightning allows in predict: the last forward would wait forever."""
         counts = torch.tensor([float(count) for count in self.trainer.num_predict_batches], device=self.device)
         most = self.trainer.strategy.reduce(counts.clone(), reduce_op="max")
         assert isinstance(most, Tensor)
@@ -205,9 +205,9 @@ class AdaptationModule(L.LightningModule):
             )
 
     def _require_trained(self) -> None:
-        """A new head knows nothing: its test results and predictions would be noise that looks like results.
+        """Refuse to evaluate a new head, whose results would be noise.
 
-        Asked here because in configure_model the checkpoint is not known yet.
+        Not part of configure_model, since no checkpoint is loaded by then.
         """
         command = self.trainer.state.fn
         if self._untrained and command is not None and command != "fit":
@@ -223,14 +223,14 @@ class AdaptationModule(L.LightningModule):
         return sets
 
     def on_fit_start(self) -> None:
-        # GradientAccumulationScheduler's advice to those who change what a step does, which is not changed here.
+        # GradientAccumulationScheduler warns modules that override optimizer_step; this override changes nothing for it.
         warnings.filterwarnings("ignore", message=r"When using `Trainer\(accumulate_grad_batches != 1\)` and overriding")
 
     def on_train_start(self) -> None:
         assert self._schedule is not None
         self._schedule.on_train_start(self.trainer)
         self._step_mean.reset()
-        # What Lightning does at an epoch's start it leaves out where a resumed run goes on within one.
+        # Lightning sets it at the start of an epoch, but not if a resumed run continues within one.
         self.trainer.accumulate_grad_batches = accumulated_batches(self.trainer, self.trainer.current_epoch)
         self._freeze_statistics()
 
@@ -241,7 +241,7 @@ class AdaptationModule(L.LightningModule):
         self._freeze_statistics()
 
     def _freeze_statistics(self) -> None:
-        # Frozen means frozen: batch statistics of a frozen backbone stay as they were pretrained.
+        # Keep the batch statistics of a frozen backbone, too.
         for module in self.model.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm) and not any(p.requires_grad for p in module.parameters()):
                 module.eval()
@@ -253,7 +253,7 @@ class AdaptationModule(L.LightningModule):
         penalty = regularization(self.model)
         weight = self.task.loss_weight(batch)
         if not isinstance(weight, Tensor):
-            weight = torch.full_like(task_loss, weight, dtype=torch.float32)  # a copy would wait for the device
+            weight = torch.full_like(task_loss, weight, dtype=torch.float32)  # a copy from the CPU would wait for the device
         self.batch_losses = BatchLosses(*(value.detach() for value in (weight, task_loss, balance, penalty)))
         require_finite_loss(self, {"task": task_loss, "balance": balance, "penalty": penalty}, batch)
         loss = task_loss + balance + penalty
@@ -277,7 +277,7 @@ class AdaptationModule(L.LightningModule):
         optimizer: Optimizer | LightningOptimizer,
         optimizer_closure: Callable[[], Any] | None = None,
     ) -> None:
-        """Lightning's; between the step's last backward pass and whatever reads its gradients, they become the step's mean."""
+        """Turn the gradients into the mean over the step, after its last backward pass and before anything reads them."""
         assert optimizer_closure is not None
 
         def closure() -> Any:
@@ -299,7 +299,7 @@ class AdaptationModule(L.LightningModule):
     def _evaluate(
         self, sets: EvaluationSets | None, loaders: Any, batch: Mapping[str, Any], batch_idx: int, dataloader_idx: int
     ) -> dict[str, Any]:
-        """Count the batch; its rows and answers go to callbacks as the step's outputs."""
+        """Score the batch, and return its rows and predictions to the callbacks."""
         assert sets is not None
         loader = each_loader(loaders)[dataloader_idx]
         evaluation = self.task.evaluate(batch).first(num_own(loader, batch_idx, _batch_size(batch)))
@@ -314,20 +314,20 @@ class AdaptationModule(L.LightningModule):
         self._log_evaluation("test", self.test_sets)
 
     def _log_evaluation(self, split: str, sets: EvaluationSets | None) -> None:
-        """At the end of the epoch, by all processes, also by one that had no example of some set."""
+        """Log the results. All processes must call it together, also one without examples of some set."""
         assert sets is not None
         for name, value in sets.compute().items():
-            self.log(f"{split}/{name}", value, prog_bar=name == self.task.main_metric, sync_dist=True)  # or Lightning warns
+            self.log(f"{split}/{name}", value, prog_bar=name == self.task.main_metric, sync_dist=True)  # avoids a warning
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         if self.optimization is None:
-            raise UserError("optimization is missing; fit needs the learning rates of what it trains")
+            raise UserError("optimization is missing; fit needs its learning rates")
         optimizer = self.optimization.build_optimizer(self.model, adapter_config(self.model))
         self._schedule = PlannedSchedule(self.optimization, optimizer, self.trainer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self._schedule.scheduler, "interval": "step"}}
 
     def save_adapter(self, directory: Path, metrics: Mapping[str, float]) -> None:
-        """Write the adapter, and what a user of it needs to know of this run; see `fourier_moe.save_adapter`."""
+        """Write the adapter with a description of this run; see `fourier_moe.save_adapter`."""
         data = run_data(self._trainer)
         task = {
             "class": type(self.task).__name__,
@@ -342,7 +342,7 @@ class AdaptationModule(L.LightningModule):
             save_adapter(self.model, directory, class_names=self.class_names, metrics=metrics, task=task, code=code)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep what is trained, drop the frozen model, remember what it belongs to."""
+        """Keep the trained parameters, drop the frozen model, and record what they belong to."""
         trained = {f"task.model.{key}" for key in adapter_state_dict(self.model)}
         checkpoint["state_dict"] = {key: value for key, value in checkpoint["state_dict"].items() if key in trained}
         if self.average is not None:
@@ -356,7 +356,7 @@ class AdaptationModule(L.LightningModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another model or adapter; let configured learning rates win over remembered ones.
+        """Refuse a checkpoint of another model or adapter; replace its learning rates by the configured ones.
 
         Raises:
             UserError: naming what differs.
@@ -375,7 +375,7 @@ class AdaptationModule(L.LightningModule):
 
 
 def untrained(command: str) -> UserError:
-    """What to say when `command` is asked for with nothing trained."""
+    """Return the error of a `command` that has nothing trained to work with."""
     return UserError(
         f"{command} needs a trained adapter: give --model.adapter_path DIR (what fit wrote to RUN/adapter) or --ckpt_path FILE"
     )
@@ -386,14 +386,10 @@ def _batch_size(batch: Mapping[str, Any]) -> int:
 
 
 def _agree(first: str, names: list[str] | None, second: str, others: list[str] | None) -> list[str] | None:
-    """Whichever class names are known; a head trained on some must not be read with others, or in another order."""
+    """Return the known class names; refuse two different lists, since the outputs of a head depend on names and order."""
     if names and others and names != others:
         raise UserError(
-            f"{first} was trained on {len(names)} classes ({_some(names)}), {second} has {len(others)} ({_some(others)}); "
-            "names and order must be the same"
+            f"{first} was trained on {len(names)} classes ({shorten(map(printable, names))}), {second} has {len(others)} "
+            f"({shorten(map(printable, others))}); names and order must be the same"
         )
     return names or others
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(map(printable, names[:3])) + (", ..." if len(names) > 3 else "")

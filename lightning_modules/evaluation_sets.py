@@ -1,4 +1,4 @@
-"""EvaluationSets: what the sets of one split (val or test) have scored so far."""
+"""EvaluationSets: the results of the sets of one split (val or test)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lightning_modules.tasks import Evaluation
 
 @dataclass(frozen=True)
 class SetResult:
-    """What a set has scored: on how many examples, and its metrics by name."""
+    """The result of a set: its number of scored examples, and its metrics by name."""
 
     count: int
     values: dict[str, float]
@@ -30,7 +30,6 @@ class EvaluationSet(nn.Module):
         super().__init__()
         self.metrics, self.loss = metrics, MeanMetric()
         self.num_scored, self.num_with_loss = SumMetric(), SumMetric()
-
         self.reset()
 
     def update(self, evaluation: Evaluation) -> None:
@@ -42,7 +41,7 @@ class EvaluationSet(nn.Module):
             self.loss.update(evaluation.loss)
 
     def compute(self) -> SetResult:
-        """What is known of the set. All processes have to call it together."""
+        """Return the result so far. All processes must call it together."""
         values: dict[str, float] = {}
         num_scored, num_with_loss = int(self.num_scored.compute()), int(self.num_with_loss.compute())
         if num_scored:
@@ -55,14 +54,14 @@ class EvaluationSet(nn.Module):
         for metric in (self.metrics, self.loss, self.num_scored, self.num_with_loss):
             metric.reset()
         for count in (self.num_scored, self.num_with_loss):
-            count.update(0)  # a process without examples of this set has counted them all the same
+            count.update(0)  # otherwise compute warns on a process without examples of this set
 
 
 class EvaluationSets(nn.Module):
-    """The sets of one split. A DataModule with several gives a dict of loaders, whose keys name them.
+    """The sets of one split. If there are several, the DataModule returns a dict of loaders, whose keys are their names.
 
     Attributes:
-        results: of every set, since the last `compute`.
+        results: the result of every set at the last `compute`.
     """
 
     def __init__(self, names: list[str | None], new_metrics: Callable[[], MetricCollection]) -> None:
@@ -77,16 +76,16 @@ class EvaluationSets(nn.Module):
         return one
 
     def compute(self) -> dict[str, float]:
-        """Every value by its name: `accuracy`; of sets with names `gsm8k/accuracy` and the mean over them, `accuracy`."""
+        """Return all values by name: `accuracy`; with named sets `gsm8k/accuracy`, and `accuracy` as the mean."""
         self.results = [self[index].compute() for index in range(len(self.names))]
-        of_sets: dict[str, list[float]] = {}
+        by_metric: dict[str, list[float]] = {}
         named: dict[str, float] = {}
         for name, result in zip(self.names, self.results, strict=True):
             for key, value in result.values.items():
-                of_sets.setdefault(key, []).append(value)
+                by_metric.setdefault(key, []).append(value)
                 if name is not None:
                     named[f"{name}/{key}"] = value
-        return named | {key: sum(values) / len(values) for key, values in of_sets.items()}
+        return named | {key: sum(values) / len(values) for key, values in by_metric.items()}
 
     def reset(self) -> None:
         for index in range(len(self.names)):
@@ -94,32 +93,32 @@ class EvaluationSets(nn.Module):
 
 
 def set_names(loaders: Any) -> list[str | None]:
-    """The names of the sets that a DataModule's loaders read; a single loader's has none.
+    """Return the names of the sets that a DataModule's loaders read; None for a single loader.
 
     Raises:
-        UserError: if there are several without names.
+        UserError: if several sets have no names.
     """
     if isinstance(loaders, Mapping):
         return [str(name) for name in loaders]
     if len(each_loader(loaders)) > 1:
         raise UserError(
-            f"the DataModule gives {len(loaders)} evaluation loaders in a list; give a dict, {{name of the set: loader}}"
+            f"the DataModule returns {len(loaders)} evaluation loaders in a list; return a dict, {{name of the set: loader}}"
         )
     return [None]
 
 
 def each_loader(loaders: Any) -> list[Any]:
-    """The loaders that a DataModule gave as one, a dict or a list."""
+    """Return the loaders that a DataModule returned as one loader, a dict or a list."""
     if isinstance(loaders, Mapping):
         return list(loaders.values())
     return list(loaders) if isinstance(loaders, list | tuple) else [loaders]
 
 
 def num_own(loader: Any, batch_idx: int, batch_size: int) -> int:
-    """How many examples at the start of a batch belong to this process.
+    """Return how many examples at the start of a batch belong to this process.
 
-    The others are repetitions, which DistributedSampler appends to its interleaved order so that all processes have equally
-    many batches.
+    The others are repetitions, which DistributedSampler appends to its interleaved order so that all processes have the same
+    number of batches.
     """
     batches = getattr(loader, "batch_sampler", None)
     sampler = getattr(batches, "sampler", None)
@@ -130,7 +129,7 @@ def num_own(loader: Any, batch_idx: int, batch_size: int) -> int:
 
 
 def limit_of(trainer: L.Trainer, command: str, loaders: Iterable[Any]) -> str | None:
-    """The limit that leaves examples out of a test, validation or prediction, None if there is none."""
+    """Return the limit that leaves examples out of a test, validation or prediction; None if none are left out."""
     split = {"test": "test", "validate": "val", "predict": "predict"}[command]
     numbers = getattr(trainer, f"num_{split}_batches")
     limit = getattr(trainer, f"limit_{split}_batches")

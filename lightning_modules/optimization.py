@@ -22,10 +22,10 @@ _SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with
 
 @dataclass(frozen=True)
 class ParameterGroup:
-    """How one kind of parameters is trained.
+    """How to train one kind of parameters.
 
     Args:
-        lr: peak learning rate; 0 keeps the parameters as they are.
+        lr: peak learning rate; 0 does not change the parameters.
         weight_decay: AdamW's decoupled weight decay (per step, lr * weight_decay).
     """
 
@@ -41,12 +41,12 @@ class ParameterGroup:
 
 @dataclass(frozen=True)
 class Optimization:
-    """AdamW and its schedule. Every kind of trained parameters needs its group, and every group needs parameters.
+    """AdamW and its schedule. Every kind of trained parameters needs a group, and every group needs parameters.
 
     Args:
         experts: adapters' experts.
-        router: adapters' routers; null takes the experts' learning rate and weight decay.
-        adapter: adapters of a method without experts (LoRA and others).
+        router: adapters' routers; null for the learning rate and weight decay of the experts.
+        adapter: adapters of methods without experts (LoRA and others).
         head: the head.
         backbone: the pretrained weights (full fine-tuning only).
         schedule: learning rate after warm-up: `linear` or `cosine` to 0 at the last step, or `constant`.
@@ -70,7 +70,7 @@ class Optimization:
             raise UserError(f"warmup_ratio={self.warmup_ratio} must be in [0, 1)")
 
     def build_optimizer(self, model: nn.Module, config: AdapterConfig) -> AdamW:
-        """AdamW over the trained parameters of an adapted model, in groups named experts, router, adapter, head, backbone.
+        """Return AdamW over an adapted model's parameters in groups named experts, router, adapter, head and backbone.
 
         Raises:
             UserError: if trained parameters have no group, or a group no parameters.
@@ -89,40 +89,40 @@ class Optimization:
         return optimizer
 
     def build_scheduler(self, optimizer: AdamW, num_steps: int) -> LambdaLR:
-        """The schedule over `num_steps` optimizer steps."""
+        """Return the schedule over `num_steps` optimizer steps."""
         return LambdaLR(optimizer, self._share_of_peak(num_steps))
 
     def reschedule(self, scheduler: LambdaLR, num_steps: int) -> None:
-        """Go on from the step that `scheduler` is at with the schedule over another number of steps.
+        """Continue from the scheduler's current step with a schedule over another number of steps.
 
-        Sets the rates of the next step, too: a checkpoint brings those of the schedule that it was written under. At the end of
-        a finished run they are 0.
+        Also sets the rates of the next step, since a checkpoint restores those of the former schedule, which are 0 at the end
+        of a finished run.
         """
         share = self._share_of_peak(num_steps)
         scheduler.lr_lambdas = [share] * len(scheduler.base_lrs)
         rates = [base * share(scheduler.last_epoch) for base in scheduler.base_lrs]
         for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
-        scheduler._last_lr = rates  # what get_last_lr gives
+        scheduler._last_lr = rates  # returned by get_last_lr
 
     def _share_of_peak(self, num_steps: int) -> Callable[[int], float]:
-        """transformers' schedule as a function of the step."""
-        from transformers.optimization import get_scheduler  # here, since it imports peft: a second, which --help saves
+        """Return transformers' schedule as a function of the step."""
+        from transformers.optimization import get_scheduler  # here, since it imports peft, which takes a second
 
         warmup = math.ceil(self.warmup_ratio * num_steps)
-        some = SGD([torch.zeros(1)], lr=1.0)  # which transformers gives it a place in
+        placeholder = SGD([torch.zeros(1)], lr=1.0)  # transformers needs an optimizer
         name = _SCHEDULES[self.schedule]
-        return get_scheduler(name, some, num_warmup_steps=warmup, num_training_steps=num_steps).lr_lambdas[0]
+        return get_scheduler(name, placeholder, num_warmup_steps=warmup, num_training_steps=num_steps).lr_lambdas[0]
 
     def override(self, checkpoint: dict[str, Any]) -> None:
-        """Put these learning rates, weight decays and betas into a Lightning checkpoint's optimizer and scheduler states.
+        """Write these learning rates, weight decays and betas into a Lightning checkpoint's optimizer and scheduler states.
 
-        Otherwise a resumed run silently goes on with the remembered values. The schedule's position is kept.
+        Without this a resumed run would silently continue with the stored values. The position in the schedule is kept.
         """
-        # A checkpoint of weights only has neither; testing one needs neither.
+        # A checkpoint of weights alone has neither state, and tests do not need them.
         states = zip(checkpoint.get("optimizer_states", ()), checkpoint.get("lr_schedulers", ()), strict=True)
         for optimizer, scheduler in states:
-            # Where the schedule is, read off any group with a rate: one that had rate 0 until now does not show it.
+            # The position in the schedule shows in any group with a rate; a group with rate 0 does not tell.
             factors = [group["lr"] / group["initial_lr"] for group in optimizer["param_groups"] if group["initial_lr"]]
             progress = factors[0] if factors else 0.0
             for index, group in enumerate(optimizer["param_groups"]):

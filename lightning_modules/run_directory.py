@@ -14,19 +14,19 @@ from fourier_moe.errors import UserError
 from lightning_modules.interruption.checkpoints import require_writable
 from lightning_modules.interruption.locks import Lock, release_lock, take_lock
 
-_WITHOUT_LOGGER = "lightning_logs"  # Lightning's name for runs that have none
+_WITHOUT_LOGGER = "lightning_logs"  # Lightning's name for runs without a logger
 _SAVE_DIR, _ROOT_DIR = "--trainer.logger.init_args.save_dir", "--trainer.default_root_dir"
 
 
 class RunDirectory(L.Callback):
-    """The directory of a run; AdaptationModule brings it along.
+    """The directory of a run; AdaptationModule adds this callback to every run.
 
     The first logger names it: TensorBoardLogger and CSVLogger by `log_dir`, other loggers by `<save_dir>/<name>/<version>`. A
-    number that the logger leaves open is claimed by making the directory, so that two runs that start at the same moment get
-    one each. While a run trains it holds a lock, which ends with the process: a second run of the same name is refused.
+    number that the logger does not set is claimed by creating the directory, so two runs that start at the same moment get
+    different ones. A run holds a lock while it trains, until its process ends: a second run of the same name is refused.
 
     Attributes:
-        path: the directory, from `claim` on; on other processes than the first a guess, see `run_directory`.
+        path: the directory, known after `claim`; a guess on all processes but the first, see `run_directory`.
     """
 
     def __init__(self) -> None:
@@ -53,7 +53,7 @@ class RunDirectory(L.Callback):
         """Lock the directory against other runs until training ends.
 
         Raises:
-            UserError: if another run is in the directory.
+            UserError: if another run is using the directory.
         """
         if self._lock is None and self.path is not None and _is_first(trainer):
             try:
@@ -93,7 +93,7 @@ def attach_run_directory(trainer: L.Trainer) -> RunDirectory:
 
 
 def run_directory(trainer: L.Trainer) -> Path:
-    """Return the directory of the run, the same on every process. All processes have to call it together."""
+    """Return the directory of the run, the same on every process. All processes must call it together."""
     callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     path = next((callback.path for callback in callbacks if isinstance(callback, RunDirectory)), None)
     return Path(trainer.strategy.broadcast(str(path or trainer.log_dir or trainer.default_root_dir)))
@@ -120,18 +120,18 @@ def _claim(trainer: L.Trainer, numbered: bool) -> Path:
     if not loggers:
         root = Path(trainer.default_root_dir)
         return _next_version(root / _WITHOUT_LOGGER, _ROOT_DIR, first) if numbered else _made(root, _ROOT_DIR, first)
-    of_root: dict[str, int] = {}  # loggers of one directory share its number
+    numbers: dict[str, int] = {}  # by root directory; loggers of one directory share its number
     for logger in loggers:
         if isinstance(logger, (TensorBoardLogger, CSVLogger)) and logger._version is None and "://" not in logger.root_dir:
-            if logger.root_dir not in of_root:
+            if logger.root_dir not in numbers:
                 expanded = os.path.expanduser(os.path.expandvars(logger.root_dir))
                 path = _next_version(Path(expanded), _SAVE_DIR, first)
-                of_root[logger.root_dir] = int(path.name.removeprefix("version_"))
-            logger._version = of_root[logger.root_dir]
+                numbers[logger.root_dir] = int(path.name.removeprefix("version_"))
+            logger._version = numbers[logger.root_dir]
     logger = loggers[0]
     if isinstance(logger, (TensorBoardLogger, CSVLogger)):
         return _made(Path(logger.log_dir), _SAVE_DIR, first)
-    getattr(logger, "experiment", None)  # W&B and MLflow name their run when it begins, which this does
+    getattr(logger, "experiment", None)  # starts the run of W&B and MLflow, which gives it its name
     root = Path(_save_dir(logger) or trainer.default_root_dir) / str(logger.name or "")
     if logger.version is None:
         return _next_version(root, _SAVE_DIR, first)
@@ -154,7 +154,7 @@ def _version_name(version: int | str | None) -> str:
 
 
 def _next_version(root: Path, option: str, make: bool) -> Path:
-    """Return the first free `version_<k>` after all existing ones; if `make` is set, create it, which no other run can too."""
+    """Return the first free `version_<k>` after all existing ones; with `make`, create it, so that no other run gets it."""
     numbers = [path.name.removeprefix("version_") for path in root.glob("version_*")]
     number = max((int(text) for text in numbers if text.isdecimal()), default=-1) + 1
     if not make:

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from datamodules.glue.source import Examples
 from datamodules.shared.cache import cache_key, load_or_make
 
-_ROWS_AT_ONCE = 10_000
+_CHUNK = 10_000
 
 
 @dataclass(frozen=True)
@@ -67,8 +67,8 @@ def _tokenize(examples: Examples, tokenizer: PreTrainedTokenizerBase, max_length
     columns: dict[str, list[Tensor]] = {name: [] for name in names}
     lengths: list[int] = []
     num_truncated = 0
-    for start in range(0, len(examples), _ROWS_AT_ONCE):
-        rows = [list(column[start : start + _ROWS_AT_ONCE]) for column in examples.sentences]
+    for start in range(0, len(examples), _CHUNK):
+        rows = [list(column[start : start + _CHUNK]) for column in examples.sentences]
         encoded = tokenizer(*rows, verbose=False)
         too_long = [row for row, ids in enumerate(encoded["input_ids"]) if len(ids) > max_length]
         if too_long:

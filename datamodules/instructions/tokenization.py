@@ -14,7 +14,7 @@ from datamodules.instructions.records import Record
 from datamodules.shared.cache import cache_key
 from fourier_moe.errors import UserError
 
-_TEXTS_AT_ONCE = 2000  # tokenizers that are not in Python use all cores for a list of texts
+_CHUNK = 2000  # tokenizers that are not in Python use all cores for a list of texts
 
 
 @dataclass(frozen=True)
@@ -89,10 +89,9 @@ class InstructionTokenizer:
 
     def _batches(self, records: Sequence[Record]) -> Iterator[list[tuple[str, str, str, str]]]:
         """Head, question, tail and response of some records at a time."""
-        for start in range(0, len(records), _TEXTS_AT_ONCE):
+        for start in range(0, len(records), _CHUNK):
             yield [
-                (*self.style.training(record), self.style.response(record.output))
-                for record in records[start : start + _TEXTS_AT_ONCE]
+                (*self.style.training(record), self.style.response(record.output)) for record in records[start : start + _CHUNK]
             ]
 
     def _fit(self, head: list[int], question: list[int], tail: list[int], response: list[int]) -> TokenizedExample:
@@ -115,8 +114,8 @@ class InstructionTokenizer:
             for parts in texts:
                 yield [self._tokenizer(part, add_special_tokens=False)["input_ids"] if part else [] for part in parts]
             return
-        for start in range(0, len(texts), _TEXTS_AT_ONCE):
-            chunk = texts[start : start + _TEXTS_AT_ONCE]
+        for start in range(0, len(texts), _CHUNK):
+            chunk = texts[start : start + _CHUNK]
             encoded = self._tokenizer(
                 ["".join(parts) for parts in chunk], add_special_tokens=False, return_offsets_mapping=True, verbose=False
             )

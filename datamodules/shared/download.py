@@ -41,13 +41,13 @@ def _continue(url: str, path: Path, label: str) -> None:
         file.truncate()
         length = response.headers.get("Content-Length")
         total = None if length is None else start + int(length)
-        said = time.monotonic()
+        last_report = time.monotonic()
         with tqdm(total=total, initial=start, unit="B", unit_scale=True, desc=label, leave=False, disable=None) as bar:
             while chunk := response.read(_CHUNK_BYTES):
                 file.write(chunk)
                 bar.update(len(chunk))
-                if not sys.stderr.isatty() and time.monotonic() - said > LOG_SECONDS:
-                    said = time.monotonic()
+                if not sys.stderr.isatty() and time.monotonic() - last_report > LOG_SECONDS:
+                    last_report = time.monotonic()
                     rank_zero_info(f"  {label}: {file.tell() / 1e6:.0f}" + (f" of {total / 1e6:.0f} MB" if total else " MB"))
         if total is not None and file.tell() != total:
             raise IncompleteFileError(f"the connection ended after {file.tell():,} of {total:,} bytes")

@@ -22,7 +22,7 @@ _PREFETCH = 2  # batches that torch lets each worker prepare
 
 
 class TrainLoader(DataLoader[Any]):
-    """Batches of a process's share of a training sampler, resumable in the midst of an epoch.
+    """Batches of a process's share of a training sampler, resumable within an epoch.
 
     Lightning keeps `state_dict` in its checkpoints. It counts batches that were handed out, not those that workers have
     prepared. A resumed pass begins at the next batch without loading what came before it. Nothing is read before the first
@@ -52,7 +52,7 @@ class TrainLoader(DataLoader[Any]):
         return {"epoch": epoch, "batches": self._num_given, "batch_size": self._step_size}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there, if the next pass is through that epoch."""
+        """Resume there, if the next pass is through that epoch."""
         self._resumes_in = state["epoch"]
         num_examples = state["batches"] * state["batch_size"]
         at_end = num_examples > (len(self) - 1) * self._step_size
@@ -60,7 +60,7 @@ class TrainLoader(DataLoader[Any]):
         if state["batch_size"] != self._step_size and num_examples:
             rank_zero_warn(
                 f"the checkpoint was written with {state['batch_size']} examples a batch (of all processes), this run has "
-                f"{self._step_size}: it goes on after {self._num_given} of its batches, and may read a few examples of this "
+                f"{self._step_size}: it resumes after {self._num_given} of its batches, and may read a few examples of this "
                 "epoch twice or not at all; the next epochs are whole"
             )
 

@@ -138,7 +138,7 @@ def _repeat(weights: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def run_seed(trainer: Trainer | None) -> int:
-    """The run's seed, the same on all processes, also where nobody seeded them: they share out one order."""
+    """Return the run's seed, the same on all processes even if none is set, so that they split one order."""
     seed = torch.initial_seed()
     return seed if trainer is None or trainer.world_size == 1 else trainer.strategy.broadcast(seed)
 

@@ -79,9 +79,9 @@ class Sensitivity:
 
     def deviation(self, measure: str) -> float:
         """How far the measure is from that of the permuted matrices, in their standard deviations."""
-        mean, spread = self.control(measure)
+        mean, std = self.control(measure)
         difference = getattr(self.spectrum, measure) - mean
-        return difference / spread if spread > 0 else math.copysign(math.inf, difference) if difference else 0.0
+        return difference / std if std > 0 else math.copysign(math.inf, difference) if difference else 0.0
 
     @staticmethod
     def mean(sensitivities: Sequence[Sensitivity]) -> Sensitivity:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fourier_moe.adapter import adapters
 from fourier_moe.config import AdapterConfig, ProjectionAdapterConfig, StoredProjection
-from fourier_moe.errors import UserError
+from fourier_moe.errors import UserError, shorten
 from fourier_moe.files.format import CARD, DESCRIPTION, TENSORS, AdapterDescription, encode, read, tensors
 from fourier_moe.files.hub import local_directory
 from fourier_moe.files.model_card import is_edited, loading_code, model_card
@@ -243,8 +243,7 @@ def check_stored(source: str, config: AdapterConfig, sizes: Mapping[str, tuple[i
 
 def _refuse(source: str, problems: Sequence[str]) -> None:
     if problems:
-        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise UserError(f"{source} does not fit this model: {'; '.join(problems[:5])}{more}")
+        raise UserError(f"{source} does not fit this model: {shorten(problems, 5, '; ')}")
 
 
 def _like(stored: torch.dtype, expected: torch.dtype) -> bool:

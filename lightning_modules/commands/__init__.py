@@ -1,1 +1,1 @@
-"""The commands beside Lightning's own."""
+"""The commands of train.py in addition to Lightning's own."""

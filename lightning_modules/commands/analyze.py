@@ -1,4 +1,4 @@
-"""`python train.py analyze`: which frequencies model and data ask for, before training."""
+"""`python train.py analyze`: the frequencies at which the loss is sensitive, before training."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def analyze(
     weights: str | None = None,
     output: str | None = None,
 ) -> SensitivityReport:
-    """Measure which frequencies the loss asks the adapted projections for, before training.
+    """Measure at which frequencies the loss is sensitive to the adapted projections, before training.
 
     The radial spectrum of the gradient with respect to their dense update is compared with that of permuted rows and columns.
     Further arguments are those of fit: `--data.directory DIR`, or `--model.adapter_path DIR` for a trained adapter.
@@ -43,10 +43,10 @@ def analyze(
         directory=output or f"runs/analyze/{line.name}",
         stop=True,
     )
-    # A minimum in the config would be trained, whoever asks to stop.
+    # Lightning trains a minimum of the config even if should_stop is set.
     no_steps = ("num_sanity_val_steps=0", "limit_val_batches=0", "min_epochs=null", "min_steps=null")
     cli = AdaptationCLI([*line.words, *(f"--trainer.{word}" for word in no_steps)], run=False)
-    cli.trainer.callbacks = [callback]  # type: ignore[attr-defined] # nothing of a training run is to be written
+    cli.trainer.callbacks = [callback]  # type: ignore[attr-defined] # writes nothing of a training run
     cli.trainer.loggers = []
     cli.model.task.fetch()
     cli.trainer.fit(cli.model, cli.datamodule)

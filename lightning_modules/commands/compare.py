@@ -40,8 +40,8 @@ def compare(
     """Train and test one config with several adapters and seeds, and write tables and a plot.
 
     The last weights and the checkpoint that is best on validation are tested. Everything that can be checked without training
-    is checked before the first run. A run that fails is reported and the others go on. A run whose result is in `output`
-    already is not made again, unless its resolved config has changed: repeat the command to go on after an interruption.
+    is checked before the first run. A run that fails is reported, and the others continue. A run whose result is in
+    `output` already is not repeated, unless its resolved config has changed: repeat the command after an interruption.
     Further arguments are those of fit, for example `--trainer.max_epochs 5`.
 
     Args:
@@ -94,7 +94,7 @@ def compare(
         parts.append(f"Parameters matched to {match_parameters}:\n\n{sizes}")
 
     def plot(path: Path) -> None:
-        from lightning_modules.experiments.plots import plot_comparison  # here: matplotlib is slow to import
+        from lightning_modules.experiments.plots import plot_comparison  # here, since matplotlib is slow to import
 
         assert frame is not None
         plot_comparison(path, frame, labels)

@@ -66,7 +66,7 @@ def export(
         if ckpt_path:
             raise UserError("--ckpt_path and --model.adapter_path are two sources; give one of them")
         raise untrained("export")
-    cli.trainer.callbacks, cli.trainer.loggers = [], []  # type: ignore[attr-defined] # nothing of a run is to be written
+    cli.trainer.callbacks, cli.trainer.loggers = [], []  # type: ignore[attr-defined] # writes nothing of a run
     _load(cli, ckpt_path)
 
     if pushes_again:  # what was written before an earlier push failed
@@ -133,7 +133,7 @@ def _mebibytes(directory: Path) -> str:
 
 
 def lora_table(exports: list[ProjectionExport]) -> str:
-    """One line per kind of projection: ranks, the size of one expert's LoRAs, the largest measured difference."""
+    """Return a table with a row per kind of projection: ranks, size of one expert's LoRAs, largest measured difference."""
     groups: dict[tuple[str, str], list[ProjectionExport]] = {}
     for export in exports:
         shape = f"{export.out_features} x {export.in_features}"

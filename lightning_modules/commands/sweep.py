@@ -33,7 +33,7 @@ def sweep(
 ) -> list[Result]:
     """Train and test one config under the settings of one study, and write a table and a plot.
 
-    A run that fails is reported and the others go on. Results that `output` holds already are kept: repeat the command after an
+    A run that fails is reported, and the others continue. Results in `output` are kept: repeat the command after an
     interruption. Further arguments are those of fit, for example `--trainer.max_epochs 5`.
 
     Args:
@@ -59,8 +59,8 @@ def sweep(
     if study == "bandwidth" and not own.frequency_bias:
         raise UserError("bandwidth has no effect with frequency_bias=False; set frequency_bias to true")
     cli.model.configure_model()
-    given = values.split(",") if isinstance(values, str) else None if values is None else [str(value) for value in values]
-    settings, left_out = choose_settings(chosen, given, own, _trial(adapters(cli.model.model)))
+    texts = values.split(",") if isinstance(values, str) else None if values is None else [str(value) for value in values]
+    settings, left_out = choose_settings(chosen, texts, own, _trial(adapters(cli.model.model)))
     for reason in left_out:
         print(f"left out: {reason}")
     if not any(isinstance(callback, RouterLoad) for callback in cli.trainer.callbacks):  # type: ignore[attr-defined]
@@ -77,7 +77,7 @@ def sweep(
     parts += [f"left out: {reason}" for reason in left_out]
 
     def plot(path: Path) -> None:
-        from lightning_modules.experiments.plots import plot_study  # here: matplotlib takes as long to import as a small run
+        from lightning_modules.experiments.plots import plot_study  # here, since matplotlib is slow to import
 
         assert frame is not None
         plot_study(path, chosen, frame, own_name)

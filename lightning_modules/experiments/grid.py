@@ -27,7 +27,7 @@ from lightning_modules.interruption import read_checkpoint
 
 
 def run_grid(grid: Mapping[str, Sequence[str]], seeds: int, output: Path) -> tuple[list[Result], list[str]]:
-    """Train and test every variant with every seed; a run that `output` holds already is not made again.
+    """Train and test every variant with every seed; a run whose result is in `output` already is not repeated.
 
     Args:
         grid: arguments of `fit` by variant.
@@ -47,15 +47,15 @@ def run_grid(grid: Mapping[str, Sequence[str]], seeds: int, output: Path) -> tup
         begin, kept = time.perf_counter(), kept_file(output, name, seed).is_file()
         try:
             results.append(run_one(name, seed, [*grid[name]], output, _train_and_test))
-        except (KeyboardInterrupt, SystemExit):  # Lightning makes the former the latter
-            print(f"\ninterrupted: {len(results)} of {len(runs)} runs are in {output}; repeat the command to go on", flush=True)
+        except (KeyboardInterrupt, SystemExit):  # Lightning turns the former into the latter
+            print(f"\ninterrupted: {len(results)} of {len(runs)} runs are in {output}; repeat the command", flush=True)
             raise
         except Exception as error:
             failures.append(f"{name}, seed {seed}: {describe_error(error)}")
             print(f"failed: {failures[-1]}", file=sys.stderr, flush=True)
         if not kept:
             seconds[name, seed] = time.perf_counter() - begin
-        gc.collect()  # trainer and model hold each other, and the next run needs the memory
+        gc.collect()  # trainer and model refer to each other, and the next run needs the memory
     return results, failures
 
 
@@ -177,9 +177,9 @@ def _best_checkpoint(callbacks: list[Any]) -> tuple[str, int] | None:
     return None
 
 
-def merged(metrics_of_sets: list[Any]) -> dict[str, float]:
+def merged(metrics_by_set: list[Any]) -> dict[str, float]:
     """Return the metrics of all test sets in one dictionary; their names contain the set."""
-    return {name: float(value) for metrics in metrics_of_sets for name, value in metrics.items()}
+    return {name: float(value) for metrics in metrics_by_set for name, value in metrics.items()}
 
 
 def describe_error(error: Exception) -> str:

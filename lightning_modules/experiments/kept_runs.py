@@ -47,7 +47,7 @@ def read_run(path: Path, config: Mapping[str, Any], first_process: bool = True) 
         first_process: whether this process may move the files of other configs aside, and back.
     """
     own = _aside(path, config)
-    for candidate in (path, own, path):  # the first process may move one of them in between
+    for candidate in (path, own, path):  # the first process may move one of them meanwhile
         stored = _usable(candidate)
         if stored is None:
             continue
@@ -93,13 +93,13 @@ def _problem(path: Path, stored: dict[str, Any]) -> str | None:
     if checksum is not None and checksum != _checksum({key: value for key, value in stored.items() if key != "sha256"}):
         return "its checksum differs"
     if not all(isinstance(value, (int, float)) for value in stored["result"]["metrics"].values()):
-        return "its metrics are no numbers"
+        return "its metrics are not numbers"
     examples = path.with_suffix(".npz")
     try:
         if checksum is not None and _file_checksum(examples) != stored["examples"]:
             return f"the checksum of {examples.name} differs"
         load_examples(examples)
-    except Exception as error:  # zipfile, zlib and numpy have one each for damage
+    except Exception as error:  # zipfile, zlib and numpy raise different errors for damage
         return f"{examples.name}: {error}"
     return None
 

@@ -44,7 +44,7 @@ class Variant:
     config: Mapping[str, Any]
 
     def try_out(self, adapter: AdapterConfig) -> InjectionReport:
-        """Inject an adapter into a copy of the outline, which costs no memory and little time, and group the parameters.
+        """Inject an adapter into a copy of the outline, which needs no memory and little time, and group the parameters.
 
         Raises:
             UserError: if the adapter does not fit the model, or the optimization does not fit the adapter.

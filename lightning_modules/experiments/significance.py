@@ -25,7 +25,7 @@ from lightning_modules.tasks.scores import Score
 RESAMPLES = 2000  # the standard error is then known to 2 %
 _CONFIDENCE = 0.95
 _ROUNDING = 1e-6  # metrics are logged in float32: smaller differences and variations are zero
-_CHUNK = 2**24  # numbers drawn at once
+_CHUNK = 2**24  # random numbers per draw
 _SEED = 2604_01762  # unlikely to be a seed of the data, of which samples must be independent
 
 

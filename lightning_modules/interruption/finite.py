@@ -9,7 +9,7 @@ import lightning as L
 from torch import Tensor
 from torch.optim import Optimizer
 
-from fourier_moe.errors import UserError
+from fourier_moe.errors import UserError, shorten
 
 
 def require_finite_loss(module: L.LightningModule, losses: Mapping[str, Tensor], batch: Mapping[str, Any]) -> None:
@@ -55,8 +55,7 @@ def require_finite_weights(trainer: L.Trainer, state: Mapping[str, Tensor]) -> N
 
 
 def _not_finite(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    names = [name for name, tensor in tensors if not bool(tensor.isfinite().all())]
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return shorten(name for name, tensor in tensors if not bool(tensor.isfinite().all()))
 
 
 def _advice(optimizers: list[Optimizer]) -> str:

@@ -1,4 +1,4 @@
-"""The blocks of a transformer: what is sharded together, and what activation checkpointing recomputes."""
+"""The blocks of a transformer, the units of sharding and of activation checkpointing."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from fourier_moe.errors import UserError
 
 
 def transformer_blocks(model: nn.Module) -> list[nn.Module]:
-    """The members of the outermost nn.ModuleList or nn.Sequential around each adapter, in the model's order.
+    """Return the members of the outermost nn.ModuleList or nn.Sequential around each adapter, in the model's order.
 
-    A model without adapters (head only) has those of its largest one; a model without lists has none.
+    For a model without adapters (head only), return those of its largest list; for a model without lists, none.
     """
     lists: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
@@ -31,10 +31,10 @@ def transformer_blocks(model: nn.Module) -> list[nn.Module]:
 
 
 def checkpoint_activations(model: nn.Module) -> None:
-    """Let every block keep its input only, and compute the rest again in the backward pass.
+    """Let every block keep only its input, and recompute the rest in the backward pass.
 
-    Non-reentrant: the reentrant kind runs the first forward without gradients, and the routers' balance loss would lose its
-    own. Names of modules and parameters stay as they are.
+    Checkpointing is non-reentrant, since the reentrant kind runs the first forward without gradients, and the routers' balance
+    loss would have none. Names of modules and parameters do not change.
 
     Raises:
         UserError: if the model has no blocks.
@@ -50,7 +50,7 @@ def checkpoint_activations(model: nn.Module) -> None:
 
 
 def _recompute(block: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """An evaluation has nothing to compute again, and may fill a cache, which must not happen twice."""
+    """Recompute in training only: an evaluation has no backward pass, and may fill a cache, which must happen once."""
     if block.training and torch.is_grad_enabled():
         return checkpoint(forward, *args, use_reentrant=False, **kwargs)
     return forward(*args, **kwargs)

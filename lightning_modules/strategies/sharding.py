@@ -1,4 +1,4 @@
-"""ShardedBaseStrategy: FSDP2 shards the frozen model; every process holds all trained parameters."""
+"""ShardedBaseStrategy: shard the frozen model with FSDP2; every process has all trained parameters."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ _OVERLAY = "add --config configs/strategies/fsdp.yaml for FSDP2, or configs/stra
 
 
 class ShardedBaseStrategy(ModelParallelStrategy):
-    """Data-parallel over all devices of all nodes, with the frozen model sharded per transformer block (FSDP2).
+    """Train data-parallel over all devices of all nodes, with the frozen model sharded by transformer block (FSDP2).
 
-    Adapters and head are a small part: they stay whole on every process, and their gradients are averaged once per optimizer
-    step, as DDP does. So files, checkpoints, clipping and callbacks are those of one process, and a checkpoint of any number
-    of processes resumes under any other.
+    Adapters and head are small: every process keeps them whole, and their gradients are averaged once per optimizer step, as in
+    DDP. So files, checkpoints, clipping and callbacks work as with one process, and a checkpoint resumes under any number of
+    processes.
 
-    The first process alone loads the pretrained weights, into host memory, and hands them on block by block; nobody else ever
-    holds the whole model.
+    Only the first process loads the pretrained weights, into host memory. It broadcasts them block by block, so no other
+    process ever has the whole model.
 
     Args:
-        tensor_parallel_size: 1; projections are not split.
-        process_group_backend: of torch.distributed; null is nccl on GPUs, gloo on the CPU.
-        timeout: how long a process waits for the others, the first one's loading included.
+        tensor_parallel_size: must be 1; projections are not split.
+        process_group_backend: backend of torch.distributed; null for nccl on GPUs and gloo on the CPU.
+        timeout: how long a process waits for the others, including the time in which the first one loads the weights.
 
     Raises:
         UserError: for another tensor_parallel_size.
@@ -62,10 +62,10 @@ class ShardedBaseStrategy(ModelParallelStrategy):
 
     @contextmanager
     def tensor_init_context(self, empty_init: bool | None = None) -> Generator[None, None, None]:
-        """Where configure_model builds: with weights in host memory, or as shapes only (see `without_weights`).
+        """Build on the first process with weights in host memory, on the others without (see `without_weights`).
 
         Raises:
-            UserError: if the first process fails; without its weights the others would wait for them in vain.
+            UserError: on the other processes if the first one fails; they would wait for its weights forever.
         """
         problem = None
         try:
@@ -75,9 +75,9 @@ class ShardedBaseStrategy(ModelParallelStrategy):
             problem = error
             raise
         finally:
-            of_first = self.broadcast(str(problem) if problem else None)
-            if of_first and not problem:
-                raise UserError(f"the first process could not build the model: {of_first}")
+            rank0_error = self.broadcast(str(problem) if problem else None)
+            if rank0_error and not problem:
+                raise UserError(f"the first process could not build the model: {rank0_error}")
 
     def setup(self, trainer: L.Trainer) -> None:
         assert self.lightning_module is not None
@@ -88,7 +88,7 @@ class ShardedBaseStrategy(ModelParallelStrategy):
 
     @contextmanager
     def block_backward_sync(self) -> Generator[None, None, None]:
-        """Around the batches that are accumulated before the one that steps."""
+        """Skip averaging for batches that are accumulated; Lightning enters this for all but the last one of a step."""
         self._accumulating = True
         try:
             yield
@@ -100,7 +100,7 @@ class ShardedBaseStrategy(ModelParallelStrategy):
             assert self.lightning_module is not None
             average_gradients([p for p in self.lightning_module.parameters() if p.requires_grad])
 
-    # What is trained is the same plain tensor everywhere: written and read as without sharding. Nothing is gathered.
+    # Trained parameters are the same plain tensors on all processes: read and written as without sharding, never gathered.
     lightning_restore_optimizer = ParallelStrategy.lightning_restore_optimizer
     lightning_module_state_dict = ParallelStrategy.lightning_module_state_dict
     load_model_state_dict = ParallelStrategy.load_model_state_dict
@@ -111,13 +111,15 @@ class ShardedBaseStrategy(ModelParallelStrategy):
 
 
 def check_strategy(strategy: Strategy, adapter: AdapterConfig, quantization: str | None = None) -> None:
-    """Refuse, before any weights are loaded, what would train or save something else than it seems to.
+    """Refuse strategies that would not train or save what they seem to, before any weights are loaded.
 
     Args:
-        quantization: of the task's frozen weights, None if there is none.
+        strategy: the trainer's strategy.
+        adapter: the config of the adapter.
+        quantization: quantization of the task's frozen weights; None if there is none.
 
     Raises:
-        UserError: naming the strategy, the reason and what to use.
+        UserError: naming the strategy, the reason, and what to use instead.
     """
     name = type(strategy).__name__
     if isinstance(strategy, ShardedBaseStrategy):
@@ -132,22 +134,21 @@ def check_strategy(strategy: Strategy, adapter: AdapterConfig, quantization: str
                 "configs/strategies/ddp.yaml, or quantization null"
             )
     elif isinstance(strategy, ModelParallelStrategy):
-        raise UserError(f"trainer.strategy={name} would split projections among the devices of a node by default; {_OVERLAY}")
+        raise UserError(f"trainer.strategy={name} splits projections over the devices of a node by default; {_OVERLAY}")
     elif isinstance(strategy, FSDPStrategy):
         raise UserError(
             f"trainer.strategy={name} (FSDP1) flattens frozen and trained weights into one, keeps gradients for both, cannot "
             f"clip them by norm in Lightning, and gathers the whole model for every checkpoint; {_OVERLAY}"
         )
     elif isinstance(strategy, DeepSpeedStrategy):
-        raise UserError(f"trainer.strategy={name} writes checkpoints of its own that nothing else here can read; {_OVERLAY}")
+        raise UserError(f"trainer.strategy={name} writes checkpoints that this package does not read; {_OVERLAY}")
 
 
 def shard_frozen(model: nn.Module, mesh: DeviceMesh, device: torch.device) -> None:
-    """Hand on all weights of the first process and shard the frozen ones over `mesh`, one transformer block at a time, then the
-    rest. Does nothing the second time.
+    """Broadcast all weights of the first process and shard the frozen ones over `mesh`, by transformer block, then the rest.
 
-    Other processes may have the model on the meta device. No process but the first ever holds more than its shards and the
-    block at hand.
+    A second call does nothing. Other processes may have the model on the meta device; they never have more than their shards
+    and the current block.
     """
     if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         return
@@ -157,13 +158,13 @@ def shard_frozen(model: nn.Module, mesh: DeviceMesh, device: torch.device) -> No
     for module, members in [*((block, block.modules()) for block in blocks), (model, rest)]:
         _receive(members, device)
         trained = {parameter for parameter in module.parameters() if parameter.requires_grad}
-        # By default the outermost module would stay whole after a forward, until one process alone asks for a state dict, as
-        # the first one does to write an adapter. Always the same on all: sharded between forward and backward, and after both.
+        # By default the outermost module stays gathered after a forward. The processes would then differ once the first one
+        # reads the state dict to write an adapter. This way all are sharded after every forward and backward.
         fully_shard(module, mesh=mesh, ignored_params=trained, reshard_after_forward=True)
 
 
 def _receive(modules: Iterable[nn.Module], device: torch.device) -> None:
-    """Give the modules' own parameters and buffers the first process's values, on `device`, one tensor after the other."""
+    """Set the modules' own parameters and buffers to the first process's values, on `device`, one tensor at a time."""
     own = (chain(module.parameters(recurse=False), module.buffers(recurse=False)) for module in modules)
     tensors = list({id(tensor): tensor for tensor in chain.from_iterable(own)}.values())
     shapes = [[(tensor.shape, tensor.dtype) for tensor in tensors]]
@@ -173,14 +174,14 @@ def _receive(modules: Iterable[nn.Module], device: torch.device) -> None:
         source = torch.empty(shape, dtype=dtype, device=device) if tensor.is_meta else tensor.detach()
         received = source.to(device)
         distributed.broadcast(received, 0)
-        if tensor.device != device:  # the same object, so that whoever refers to it sees the values: tied weights stay tied
+        if tensor.device != device:  # swapped in place, so that tied weights stay tied
             is_parameter = isinstance(tensor, nn.Parameter)
             filled = nn.Parameter(received, tensor.requires_grad) if is_parameter else received.detach()
             torch.utils.swap_tensors(tensor, filled)
 
 
 def average_gradients(parameters: list[nn.Parameter]) -> None:
-    """Replace every gradient by its mean over all processes, in one message. It stays None if no process has one."""
+    """Replace every gradient by its mean over all processes, in one all-reduce. It stays None if no process has one."""
     counts = torch.tensor([float(parameter.grad is not None) for parameter in parameters], device=parameters[0].device)
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
     flat = torch.cat([*(gradient.flatten() for gradient in gradients), counts])

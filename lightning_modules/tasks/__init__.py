@@ -1,4 +1,4 @@
-"""What is adapted and how it is scored."""
+"""Tasks: the model to adapt, its loss and its scores."""
 
 from lightning_modules.tasks.base import Evaluation, Task, TaskData
 from lightning_modules.tasks.causal_language_model import CausalLanguageModel

@@ -1,4 +1,4 @@
-"""Task: what is adapted and how it is scored. One subclass per kind of problem."""
+"""Task: the model to adapt, its loss and its scores. One subclass per kind of problem."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from torchmetrics import MetricCollection
 
 from fourier_moe.errors import UserError
 
-Batch = Mapping[str, Any]  # `id`, a list of B strings that are unique in their set, beside what the task reads
+Batch = Mapping[str, Any]  # `id`, a list of B strings that are unique in their set, and what the task reads
 
 
 class TaskData(Protocol):
-    """What a DataModule tells about its data. `datamodules.BaseDataModule` has all of it.
+    """What tasks and callbacks read from a DataModule. `datamodules.BaseDataModule` has all of it.
 
-    Its loaders give batches: mappings with `id`, a list of B strings that are unique in their set, beside what the task reads.
-    Several evaluation sets come as a dict of loaders by name.
+    Its loaders yield batches: mappings with `id`, a list of B strings that are unique in their set, and what the task reads.
+    Several evaluation sets are returned as a dict of loaders by name.
 
     Attributes:
-        dataset_name: what model cards call the data; None where it has no name.
-        num_classes: outputs of a head; None where there are no classes, or before they are known.
-        class_names: name of each class, by label; empty where there are none, or before they are known.
-        evaluation_notes: what a reader of the results has to know, by name of the test set; a single set is called `test`.
-        data_revision: commit of the hub's data set that was read, None for other data.
-        num_train_examples: examples per epoch, None where that is not known before `setup`.
+        dataset_name: name of the data in model cards; None if it has none.
+        num_classes: outputs of a head; None if there are no classes, or before they are known.
+        class_names: name of each class, by label; empty if there are none, or before they are known.
+        evaluation_notes: what a reader of the results must know, by name of the test set; a single set is called `test`.
+        data_revision: commit of the data set on the hub; None for other data.
+        num_train_examples: examples per epoch; None if unknown before `setup`.
         batch_size: training examples per batch and process.
     """
 
@@ -50,12 +50,12 @@ class TaskData(Protocol):
     def batch_size(self) -> int: ...
 
 
-_TOLD = [name for name in vars(TaskData) if not name.startswith("_")]
+_FIELDS = [name for name in vars(TaskData) if not name.startswith("_")]
 
 
 @dataclass(frozen=True)
 class _UnknownData:
-    """What is known of loaders without a DataModule, or of a DataModule that tells nothing."""
+    """The TaskData of loaders without a DataModule, or of a DataModule without any of its fields."""
 
     dataset_name: str | None
     num_classes: None = None
@@ -67,41 +67,41 @@ class _UnknownData:
 
 
 def task_data(data: L.LightningDataModule | None) -> TaskData:
-    """What a DataModule tells; of one that has nothing of `TaskData`, as of none, nothing is known.
+    """Return a DataModule as TaskData; an empty one for None, or if it has none of the fields.
 
     Raises:
-        UserError: if it has a part of `TaskData` only.
+        UserError: if it has only some of the fields.
     """
-    missing = [name for name in _TOLD if not (hasattr(type(data), name) or name in getattr(data, "__dict__", ()))]
-    told = set(_TOLD) - set(missing) - {"batch_size"}
-    if not told:
+    missing = [name for name in _FIELDS if not (hasattr(type(data), name) or name in getattr(data, "__dict__", ()))]
+    present = set(_FIELDS) - set(missing) - {"batch_size"}
+    if not present:
         return _UnknownData(None if data is None else type(data).__name__)
     if missing:
         raise UserError(
-            f"{type(data).__name__} has {', '.join(sorted(told))} but not {', '.join(missing)}; derive it from "
-            "datamodules.BaseDataModule, which has all that a DataModule tells"
+            f"{type(data).__name__} has {', '.join(sorted(present))} but not {', '.join(missing)}; derive it from "
+            "datamodules.BaseDataModule, which has all of them"
         )
     return cast(TaskData, data)
 
 
 def run_data(trainer: L.Trainer | None) -> TaskData:
-    """What the DataModule of a run tells; see `task_data`."""
+    """Return the DataModule of a run as TaskData; see `task_data`."""
     return task_data(data_module(trainer))
 
 
 def data_module(trainer: L.Trainer | None) -> L.LightningDataModule | None:
-    """The DataModule of a run; None where it was given loaders."""
-    return getattr(trainer, "datamodule", None)  # Lightning sets it where there is one
+    """Return the DataModule of a run; None if it has only loaders."""
+    return getattr(trainer, "datamodule", None)  # set by Lightning only if there is one
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a batch of B examples gave.
+    """The result of a batch of B examples.
 
     Attributes:
         metric_inputs: keyword arguments of the metrics' `update`, each with one entry per example.
-        loss: loss of each example (B,), None where none is known.
-        rows: one row per example for reports, or none at all; `id` is its first entry.
+        loss: loss of each example (B,); None if unknown.
+        rows: one row per example for reports, with `id` as its first entry; or no rows.
         prediction: predicted class of each example (B,); for a task without classes 1 if its answer is correct, else 0. None
             if nothing is graded.
         target: correct class of each example (B,); for a task without classes 1. None together with `prediction`.
@@ -116,7 +116,7 @@ class Evaluation:
     num_classes: Tensor | None = None
 
     def first(self, count: int) -> Evaluation:
-        """The same for the first `count` examples."""
+        """Return the result of the first `count` examples."""
         inputs = {name: values[:count] for name, values in self.metric_inputs.items()}
         by_example = (self.loss, self.prediction, self.target, self.num_classes)
         loss, *graded = (None if values is None else values[:count] for values in by_example)
@@ -124,7 +124,7 @@ class Evaluation:
 
 
 def select(batch: Batch, rows: Sequence[int]) -> Batch:
-    """The batch of some of its examples."""
+    """Return a batch of the chosen examples."""
     if len(rows) == len(batch["id"]):
         return batch
     return {name: v[list(rows)] if isinstance(v, Tensor) else [v[row] for row in rows] for name, v in batch.items()}
@@ -133,17 +133,16 @@ def select(batch: Batch, rows: Sequence[int]) -> Batch:
 class Task(nn.Module, ABC):
     """A pretrained model with a head, its loss, its metrics and its predictions.
 
-    Cheap to construct; `build` loads the model. `model` is the module that adapters are injected into and that adapter files
-    belong to.
+    Cheap to construct; `build` loads the model. Adapters are injected into `model`, and adapter files belong to it.
 
     Attributes:
-        head_names: modules in `model` that are trained in full, beside the adapters; known after `build`.
+        head_names: modules in `model` that are trained in full, in addition to the adapters; known after `build`.
         main_metric: the metric that progress bars and tables show.
-        pipeline_tag: what the Hugging Face hub calls this kind of task.
+        pipeline_tag: the Hugging Face hub's name of this kind of task.
         prediction_columns: keys of `predict`'s rows that become columns of the predictions file; None for a classifier, whose
             rows have `id`, `label` and `probabilities`.
         model: None until `build`.
-        split: `val`, `test` or `predict`, what is being read now; a task may do less in validation.
+        split: the current split, `val`, `test` or `predict`; a task may do less in validation.
     """
 
     head_names: tuple[str, ...] = ()
@@ -165,28 +164,28 @@ class Task(nn.Module, ABC):
     def build(self, num_classes: int | None, class_names: Sequence[str] | None = None) -> nn.Module:
         """Load the pretrained model, add the head, keep the result as `model` and return it.
 
-        Under `torch.device("meta")` (see `without_weights`) the same model without reading any weights: another process has
-        them and hands them on.
+        Under `torch.device("meta")` (see `without_weights`) build the same model without reading any weights, which another
+        process broadcasts.
         """
 
     def fetch(self) -> None:
-        """Fetch what `build` reads from a network, so that it fails before the data are fetched. By default nothing.
+        """Fetch what `build` reads from a network, so that a failure comes before the data are fetched. By default nothing.
 
         Raises:
-            UserError: if it cannot be fetched, with what to do.
+            UserError: if it cannot be fetched.
         """
         return
 
     def forward_flops(self) -> int | None:
-        """Floating-point operations of one example's forward pass, before anything is loaded; None where they depend on it."""
+        """Count the floating-point operations of one example's forward pass without loading anything; None if unknown."""
         return None
 
     def arguments(self) -> dict[str, Any] | None:
-        """The constructor's arguments that make `model` what it is, for model cards; None leaves them out of it."""
+        """Return the constructor arguments that determine `model`, for model cards; None if the card should not have them."""
         return None
 
     def check(self, loaders: Sequence[Any]) -> None:
-        """Before anything is read of this split's sets, one loader each.
+        """Check the sets of this split, one loader each, before anything is read.
 
         Raises:
             UserError: if this task cannot score one of them.
@@ -194,20 +193,20 @@ class Task(nn.Module, ABC):
 
     @abstractmethod
     def loss(self, batch: Batch) -> Tensor:
-        """Mean loss of a training batch, over what `loss_weight` counts."""
+        """Return the mean loss of a training batch, over what `loss_weight` counts."""
 
     def loss_weight(self, batch: Batch) -> Tensor | float:
-        """What the mean in `loss` is over: the number of examples, unless a task says otherwise.
+        """Return the number that the mean in `loss` is over: the number of examples by default.
 
-        Batches and processes of one optimizer step weigh by it, so that the step's gradient is that of one batch. A loss that
-        divides by anything else has to say so here: the number of label tokens, or the sum of the class weights of the labels
+        Batches and processes of an optimizer step are weighted by it, so the step's gradient is that of one batch. Override it
+        for a loss that divides by anything else: the number of label tokens, or the sum of the class weights of the labels
         (`F.cross_entropy` with `weight`).
         """
         return len(batch["id"])
 
     @abstractmethod
     def new_metrics(self) -> MetricCollection:
-        """Fresh metrics for one split; their names become TensorBoard tags (`val/accuracy`)."""
+        """Return new metrics for one split; their names become TensorBoard tags (`val/accuracy`)."""
 
     @abstractmethod
     def evaluate(self, batch: Batch) -> Evaluation:
@@ -215,21 +214,21 @@ class Task(nn.Module, ABC):
 
     @abstractmethod
     def predict(self, batch: Batch) -> list[dict[str, Any]]:
-        """One row of the predictions file per example; `id` is its first entry."""
+        """Return one row of the predictions file per example, with `id` as its first entry."""
 
     def save_model(self, directory: Path, class_names: Sequence[str] | None) -> None:
         """Write the whole model, without adapters, as a directory that the model's own library loads without this package.
 
         Raises:
-            UserError: if there is no such format.
+            UserError: if the task has no such format.
         """
         raise UserError(f"{type(self).__name__} has no format for a whole model; implement Task.save_model")
 
     def token_mask(self, batch: Batch) -> Tensor | None:
-        """True for real tokens, false for padding, as (batch, length); None if the task pads nothing."""
+        """Return a mask (B, T), true for real tokens and false for padding; None if the task does not pad."""
         return None
 
 
 def without_weights() -> bool:
-    """Whether models are built on the meta device now: shapes and dtypes, no values."""
+    """Return whether models are currently built on the meta device, with shapes and dtypes but no values."""
     return torch.get_default_device().type == "meta"

@@ -1,4 +1,4 @@
-"""Python for model cards: how to get the model that an adapter belongs to."""
+"""Python code for model cards that builds the model of an adapter."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from lightning_modules.tasks import Task
 
 
 def building_code(task: Task, num_classes: int | None, class_names: Sequence[str] | None) -> str | None:
-    """Python that builds a task's pretrained model again as `model`, with the arguments that are no defaults.
+    """Return Python code that builds a task's pretrained model as `model`; None if the task has no `arguments`.
 
-    None if the task does not say its arguments.
+    Arguments with default values are left out, except for the first.
     """
     arguments = task.arguments()
     if arguments is None:

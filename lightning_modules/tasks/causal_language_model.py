@@ -1,4 +1,4 @@
-"""CausalLanguageModel: a model that continues text, trained on responses and graded by the answers that it writes."""
+"""CausalLanguageModel: a decoder trained on responses and graded by the answers that it generates."""
 
 from __future__ import annotations
 
@@ -33,26 +33,26 @@ GREEDY = GenerationSettings()
 class CausalLanguageModel(Task):
     """Adapt a decoder (LLaMA, Gemma, Qwen) and grade its answers to the prompts of benchmarks.
 
-    A batch has `input_ids`, `attention_mask` and `labels` (-100 where no loss is wanted), padded on either side; for evaluation
-    `prompt_ids` and `prompt_mask`, padded on the left, and per example `prompt`, `answer`, `benchmark` (whose `grade` reads
-    the answer out of the text), `choices` and `responses` (the text of each choice).
+    A batch has `input_ids`, `attention_mask` and `labels` (-100 for no loss), padded on either side. For evaluation it has
+    `prompt_ids` and `prompt_mask`, padded on the left, and for each example `prompt`, `answer`, `benchmark` (its `grade` finds
+    the answer in a text), `choices` and `responses` (the text of each choice).
 
     Args:
         model: name on the Hugging Face hub, or directory of a model.
-        tokenizer: name or directory of the tokenizer that the data was made with, `bytes`, or null for the model's own.
-        evaluation: how answers are written.
-        scoring: `generate`: the model writes, and the benchmark's rule finds the answer in the text, as LLM-Adapters and the
-            paper do. `likelihood`: the answer is the choice whose whole response is most probable after the prompt (sum over
-            its tokens), as lm-evaluation-harness does; quicker, never without an answer, and not comparable with the former.
-        generate_in_validation: write and grade answers in validation, too, which takes long; otherwise validation gives the
-            loss of the known responses and the share of their tokens that are predicted right.
+        tokenizer: name or directory of the data's tokenizer, `bytes`, or null for the model's own.
+        evaluation: how answers are generated.
+        scoring: `generate`: the model writes text, in which the benchmark's rule finds the answer, as in LLM-Adapters and the
+            paper. `likelihood`: the answer is the choice with the most probable response after the prompt (sum over its
+            tokens), as in lm-evaluation-harness; faster, never without an answer, and not comparable with `generate`.
+        generate_in_validation: also generate and grade answers in validation, which is slow; otherwise validation computes the
+            loss and the token accuracy of the known responses.
         dtype: of the frozen weights: float32, bfloat16 or float16. Adapters stay in float32.
         quantization: `int8` or `nf4` (4 bits) for the linear layers of the frozen model, null for none; embeddings, norms, the
-            output layer and what is computed keep `dtype`. Needs bitsandbytes.
-        tiny: replace the model by an untrained one of 2 layers and width 256 that reads bytes (configs/smoke.yaml).
+            output layer and activations keep `dtype`. Needs bitsandbytes.
+        tiny: use an untrained model with 2 layers of width 256 that reads bytes (configs/smoke.yaml).
 
     Attributes:
-        finished: `output` and `loss` of examples by id, from an interrupted evaluation; they are graded, not answered again.
+        finished: `output` and `loss` by id from an interrupted evaluation; these examples are graded, not answered again.
 
     Raises:
         UserError: for an unknown scoring, dtype or quantization, a missing package, or a directory without a model.
@@ -104,11 +104,11 @@ class CausalLanguageModel(Task):
         return self.model
 
     def check(self, loaders: Sequence[Any]) -> None:
-        """Look at the first example of every set; see Task.
+        """Check the first example of every set; see Task.
 
         Raises:
-            UserError: if `scoring` is likelihood and a benchmark has no choices, or a set of validation has neither known
-                responses nor may be answered.
+            UserError: if `scoring` is likelihood and a benchmark has no choices, or if answers are not generated in validation
+                and a set has no known responses.
         """
         for loader in loaders:
             batch = loader.collate_fn([loader.dataset[0]])
@@ -116,17 +116,17 @@ class CausalLanguageModel(Task):
                 _require_choices(batch)
             elif not self._grades and "labels" not in batch:
                 raise UserError(
-                    f"validation of {batch['benchmark'][0].name} needs known responses, which it has not; set "
+                    f"validation needs known responses, and {batch['benchmark'][0].name} has none; set "
                     "model.task.generate_in_validation to true, or leave the set out of data.validation_sets"
                 )
 
     def loss(self, batch: Batch) -> Tensor:
-        """Mean over the label tokens of the batch."""
+        """Return the mean over the label tokens of the batch."""
         losses = self._label_losses(batch)
         return losses.loss.sum() / losses.num_labels.sum().clamp(min=1)
 
     def loss_weight(self, batch: Batch) -> Tensor:
-        """The number of label tokens; nothing predicts an example's first token."""
+        """Return the number of label tokens without the first token of each example, which nothing predicts."""
         return (padded_right(batch, "labels")["labels"][:, 1:] != IGNORED).sum()
 
     def token_mask(self, batch: Batch) -> Tensor:
@@ -137,11 +137,11 @@ class CausalLanguageModel(Task):
 
     def new_metrics(self) -> MetricCollection:
         names = ["accuracy", "strict_accuracy"] if self._grades else ["token_accuracy"]
-        # Groups would count metrics that agree on the first batch as one from then on.
+        # Compute groups would merge metrics that agree on the first batch.
         return MetricCollection({name: Share(name) for name in names}, compute_groups=False)
 
     def evaluate(self, batch: Batch) -> Evaluation:
-        """Grade answers; in validation without them, score the known responses alone."""
+        """Grade answers; in validation without generation, score only the known responses."""
         if not self._grades:
             losses = self._label_losses(batch)
             count = losses.num_labels.clamp(min=1)
@@ -155,12 +155,12 @@ class CausalLanguageModel(Task):
         return Evaluation(inputs, loss, rows, prediction, torch.ones_like(prediction))
 
     def predict(self, batch: Batch) -> list[dict[str, Any]]:
-        """Answer and grade every prompt.
+        """Generate and grade an answer to every prompt.
 
         Returns:
-            Rows with id, benchmark, prompt, output (the text written), extracted (the answer found in it, or None), answer (the
-            right one), correct, strict_extracted, strict_correct (by the benchmark's stricter rule), and loss: mean over the
-            label tokens of the known response, in nats, or None.
+            Rows with id, benchmark, prompt, output (the generated text), extracted (the answer found in it, or None), answer
+            (the correct one), correct, strict_extracted, strict_correct (by the benchmark's stricter rule), and loss: the mean
+            over the label tokens of the known response, in nats, or None.
 
         Raises:
             UserError: if `scoring` is likelihood and a benchmark has no choices.
@@ -174,20 +174,20 @@ class CausalLanguageModel(Task):
         return [_row(answers[row], *text) for row, text in enumerate(texts)]
 
     def settings(self) -> dict[str, Any]:
-        """What the answers depend on, beside the weights."""
+        """Return what the answers depend on, in addition to the weights."""
         names = ("model_name", "dtype", "quantization", "tiny", "tokenizer_name", "scoring")
         return {name: getattr(self, name) for name in names} | {"evaluation": asdict(self.evaluation)}
 
     @property
     def _grades(self) -> bool:
-        """Whether answers are written and graded now."""
+        """Whether answers are generated and graded in the current split."""
         return self.split != "val" or self.generate_in_validation
 
     def _label_losses(self, batch: Batch) -> LabelLosses:
         return label_losses(self.model, **padded_right(batch, "input_ids", "labels"))
 
     def _unfinished(self, batch: Batch) -> list[int]:
-        """The examples to answer now. Where the model is sharded all processes answer, or none: they need each other."""
+        """Return the examples to answer. With a sharded model all processes answer all examples if any is missing anywhere."""
         missing = [row for row, id_ in enumerate(batch["id"]) if id_ not in self.finished]
         assert self.model is not None, "build() comes first"
         if not is_sharded(self.model):
@@ -197,7 +197,7 @@ class CausalLanguageModel(Task):
         return list(range(len(batch["id"]))) if anywhere else []
 
     def _answer(self, batch: Batch) -> list[tuple[str, float | None]]:
-        """Output and loss of every example."""
+        """Return the output and the loss of every example."""
         prompts = (batch["prompt_ids"], batch["prompt_mask"])
         if self.scoring == "likelihood":
             _require_choices(batch)
@@ -207,8 +207,8 @@ class CausalLanguageModel(Task):
             outputs = generate(self.model, self.tokenizer, *prompts, self.evaluation)
         losses: list[float | None] = [None] * len(outputs)
         if "labels" in batch:
-            of_labels = self._label_losses(batch)
-            losses = (of_labels.loss / of_labels.num_labels.clamp(min=1)).tolist()
+            known = self._label_losses(batch)
+            losses = (known.loss / known.num_labels.clamp(min=1)).tolist()
         return list(zip(outputs, losses, strict=True))
 
 
@@ -246,6 +246,4 @@ def _row(written: tuple[str, float | None], id_: str, benchmark: Any, prompt: st
 def _require_choices(batch: Batch) -> None:
     for benchmark, choices in zip(batch["benchmark"], batch["choices"], strict=True):
         if not choices:
-            raise UserError(
-                f"scoring='likelihood' compares choices, and {benchmark.name} has none; use scoring='generate' for it"
-            )
+            raise UserError(f"scoring='likelihood' compares choices, and {benchmark.name} has none; use scoring='generate'")

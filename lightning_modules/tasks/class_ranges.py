@@ -1,9 +1,11 @@
-"""Classes of several tasks under one head: an example chooses among those of its own task.
+"""Logits of classifiers: scores, rows of predictions, and the classes of several tasks under one head.
 
 A batch of a mixture has `classes`, int64 (B, 2): the first class of each example's task, and the one after its last.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,10 +24,17 @@ def own_classes_only(logits: Tensor, batch: Batch) -> Tensor:
 
 
 def evaluate_classes(logits: Tensor, batch: Batch) -> Evaluation:
-    """Score logits (B, classes) that `own_classes_only` gave; metrics count a task's classes from 0."""
+    """Score the logits (B, classes) of `own_classes_only`; metrics count a task's classes from 0."""
     loss = F.cross_entropy(logits, batch["label"], reduction="none")
     every = torch.tensor([[0, logits.shape[-1]]], device=logits.device).expand(len(logits), 2)
     first, end = batch.get("classes", every).unbind(-1)
     prediction, target, num_classes = logits.argmax(-1) - first, batch["label"] - first, end - first
     inputs = {"preds": prediction, "target": target, "num_classes": num_classes}
     return Evaluation(inputs, loss, prediction=prediction, target=target, num_classes=num_classes)
+
+
+def class_rows(logits: Tensor, batch: Batch) -> list[dict[str, Any]]:
+    """Return the rows of `Task.predict` for logits (B, classes): `id`, `label` (None if unknown) and `probabilities`."""
+    labels = batch["label"].tolist() if "label" in batch else [None] * len(logits)
+    rows = zip(batch["id"], labels, logits.softmax(-1).tolist(), strict=True)
+    return [{"id": id_, "label": label, "probabilities": probabilities} for id_, label, probabilities in rows]

@@ -1,4 +1,4 @@
-"""Continuing prompts with a language model, the same way whatever the model's own generation_config.json says."""
+"""Continue prompts with a language model, independent of the model's own generation_config.json."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from fourier_moe.errors import UserError
 
 @dataclass(frozen=True)
 class GenerationSettings:
-    """How answers are written. Nothing is sampled: the most probable token, or the best of several beams.
+    """How answers are generated: greedily or with beam search, without sampling.
 
     Attributes:
-        max_new_tokens: length at which an answer without end is cut off.
-        num_beams: 1 for greedy decoding; LLM-Adapters' numbers were made with 4.
+        max_new_tokens: maximal number of tokens of an answer.
+        num_beams: 1 for greedy decoding; LLM-Adapters reports results with 4.
 
     Raises:
         UserError: if one of them is below 1.
@@ -44,12 +44,14 @@ def generate(
     prompt_mask: Tensor,
     settings: GenerationSettings,
 ) -> list[str]:
-    """The text that follows each prompt, without special tokens and surrounding white space.
+    """Return the text that follows each prompt, without special tokens and surrounding white space.
 
     Args:
-        model: a transformers causal language model; it generates in eval mode and is left as it was.
+        model: a transformers causal language model; it generates in eval mode, and its mode is restored.
+        tokenizer: the model's tokenizer.
         prompt_ids: int64 (B, T), padded on the left.
         prompt_mask: (B, T), 0 for padding.
+        settings: length and beams.
     """
     config = GenerationConfig(
         max_new_tokens=settings.max_new_tokens,
@@ -70,12 +72,12 @@ def generate(
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether processes hold parts of the model, so that each needs all the others in every forward."""
+    """Return whether the model is sharded, so that every forward needs all processes."""
     return torch.distributed.is_initialized() and any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
 def _end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokenizer's, which training data ends with, and the model's own, which may be several (end of text, of a turn)."""
+    """Return the tokenizer's end token, which ends training data, and the model's own (end of text, end of turn)."""
     own = model.generation_config.eos_token_id
     own = own if isinstance(own, list) else [own]
     return sorted({token for token in (tokenizer.eos_token_id, *own) if token is not None})
@@ -83,7 +85,7 @@ def _end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Every module in eval mode, and afterwards in its own; gradient checkpointing would forbid the cache in training mode."""
+    """Put all modules into eval mode for a while, since gradient checkpointing forbids the cache in training mode."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -95,7 +97,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _without_own_settings(model: Any) -> Iterator[None]:
-    """transformers fills what a given config leaves open from the model's own, with its sampling and penalties."""
+    """Hide the model's own config, from which transformers fills unset fields such as sampling and penalties."""
     own, model.generation_config = model.generation_config, GenerationConfig()
     try:
         yield

@@ -1,4 +1,4 @@
-"""ImageClassification: an open_clip vision tower and a classifier on its pooled output."""
+"""ImageClassification: an open_clip vision tower with a classifier on its pooled output."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from fourier_moe.models.attention import fuse_attention, is_split_attention
 from fourier_moe.routing.logits import without_autocast
 from lightning_modules.tasks.backbones.open_clip import check_model, fetch_weights, load_open_clip, save_open_clip
 from lightning_modules.tasks.base import Batch, Evaluation, Task
-from lightning_modules.tasks.class_ranges import evaluate_classes, own_classes_only
+from lightning_modules.tasks.class_ranges import class_rows, evaluate_classes, own_classes_only
 from lightning_modules.tasks.scores import BalancedAccuracy
 
 
 class ImageClassifier(nn.Module):
-    """backbone: images (B, 3, H, W) -> features (B, D); head: features -> logits (B, classes), always in float32."""
+    """Backbone: images (B, 3, H, W) -> features (B, D); head: features -> logits (B, classes), always in float32."""
 
     def __init__(self, backbone: nn.Module, head: nn.Module, backbone_name: str) -> None:
         super().__init__()
@@ -36,19 +36,19 @@ class ImageClassifier(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         size = getattr(self.backbone, "image_size", None)
-        size = (size, size) if isinstance(size, int) else size  # open_clip's ResNets have one number
+        size = (size, size) if isinstance(size, int) else size  # open_clip's ResNets have a single number
         if size is not None and tuple(images.shape[-2:]) != tuple(size):
             raise UserError(
-                f"images are {images.shape[-2]} x {images.shape[-1]}, {self.backbone_name} takes {size[0]} x {size[1]}; set "
+                f"images are {images.shape[-2]} x {images.shape[-1]}, {self.backbone_name} needs {size[0]} x {size[1]}; set "
                 f"data.init_args.image_size={size[0]}, or model.task.init_args.image_size={images.shape[-1]}"
             )
         features = self.backbone(images)
-        with without_autocast(features.device):  # a bfloat16 logit has 3 digits: a zero-shot head would tie one example in 20
+        with without_autocast(features.device):  # bfloat16 logits have 3 digits: a zero-shot head would tie 1 example in 20
             return self.head(features.float())
 
 
 class CosineHead(nn.Module):
-    """CLIP's zero-shot classifier: scaled cosine between image features (B, D) and one text embedding per class."""
+    """CLIP's zero-shot classifier: the scaled cosine between image features (B, D) and one text embedding per class."""
 
     logit_scale: Tensor
 
@@ -70,13 +70,13 @@ class ImageClassification(Task):
     Args:
         model: open_clip model name (`ViT-B-32-quickgelu`) or path of an open_clip model config (.json).
         pretrained: open_clip tag of its weights (`openai`), path of a weights file (whole CLIP or vision tower), or null for an
-            untrained tower (fixed by a seed of its own, so that its adapters can be used again).
-        head: `linear`: a linear layer on the pooled output before CLIP's projection (768 numbers for ViT-B/32), as in the
-            paper. `zero_shot`: CLIP's text embeddings of the class names, as cosine classifier and start of training; its
-            learning rate 0 keeps them.
-        templates: prompts of the zero-shot head; `{}` is the class name.
-        image_size: side of the input in pixels, null for the model's own (position embeddings are interpolated).
-        tiny: replace the tower by an untrained one of 2 layers and width 256 (configs/smoke.yaml).
+            untrained tower (always from the same seed, so that its adapters can be loaded again).
+        head: `linear` for a linear layer on the pooled output before CLIP's projection (768 numbers for ViT-B/32), as in the
+            paper; `zero_shot` for a cosine classifier that starts from CLIP's text embeddings of the class names (learning
+            rate 0 keeps them).
+        templates: prompts of the zero-shot head; `{}` stands for the class name.
+        image_size: side of the input in pixels; null for the model's own. Position embeddings are interpolated.
+        tiny: use an untrained tower with 2 layers of width 256 (configs/smoke.yaml).
 
     Raises:
         UserError: for an unknown model, tag or path, or a template without `{}`.
@@ -100,7 +100,7 @@ class ImageClassification(Task):
         if head not in ("linear", "zero_shot"):
             raise UserError(f"head={head!r} must be 'linear' or 'zero_shot'")
         if not templates or any("{}" not in template for template in templates):
-            raise UserError(f"templates={list(templates)!r} must be prompts with {{}} in the class name's place")
+            raise UserError(f"templates={list(templates)!r} must be prompts with {{}} for the class name")
         self.model_name, self.pretrained = model, pretrained
         self.head_kind, self.templates = head, tuple(templates)
         self.image_size, self.tiny = image_size, tiny
@@ -142,7 +142,7 @@ class ImageClassification(Task):
         elif isinstance(getattr(backbone, "proj", None), nn.Parameter):
             head = nn.Linear(backbone.proj.shape[0], num_classes)
             backbone.proj = None
-        else:  # a tower without that projection: its output is what it pools
+        else:  # a tower without CLIP's projection returns its pooled output
             head = nn.Linear(_feature_size(backbone, backbone.image_size), num_classes)
         weights = "tiny" if self.tiny else Path(self.pretrained).name if self.pretrained else "untrained"
         self.model = ImageClassifier(backbone, head, f"{Path(self.model_name).stem}/{weights}")
@@ -166,14 +166,14 @@ class ImageClassification(Task):
         return CosineHead(torch.stack(features), clip.logit_scale.exp())
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits (B, classes) of preprocessed images (B, 3, H, W)."""
+        """Return logits (B, classes) for preprocessed images (B, 3, H, W)."""
         assert self.model is not None, "build() comes first"
         return self.model(images)
 
     def save_model(self, directory: Path, class_names: Sequence[str] | None) -> None:
-        """The whole CLIP for open_clip, its text tower as it was loaded, and head.safetensors and head.json beside it.
+        """Write the whole CLIP for open_clip, with its unchanged text tower, and head.safetensors and head.json beside it.
 
-        The head reads the tower's pooled output: `clip.visual.proj = None`, then `head(clip.visual(images))`.
+        The head takes the tower's pooled output: `clip.visual.proj = None`, then `head(clip.visual(images))`.
         """
         assert isinstance(self.model, ImageClassifier)
         clip: Any = load_open_clip(self.model_name, self.pretrained, image_size=self.image_size, tiny=self.tiny)
@@ -203,18 +203,12 @@ class ImageClassification(Task):
         return F.cross_entropy(self._logits(batch), batch["label"])
 
     def new_metrics(self) -> MetricCollection:
-        assert isinstance(self.model, ImageClassifier)
-        num_classes = self.num_classes
-        return MetricCollection(
-            {
-                "accuracy": MulticlassAccuracy(num_classes, average="micro"),
-                "balanced_accuracy": BalancedAccuracy(num_classes),
-            }
-        )
+        accuracy = MulticlassAccuracy(self.num_classes, average="micro")
+        return MetricCollection({"accuracy": accuracy, "balanced_accuracy": BalancedAccuracy(self.num_classes)})
 
     @property
     def num_classes(self) -> int:
-        """Outputs of the head."""
+        """Number of outputs of the head."""
         assert isinstance(self.model, ImageClassifier)
         weight = self.model.head.weight
         assert isinstance(weight, Tensor)
@@ -224,16 +218,11 @@ class ImageClassification(Task):
         return evaluate_classes(self._logits(batch), batch)
 
     def predict(self, batch: Batch) -> list[dict[str, Any]]:
-        probabilities = self._logits(batch).softmax(-1)
-        labels = batch["label"].tolist() if "label" in batch else [None] * len(probabilities)
-        return [
-            {"id": id_, "label": label, "probabilities": row}
-            for id_, label, row in zip(batch["id"], labels, probabilities.tolist(), strict=True)
-        ]
+        return class_rows(self._logits(batch), batch)
 
 
 def _count_flops(module: nn.Module, *inputs: Tensor) -> int:
-    """Floating-point operations of a forward pass: a product and a sum are two. On the meta device it costs nothing."""
+    """Count the floating-point operations of a forward pass; a multiply-add counts as two. Free on the meta device."""
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         module(*inputs)
     return counter.get_total_flops()
@@ -241,7 +230,7 @@ def _count_flops(module: nn.Module, *inputs: Tensor) -> int:
 
 @torch.no_grad()
 def _feature_size(backbone: nn.Module, image_size: Any) -> int:
-    """Width of what a tower gives, by trying it."""
+    """Find the width of a tower's output by running it."""
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     training = backbone.training
     size = backbone.eval()(torch.zeros(1, 3, height, width)).shape[-1]

@@ -1,4 +1,4 @@
-"""Cross-entropy of a language model where labels are, and the likelihood of whole responses from it."""
+"""Cross-entropy of a language model at its labels, and the likelihood of whole responses."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fourier_moe import Adapter
 
-IGNORED = -100  # a label where no loss is wanted
+IGNORED = -100  # label of tokens without loss
 
 
 class LabelLosses(NamedTuple):
@@ -22,8 +22,8 @@ class LabelLosses(NamedTuple):
 
     Attributes:
         loss: negative log-likelihood (B,), float32, in nats.
-        num_correct: labels that are the most probable token (B,).
-        num_labels: (B,).
+        num_correct: number of labels that are the most probable token (B,).
+        num_labels: number of labels (B,).
     """
 
     loss: Tensor
@@ -32,13 +32,13 @@ class LabelLosses(NamedTuple):
 
 
 def label_losses(model: Any, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> LabelLosses:
-    """Predict every label from the tokens before it.
+    """Score the prediction of every label from the tokens before it.
 
     Args:
         model: a transformers causal language model.
         input_ids: int64 (B, T), padded on the right.
         attention_mask: (B, T), 0 for padding.
-        labels: int64 (B, T), the input ids again, or -100 where no loss is wanted.
+        labels: int64 (B, T), the input ids, or -100 for no loss.
     """
     logits, targets, example = label_logits(model, input_ids, attention_mask, labels)
     losses = F.cross_entropy(logits, targets, reduction="none")
@@ -49,18 +49,18 @@ def label_losses(model: Any, input_ids: Tensor, attention_mask: Tensor, labels: 
 
 
 def label_logits(model: Any, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What the model says of every label from the tokens before it; arguments as for `label_losses`.
+    """Return the logits that predict the labels; arguments as for `label_losses`.
 
-    Logits exist only where labels do: over a vocabulary of 256,000 those of a prompt would be larger than everything else.
+    Other logits are not computed: with a vocabulary of 256,000, those of a prompt would need more memory than anything else.
 
     Returns:
-        Logits (tokens, vocabulary), float32; the labels (tokens,); the example that each belongs to (tokens,).
+        Logits (tokens, vocabulary), float32; the labels (tokens,); the index of each label's example (tokens,).
     """
     targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED)  # position t predicts token t + 1
     wanted = targets != IGNORED
     with _only(model.get_output_embeddings(), wanted):
         logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
-    everywhere = logits.shape[:2] == wanted.shape  # never so for (1, tokens): the last position has no label
+    everywhere = logits.shape[:2] == wanted.shape  # never equal for (1, tokens), since the last position has no label
     logits = (logits[wanted] if everywhere else logits[0]).float()  # (tokens, vocabulary)
     return logits, targets[wanted], wanted.nonzero()[:, 0]
 
@@ -73,34 +73,36 @@ def log_likelihoods(
     prompt_mask: Tensor,
     responses: Sequence[Sequence[str]],
 ) -> list[Tensor]:
-    """log p(response | prompt) of every response to every prompt, all in one forward.
+    """Compute log p(response | prompt) of every response to every prompt, in one forward.
 
-    The sum over a response's tokens, not their mean: the probability of the whole text, whatever units it is cut into.
+    It is the sum over the tokens of a response, not their mean: the probability of the text, whatever its tokenization.
 
     Args:
+        model: a transformers causal language model.
+        tokenizer: the model's tokenizer.
         prompts: B texts.
-        prompt_ids: their tokens, int64 (B, T), padded on the left, after a beginning-of-text token or not.
+        prompt_ids: their tokens, int64 (B, T), padded on the left, with or without a beginning-of-text token.
         prompt_mask: (B, T), 0 for padding.
-        responses: of each prompt, without the end-of-text token.
+        responses: texts for each prompt, without the end-of-text token.
 
     Returns:
-        For each of the B prompts a tensor (number of its responses,).
+        A tensor (number of responses,) for each of the B prompts.
     """
     ids, labels = [], []
     for prompt, tokens, mask, texts in zip(prompts, prompt_ids, prompt_mask, responses, strict=True):
         own = tokens[mask.bool()].tolist()
         both = _continued(tokenizer, prompt, own, texts)
-        # Tokens may reach across the border, so that what all responses share with the prompt is given, and no more.
-        given = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, zip(own, *both, strict=False)))
+        # A token may span the end of the prompt, so only tokens that all responses share with the prompt have no label.
+        num_shared = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, zip(own, *both, strict=False)))
         ids += [tokens.new_tensor(row) for row in both]
-        labels += [tokens.new_tensor([IGNORED] * given + row[given:]) for row in both]
+        labels += [tokens.new_tensor([IGNORED] * num_shared + row[num_shared:]) for row in both]
     attention_mask = _right_padded([torch.ones_like(row) for row in ids], 0)
     losses = label_losses(model, _right_padded(ids, tokenizer.pad_token_id), attention_mask, _right_padded(labels, IGNORED))
     return list((-losses.loss).split([len(texts) for texts in responses]))
 
 
 def _continued(tokenizer: PreTrainedTokenizerBase, prompt: str, ids: list[int], texts: Sequence[str]) -> list[list[int]]:
-    """The tokens of prompt and response as one text, as in training."""
+    """Return the tokens of prompt and response as one text, as in training."""
     begin = ids[:1] if ids[0] == tokenizer.bos_token_id else []
     encoded = tokenizer([prompt + text for text in texts], add_special_tokens=False)["input_ids"]
     return [begin + tokens for tokens in encoded]
@@ -112,9 +114,9 @@ def _right_padded(rows: list[Tensor], value: int) -> Tensor:
 
 @contextmanager
 def _only(head: nn.Module, wanted: Tensor) -> Iterator[None]:
-    """Let the output layer see only the wanted tokens of (B, T, D), as (1, tokens, D).
+    """Pass only the wanted tokens of (B, T, D) to the output layer, as (1, tokens, D).
 
-    An adapted output layer sees all: its router counts tokens by a mask in the shape of the batch.
+    An adapted output layer gets all tokens, since its router needs them in the shape of the token mask.
     """
     if isinstance(head, Adapter):
         yield

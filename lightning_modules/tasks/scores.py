@@ -1,6 +1,6 @@
 """Scores of predicted against correct classes, once as functions of weighted examples and once as torchmetrics.
 
-Both read the same formulas, so that what a test logs is what a paired test resamples.
+Both share the formulas, so paired tests resample the score that a test logs.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ Score = Callable[[np.ndarray, np.ndarray, np.ndarray, int | None], float]
 
 
 def accuracy(predictions: np.ndarray, targets: np.ndarray, weights: np.ndarray, num_classes: int | None = None) -> float:
-    """Share of the weight on correct predictions."""
+    """Return the share of the weight on correct predictions."""
     return float(weights[predictions == targets].sum() / weights.sum())
 
 
 def balanced_accuracy(
     predictions: np.ndarray, targets: np.ndarray, weights: np.ndarray, num_classes: int | None = None
 ) -> float:
-    """Mean recall over the classes that occur, as scikit-learn defines it."""
+    """Return the mean recall over the classes that occur, as scikit-learn defines it."""
     hits, _, actual = _counts(predictions, targets, weights)
     return float((hits[actual > 0] / actual[actual > 0]).mean())
 
 
 def f1(predictions: np.ndarray, targets: np.ndarray, weights: np.ndarray, num_classes: int | None = None) -> float:
-    """F1 of class 1 of two classes, otherwise the mean over the classes that occur or are predicted.
+    """Return F1 of class 1 of two classes, otherwise the mean over the classes that occur or are predicted.
 
     If `num_classes` is unknown (files of an older version), two classes are assumed unless a third occurs or is predicted.
     """
@@ -38,7 +38,7 @@ def f1(predictions: np.ndarray, targets: np.ndarray, weights: np.ndarray, num_cl
 
 
 def matthews(predictions: np.ndarray, targets: np.ndarray, weights: np.ndarray, num_classes: int | None = None) -> float:
-    """Matthews' correlation coefficient for any number of classes (Gorodkin 2004); 0 if there is only one class."""
+    """Return the Matthews correlation coefficient for any number of classes (Gorodkin 2004); 0 if there is only one class."""
     return _matthews(*_counts(predictions, targets, weights))
 
 
@@ -103,7 +103,7 @@ def _matthews(hits: np.ndarray, predicted: np.ndarray, actual: np.ndarray) -> fl
 
 
 def _counts(predictions: np.ndarray, targets: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Total weight of each class in correct predictions, in predictions, and in targets."""
+    """Return the total weight of each class in correct predictions, in predictions, and in targets."""
     classes = int(max(predictions.max(), targets.max())) + 1
     hit = predictions == targets
     pairs = ((predictions[hit], weights[hit]), (predictions, weights), (targets, weights))
@@ -112,6 +112,6 @@ def _counts(predictions: np.ndarray, targets: np.ndarray, weights: np.ndarray) -
 
 
 def _counts_of(confusion: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The same from a confusion matrix: targets by row, predictions by column."""
+    """Return the same as `_counts` for a confusion matrix with targets by row and predictions by column."""
     counts = confusion.cpu().double().numpy()
     return counts.diagonal(), counts.sum(0), counts.sum(1)

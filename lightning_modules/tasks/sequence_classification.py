@@ -29,36 +29,35 @@ from lightning_modules.tasks.backbones.hugging_face import (
 )
 from lightning_modules.tasks.backbones.quantization import modules_outside_body
 from lightning_modules.tasks.base import Batch, Evaluation, Task
-from lightning_modules.tasks.class_ranges import evaluate_classes, own_classes_only
+from lightning_modules.tasks.class_ranges import class_rows, evaluate_classes, own_classes_only
 from lightning_modules.tasks.padding import padded_right, real_tokens
 from lightning_modules.tasks.scores import F1, Matthews
 
-# Classifiers whose head sees all tokens, of which transformers picks the last one, by comparing ids with a padding token.
-# Most call their head `score`.
+# Classifiers whose head sees all tokens. transformers then selects the last one by comparing ids with a padding token. Most
+# of them call their head `score`; these do not.
 _OTHER_LAST_TOKEN_READERS = ("ctrl", "modernbert-decoder")
-_FIRST_TOKEN_READERS = ("cohere_compass_text",)  # call it `score`, too
+_FIRST_TOKEN_READERS = ("cohere_compass_text",)  # calls its head `score`, but reads the first token
 
 
 class SequenceClassification(Task):
     """Classify sentences, or pairs of them, with a frozen encoder (RoBERTa, BERT) or decoder (LLaMA).
 
-    Of several tasks at once (a batch with `classes`, see `datamodules.mixture`) each example is classified among the classes of
-    its own task, as with an output layer per task; metrics count a task's classes from 0.
+    With several tasks (a batch with `classes`, see `datamodules.mixture`) each example is classified among the classes of its
+    own task, as with an output layer per task; metrics count a task's classes from 0.
 
     A batch has `input_ids`, `attention_mask` and perhaps `token_type_ids`, padded on either side with any token. A decoder is
     read at the last token that `attention_mask` marks as real, never by comparing ids with a padding token. The head computes
-    in float32, also under mixed precision, whose bfloat16 logits would tie.
+    in float32 also under mixed precision, since bfloat16 logits would tie.
 
     Args:
         model: name on the Hugging Face hub, or directory of a model.
-        metrics: what is reported beside accuracy: `f1` (of class 1 if there are two classes, else the mean over the classes),
+        metrics: metrics in addition to accuracy: `f1` (of class 1 of two classes, otherwise the mean over the classes),
             `matthews` (correlation coefficient).
         dtype: of the frozen weights: float32, bfloat16 or float16. Adapters and head stay in float32.
         quantization: `int8` or `nf4` (4 bits) for the linear layers of the frozen model, null for none; embeddings, norms and
-            what is computed keep `dtype`. Needs bitsandbytes.
-        tiny: replace the model by an untrained one of 2 layers and width 256 that reads bytes (configs/smoke.yaml).
-        tokenizer: name or directory of the tokenizer that the data was made with, `bytes`, or null for the model's own. The
-            command line takes the data's.
+            activations keep `dtype`. Needs bitsandbytes.
+        tiny: use an untrained model with 2 layers of width 256 that reads bytes (configs/smoke.yaml).
+        tokenizer: name or directory of the data's tokenizer, `bytes`, or null for the model's own. The command line sets it.
 
     Raises:
         UserError: for an unknown metric, dtype or quantization, a missing package, or a directory without a model.
@@ -86,7 +85,7 @@ class SequenceClassification(Task):
         self._knows_tokenizer = tokenizer is not None
         self.metric_names = dict.fromkeys(["accuracy", *metrics])
         self.num_classes = 0
-        self._reads_last_token = False  # whether the head sees all tokens and the last one counts
+        self._reads_last_token = False  # whether the head sees all tokens, and the logits of the last one count
 
     def arguments(self) -> dict[str, Any]:
         return {"model": self.model_name, "dtype": self.dtype, "quantization": self.quantization, "tiny": self.tiny}
@@ -119,11 +118,11 @@ class SequenceClassification(Task):
         return model
 
     def forward(self, batch: Batch) -> Tensor:
-        """Logits (B, classes) in float32; -infinity for classes of other tasks than the example's."""
+        """Return logits (B, classes) in float32, -infinity for the classes of other tasks."""
         assert isinstance(self.model, PreTrainedModel), "build() comes first"
         inputs = padded_right(batch, "input_ids", "token_type_ids")
         mask, padding = self.token_mask(batch), self.model.config.get_text_config().pad_token_id
-        if padding is not None:  # RoBERTa and BART find positions and the text's end by comparing ids with their own token
+        if padding is not None:  # RoBERTa and BART compare ids with it to find positions and the end
             inputs["input_ids"] = inputs["input_ids"].masked_fill(~mask, padding)
         heads = [self.model.get_submodule(name) for name in self.head_names]
         last_token = mask.sum(-1) - 1 if self._reads_last_token else None
@@ -132,15 +131,15 @@ class SequenceClassification(Task):
         return own_classes_only(logits, batch)
 
     def save_model(self, directory: Path, class_names: Sequence[str] | None) -> None:
-        """For AutoModelForSequenceClassification, with the class names in its config."""
+        """Write the model for AutoModelForSequenceClassification, with the class names in its config."""
         assert isinstance(self.model, PreTrainedModel)
         if self._reads_last_token:
             tokenizer = self._tokenizer()
             self.model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
             if tokenizer("a")["input_ids"][-1] == tokenizer.pad_token_id:
                 rank_zero_warn(
-                    f"the tokenizer ends texts with the token {tokenizer.pad_token!r}, which it also pads with; transformers "
-                    "skips that token and reads the one before it, so it computes other logits than the model had here"
+                    f"the tokenizer uses the token {tokenizer.pad_token!r} as end of text and for padding; transformers "
+                    "skips it and reads the token before it, so its logits will differ from those computed here"
                 )
         if class_names:
             self.model.config.id2label = dict(enumerate(class_names))
@@ -162,12 +161,7 @@ class SequenceClassification(Task):
         return evaluate_classes(self(batch), batch)
 
     def predict(self, batch: Batch) -> list[dict[str, Any]]:
-        probabilities = self(batch).softmax(-1)
-        labels = batch["label"].tolist() if "label" in batch else [None] * len(probabilities)
-        return [
-            {"id": id_, "label": label, "probabilities": row}
-            for id_, label, row in zip(batch["id"], labels, probabilities.tolist(), strict=True)
-        ]
+        return class_rows(self(batch), batch)
 
     def token_mask(self, batch: Batch) -> Tensor:
         return real_tokens(batch["attention_mask"])
@@ -177,7 +171,7 @@ class SequenceClassification(Task):
 
 
 def _reads_last_token(config: PretrainedConfig, head_names: Sequence[str]) -> bool:
-    if "sequence_summary" in head_names:  # XLNet's takes the last column, which is padding where that is on the right
+    if "sequence_summary" in head_names:  # XLNet's reads the last column, which may be padding
         return config.summary_type == "last"
     if config.model_type in _FIRST_TOKEN_READERS or config.is_encoder_decoder:
         return False
@@ -186,15 +180,15 @@ def _reads_last_token(config: PretrainedConfig, head_names: Sequence[str]) -> bo
 
 @contextmanager
 def _reading(heads: Sequence[nn.Module], last_token: Tensor | None, length: int) -> Iterator[None]:
-    """Let the heads compute without autocast, and of each example see the last real token alone, as if all were that one.
+    """Let the heads compute without autocast, on the last real token of each example, repeated over all positions.
 
-    transformers then reads those, whichever token it takes for the last. It compares ids with `config.pad_token_id`, and so it
-    takes padding for text where the batch is padded with another token, and text for padding where the text has that token.
+    transformers may then select any position. It compares ids with `config.pad_token_id`, and would otherwise take padding for
+    text if the batch is padded with another token, or text for padding if the text contains that token.
 
     Args:
-        heads: modules outside of the model's body.
+        heads: modules outside the model's body.
         last_token: index of each example's last real token (B,); None for a model that pools by itself.
-        length: of the batch in tokens.
+        length: number of tokens T of the batch.
     """
     with ExitStack() as hooks, ExitStack() as autocast:
 
@@ -216,5 +210,5 @@ def _reading(heads: Sequence[nn.Module], last_token: Tensor | None, length: int)
 
 
 def _in_float32(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """What a backbone of another precision hands to the head."""
+    """Cast the inputs of a head from the backbone's precision to float32."""
     return tuple(x.float() if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs)

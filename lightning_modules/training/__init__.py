@@ -1,1 +1,1 @@
-"""What training does beyond Lightning: schedules, accumulated means, weight averages, checks."""
+"""Training beyond Lightning's own: schedules, means over accumulated batches, weight averages, checks."""

@@ -1,4 +1,4 @@
-"""PlannedSchedule: learning rates over the optimizer steps that a run takes in all, also where that number changes."""
+"""PlannedSchedule: learning rates over all optimizer steps of a run, also if their number changes."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from lightning_modules.optimization import Optimization
 
 
 class PlannedSchedule:
-    """The schedule of a run, kept as long as the run.
+    """Keep the schedule of a run up to date with the number of its optimizer steps.
 
     Args:
-        optimization: what the schedule is.
-        optimizer: whose rates it sets.
-        trainer: how many steps there are to be.
+        optimization: the kind of schedule.
+        optimizer: the optimizer whose rates it sets.
+        trainer: knows the number of steps.
 
     Attributes:
-        num_steps: optimizer steps that the schedule is over.
-        scheduler: for Lightning, which lets it advance after every step.
+        num_steps: number of optimizer steps that the schedule covers.
+        scheduler: the scheduler that Lightning advances after every step.
 
     Raises:
         UserError: if the number of steps is unknown.
@@ -35,27 +35,27 @@ class PlannedSchedule:
         self.scheduler = optimization.build_scheduler(optimizer, self.num_steps)
 
     def on_train_start(self, trainer: L.Trainer) -> None:
-        """Plan again, now that a checkpoint has said what is done, and say so if the rates go on elsewhere than it had them.
+        """Plan again, now that a checkpoint is loaded, and warn if the rates differ from those in the checkpoint.
 
-        They do where a finished run is extended: the checkpoint's rates are 0.
+        They differ if a finished run is extended: the rates in its checkpoint are 0.
         """
         before = self._share_of_peak()
         self._plan(trainer)
         after = self._share_of_peak()
         if abs(after - before) > 1e-6:
             rank_zero_warn(
-                f"learning rates go on at {after:.3g} of their peaks, and not at {before:.3g} as in the checkpoint: this run's "
-                f"schedule is over {self.num_steps} optimizer steps, of which {self.scheduler.last_epoch} are done"
+                f"learning rates continue at {after:.3g} of their peaks, not at {before:.3g} as in the checkpoint: this run's "
+                f"schedule covers {self.num_steps} optimizer steps, of which {self.scheduler.last_epoch} are done"
             )
 
     def on_train_epoch_start(self, trainer: L.Trainer) -> None:
-        """Plan again if the epoch has other batches than those before it."""
+        """Plan again if the epoch has another number of batches than planned."""
         planned = self.num_steps
         if planned_steps(trainer) != planned:
             self._plan(trainer)
             rank_zero_warn(
-                f"epoch {trainer.current_epoch} has another number of batches than the schedule was planned for: it is over "
-                f"{self.num_steps} optimizer steps now, and was over {planned}; trainer.max_steps fixes the number"
+                f"epoch {trainer.current_epoch} has another number of batches than the schedule was planned for: it now covers "
+                f"{self.num_steps} optimizer steps, before {planned}; trainer.max_steps fixes the number"
             )
 
     def _plan(self, trainer: L.Trainer) -> None:
@@ -68,18 +68,18 @@ class PlannedSchedule:
 
 
 def planned_steps(trainer: L.Trainer) -> int:
-    """The optimizer steps done, and those of all batches to come.
+    """Count the optimizer steps of a run: those done, and those of all batches to come.
 
-    Unlike `Trainer.estimated_stepping_batches` this knows of a GradientAccumulationScheduler, and of a resumed run's steps that
-    were of other batches.
+    Unlike `Trainer.estimated_stepping_batches`, this takes into account a GradientAccumulationScheduler and the steps of a
+    resumed run, whose batches may have been others.
 
     Args:
-        trainer: between two epochs, at the start of training or before.
+        trainer: a trainer before training, at its start or between two epochs.
 
     Raises:
-        UserError: if the training set has no length, or there is no end, and max_steps does not say when to stop.
+        UserError: if the number is unknown (a training set without length, no max_epochs) and max_steps is not set.
     """
-    steps = trainer.estimated_stepping_batches  # loads the training set if nobody has asked for it yet
+    steps = trainer.estimated_stepping_batches  # loads the training set if it is not loaded yet
     if steps in (-1, float("inf")):
         raise UserError("the number of optimizer steps is unknown, and the schedule needs it; set trainer.max_steps")
     num_batches, max_epochs = trainer.num_training_batches, trainer.max_epochs
@@ -93,7 +93,7 @@ def planned_steps(trainer: L.Trainer) -> int:
 
 
 def accumulated_batches(trainer: L.Trainer, epoch: int) -> int:
-    """How many batches make an optimizer step in an epoch, counted from 0."""
+    """Return the number of batches per optimizer step in an epoch, counted from 0."""
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, GradientAccumulationScheduler):
             return callback.get_accumulate_grad_batches(epoch)
@@ -101,7 +101,7 @@ def accumulated_batches(trainer: L.Trainer, epoch: int) -> int:
 
 
 def _batches_done(trainer: L.Trainer) -> int:
-    """Batches of the current epoch that are done where a run goes on within one; elsewhere the loop has the last epoch's."""
+    """Return the batches done of the epoch that a run resumes in; otherwise 0, since the loop has those of the last epoch."""
     loop = trainer.fit_loop
     epochs = loop.epoch_progress.current
     within = loop.restarted_mid_epoch and epochs.completed < epochs.ready

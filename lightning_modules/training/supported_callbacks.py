@@ -1,4 +1,4 @@
-"""Lightning's callbacks that cannot do here what they are for."""
+"""Refuse Lightning's callbacks that do not work here."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from fourier_moe.errors import UserError
 _REFUSED: dict[type[Callback], str] = {
     StochasticWeightAveraging: "copies the module before its model is built, and would average nothing; use "
     "lightning.pytorch.callbacks.EMAWeightAveraging or WeightAveraging",
-    LearningRateFinder: "finds one learning rate, and experts, router and head have one each; try values of "
-    "model.optimization in runs of their own",
-    BatchSizeFinder: "changes the batch size after the schedule's steps have been counted; set data.init_args.batch_size",
-    ModelPruning: "looks for weights before the model is built, and would find none",
+    LearningRateFinder: "finds one learning rate, but experts, router and head have one each; try values of "
+    "model.optimization in separate runs",
+    BatchSizeFinder: "changes the batch size after the steps of the schedule are counted; set data.init_args.batch_size",
+    ModelPruning: "looks for weights before the model is built, and finds none",
     BaseFinetuning: "freezes weights before the model is built; model.adapter says what is trained",
 }
 _NEED_LOGGER = (LearningRateMonitor, DeviceStatsMonitor)
@@ -43,7 +43,7 @@ def check_callbacks(trainer: L.Trainer) -> None:
 
 
 def without_use(callbacks: list[Callback], logger: bool, checkpointing: bool) -> list[Callback]:
-    """The callbacks but for those that need a logger or checkpoints where a run is to have none; a line says which."""
+    """Return the callbacks without those that need a logger or checkpoints, if the run has none; log which are left out."""
     needless = [
         callback
         for callback in callbacks

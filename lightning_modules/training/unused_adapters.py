@@ -1,4 +1,4 @@
-"""UnusedAdapters: say which adapted projections training does not reach."""
+"""UnusedAdapters: report adapted projections that training does not reach."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim import Optimizer
 
 from fourier_moe import adapters
-from fourier_moe.errors import UserError
+from fourier_moe.errors import UserError, shorten
 from fourier_moe.inject import without_gradient
 
 
 class UnusedAdapters(L.Callback):
-    """Refuse a run in whose first step no adapter gets a gradient, and name those that have none in the first epoch.
+    """Stop a run if no adapter has a gradient in the first step, and name those that have none in the first epoch.
 
-    A model may leave some out in a step by design (LayerDrop, a branch that a batch does not take), but not in all steps.
+    A model may skip some of them in a step by design (LayerDrop, a branch that a batch does not take), but not in all steps.
     """
 
     def __init__(self) -> None:
@@ -48,5 +48,4 @@ class UnusedAdapters(L.Callback):
 
 
 def _some(names: set[str]) -> str:
-    first = [name.removeprefix("task.model.") for name in sorted(names)[:3]]
-    return ", ".join(first) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return shorten(name.removeprefix("task.model.") for name in sorted(names))

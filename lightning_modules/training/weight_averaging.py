@@ -1,4 +1,4 @@
-"""Weight averaging: Lightning's WeightAveraging callbacks, applied to what is trained and to nothing else."""
+"""Weight averaging: Lightning's WeightAveraging callbacks, applied to the trained weights only."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from fourier_moe.errors import UserError
 
 
 class WeightAverage(L.Callback):
-    """Average what is trained; validate, write and end with the average. It stands in for a WeightAveraging callback.
+    """Average the trained weights; validate, write and end with the average. Replaces a WeightAveraging callback.
 
-    Lightning's own copies the whole module, frozen weights included, before the strategy has built it, and gives only its own
-    validation and checkpoints the average. Here checkpoints hold the average as their weights, as Lightning's do, and the
-    current weights as the state of this callback: a resumed run goes on with both, to the bit. The average is of parameters,
-    and with `use_buffers` of batch statistics that are trained; all other buffers are those of the current model.
+    Lightning's own copies the whole module, frozen weights included, before the strategy has built it, and uses the average in
+    validation and checkpoints only. As in Lightning, checkpoints have the average as their weights; the current weights are the
+    state of this callback, so a resumed run continues with both, to the bit. The average is over parameters and, with
+    `use_buffers`, over batch statistics of trained layers; all other buffers are those of the current model.
 
     Args:
-        rule: when and how to average; its arguments and `should_update` are used, and nothing else of it.
+        rule: when and how to average; only its arguments and `should_update` are used.
 
     Raises:
         UserError: if `rule` overrides other methods.
@@ -41,13 +41,13 @@ class WeightAverage(L.Callback):
             )
         self.rule = rule
         self._average: AveragedModel | None = None
-        self._names: list[list[str]] = []  # shared tensors have several
+        self._names: list[list[str]] = []  # a shared tensor has several
         self._trained = nn.Module()
         self._holds_average = False  # whether the module has the average now, and `_average` the current weights
         self._last_step, self._last_epoch = 0, -1
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self._average is None:  # else it is of the checkpoint
+        if self._average is None:  # otherwise it comes from the checkpoint
             self._begin(pl_module)
         self._trained, self._names = _trained(pl_module, self.rule._use_buffers)  # buffers have moved to the device
 
@@ -73,12 +73,12 @@ class WeightAverage(L.Callback):
         self._use(True)
 
     def put_current_back(self) -> None:
-        """Go on with the current weights after a validation."""
+        """Restore the current weights after a validation."""
         self._use(False)
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        """The module has the average in this context."""
+        """Give the module the average within this context."""
         before = self._holds_average
         self._use(True)
         try:
@@ -87,7 +87,7 @@ class WeightAverage(L.Callback):
             self._use(before)
 
     def averaged(self) -> dict[str, Tensor]:
-        """The average by the names of the module's state dict; empty before training."""
+        """Return the average by the names of the module's state dict; empty before training."""
         return self._state(self._holds_average)
 
     def state_dict(self) -> dict[str, Any]:
@@ -97,7 +97,7 @@ class WeightAverage(L.Callback):
         return {"current": self._state(not self._holds_average), "count": int(self._average.n_averaged), **progress}
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """The module has the average by now; make it that, and the current weights the module's."""
+        """Take the average from the module, which has loaded it as its weights, and restore the current weights."""
         if trainer.state.fn != "fit":
             return
         self._begin(pl_module)
@@ -105,7 +105,7 @@ class WeightAverage(L.Callback):
         stored = checkpoint["callbacks"].get(self.state_key)
         if stored is None:
             rank_zero_warn(
-                f"the checkpoint is of a run without {type(self.rule).__name__}: the average begins with its weights"
+                f"the checkpoint is of a run without {type(self.rule).__name__}: the average starts from its weights"
             )
             self._last_step, self._last_epoch = checkpoint["global_step"], checkpoint["epoch"] - 1
             return
@@ -126,7 +126,7 @@ class WeightAverage(L.Callback):
         self._average.update_parameters(self._trained)
 
     def _use(self, average: bool) -> None:
-        """Exchange the two sets of weights, unless the module has the right one."""
+        """Swap the average and the current weights, unless the module has the wanted ones."""
         if self._average is None or self._holds_average == average:
             return
         with torch.no_grad():
@@ -145,7 +145,7 @@ class WeightAverage(L.Callback):
 
 
 def attach_weight_average(trainer: L.Trainer) -> WeightAverage | None:
-    """Put a WeightAverage in the place of the trainer's WeightAveraging callback, before all others, for a new training.
+    """Replace the trainer's WeightAveraging callback by a WeightAverage, before all other callbacks.
 
     Raises:
         UserError: if there are several.
@@ -163,7 +163,7 @@ def attach_weight_average(trainer: L.Trainer) -> WeightAverage | None:
 
 
 def check_resumed(trainer: L.Trainer, checkpoint: dict[str, Any], average: WeightAverage | None) -> None:
-    """Refuse to train on from an averaged checkpoint without averaging: its weights are not those of its optimizer.
+    """Refuse to train on from an averaged checkpoint without averaging: its optimizer belongs to other weights.
 
     Raises:
         UserError: naming what to do.
@@ -174,12 +174,12 @@ def check_resumed(trainer: L.Trainer, checkpoint: dict[str, Any], average: Weigh
     if average is None:
         raise UserError(
             "the checkpoint is of a run with weight averaging; add its callback (EMAWeightAveraging) to trainer.callbacks, or "
-            "begin a new run from its average with --model.adapter_path"
+            "start a new run from its average with --model.adapter_path"
         )
 
 
 def _trained(pl_module: nn.Module, batch_statistics: bool) -> tuple[nn.Module, list[list[str]]]:
-    """What is averaged, as the only members of a module, and all names of each in the state dict of `pl_module`."""
+    """Return a module with the tensors to average, and all names of each tensor in the state dict of `pl_module`."""
     names: dict[Tensor, list[str]] = {}
     for name, parameter in pl_module.named_parameters(remove_duplicate=False):
         if parameter.requires_grad:

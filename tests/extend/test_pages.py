@@ -54,7 +54,7 @@ def test_task(page, run, tmp_path, monkeypatch):
     assert list(rows[0]) == ["id", "value"]
     assert len(rows) == 899
     monkeypatch.setattr(type(cli.model.task), "prediction_columns", None)
-    with pytest.raises(UserError, match="DigitValue predicts id, value and no probabilities of classes; name the columns"):
+    with pytest.raises(UserError, match="DigitValue predicts id, value, but no probabilities; set the columns"):
         run(*predict)
 
 

@@ -218,7 +218,7 @@ def test_checkpoint_that_somebody_spoiled_is_refused_in_one_line(spoil, message)
 
 
 def test_head_of_the_adapter_is_the_tasks_to_say(tmp_path):
-    with pytest.raises(ValueError, match=r"adapter.head=\['norm'\] is the task's to say"):
+    with pytest.raises(ValueError, match=r"adapter.head=\['norm'\] is set by the task"):
         fit(tmp_path, adapter=HeadOnly(head=["norm"]), optimization=HEAD_RATE)
 
 

@@ -127,5 +127,5 @@ def test_several_loaders_without_names_are_an_error_and_one_is_not(tmp_path):
     trainer = token_trainer(tmp_path)
     trainer.fit(module, Listed())
     assert "val/accuracy" in trainer.callback_metrics
-    with pytest.raises(ValueError, match=r"gives 2 evaluation loaders in a list; give a dict"):
+    with pytest.raises(ValueError, match=r"returns 2 evaluation loaders in a list; return a dict"):
         trainer.test(module, Listed(), verbose=False)

@@ -163,7 +163,7 @@ def test_refused_run_leaves_no_directory(run, tmp_path, no_training):
 REFUSED = {
     "StochasticWeightAveraging": (["--trainer.callbacks.swa_lrs", "0.1"], "would average nothing; use .*EMAWeightAveraging"),
     "LearningRateFinder": ([], "experts, router and head have one each"),
-    "BatchSizeFinder": ([], "after the schedule's steps have been counted; set data.init_args.batch_size"),
+    "BatchSizeFinder": ([], "after the steps of the schedule are counted; set data.init_args.batch_size"),
     "ModelPruning": (["--trainer.callbacks.pruning_fn", "l1_unstructured"], "before the model is built"),
     "BackboneFinetuning": ([], "model.adapter says what is trained"),
 }

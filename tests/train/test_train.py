@@ -207,7 +207,7 @@ def test_methods_without_a_seed_need_none(main):
 
 
 def test_head_in_the_config_is_refused(run, no_training):
-    with pytest.raises(ValueError, match=r"adapter\.head=\['backbone\.ln_post'\] is the task's to say; remove it"):
+    with pytest.raises(ValueError, match=r"adapter\.head=\['backbone\.ln_post'\] is set by the task; remove it"):
         run("fit", *DEMO, "--model.adapter.init_args.head", "[backbone.ln_post]")
 
 

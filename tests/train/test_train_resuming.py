@@ -140,7 +140,7 @@ def test_checkpoint_of_another_run_is_refused(run, trained, no_training, words, 
 def test_checkpoint_with_other_classes_is_refused(run, trained, no_training):
     words = ("--data.init_args.synthetic", "true", "--ckpt_path", str(run_directory(trained) / "checkpoints/last.ckpt"))
     with pytest.raises(
-        ValueError, match=r"checkpoint was trained on 10 classes \(0, 1, 2, \.\.\.\), this run has 4 \(blue, green"
+        ValueError, match=r"checkpoint was trained on 10 classes \(0, 1, 2 and 7 more\), this run has 4 \(blue, green"
     ):
         run("fit", *DEMO, *words)
 
@@ -158,7 +158,7 @@ def permuted(trained, tmp_path):
 
 @pytest.mark.parametrize("command", ["fit", "test", "predict"])
 def test_checkpoint_with_the_same_classes_in_another_order_is_refused(run, permuted, command, no_training):
-    message = r"checkpoint was trained on 10 classes \(1, 0, 2, .*this run has 10 \(0, 1, 2, .*order must be the same"
+    message = r"checkpoint was trained on 10 classes \(1, 0, 2 .*this run has 10 \(0, 1, 2 .*order must be the same"
     with pytest.raises(ValueError, match=message):
         run(command, *DEMO, "--ckpt_path", permuted)
 
@@ -200,7 +200,7 @@ def test_checkpoint_of_another_program_is_refused(run, trained, tmp_path, no_tra
 
 
 def test_hyper_parameters_in_a_checkpoint_do_not_win_over_the_command(run, trained, tmp_path):
-    """Lightning takes arguments from there without a word."""
+    """Lightning takes arguments from there silently."""
     checkpoint = torch.load(run_directory(trained) / "checkpoints/last.ckpt", weights_only=True)
     checkpoint["hyper_parameters"] = {"adapter_path": str(tmp_path / "elsewhere")}
     torch.save(checkpoint, tmp_path / "other.ckpt")

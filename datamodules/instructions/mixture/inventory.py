@@ -13,7 +13,7 @@ from datamodules.instructions.source import Files
 
 
 class Inventory:
-    """Reads sources and remembers what has to be said of them.
+    """Reads sources and collects notes on them.
 
     Args:
         train: the training sources.

@@ -15,7 +15,7 @@ class AdaptiveBalance(L.Callback):
 
     Even is what `RouterStatistics.load_entropy` says: 1 for an even load. The balancing loss pulls every router to the same
     even load, which specialised experts do not have; a weight that falls where balance holds by itself leaves them free. The
-    mean weight is logged as `adaptive_balance/weight`. A model without routers is left in peace.
+    mean weight is logged as `adaptive_balance/weight`. A model without routers is ignored.
 
     Args:
         target: load entropy to hold.

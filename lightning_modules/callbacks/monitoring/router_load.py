@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import lightning as L
@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from fourier_moe import RouterStatistics, StatisticsReader
-from fourier_moe.errors import UserError
+from fourier_moe.errors import UserError, shorten
 from fourier_moe.inject import adapter_config
 from lightning_modules.adaptation import AdaptationModule
 from lightning_modules.callbacks.monitoring.load_report import load_map, task_table, write_layers, write_tasks
@@ -225,12 +225,12 @@ class RouterLoad(L.Callback):
         if new_layers:
             rank_zero_warn(
                 f"RouterLoad, step {step}: routing has collapsed, nearly all tokens go to the same "
-                f"{float(layers.active.mean()):.3g} experts, in {_some(name for name, _ in new_layers)}. {advice}"
+                f"{float(layers.active.mean()):.3g} experts, in {shorten((name for name, _ in new_layers), 4)}. {advice}"
             )
         if new_dead:
             rank_zero_warn(
                 f"RouterLoad, step {step}: experts died, they serve less than {100 * self.dead_below:g} % of an even load and "
-                f"learn next to nothing: {_some(f'{name} expert {expert}' for name, expert in new_dead)}. {advice}"
+                f"learn next to nothing: {shorten((f'{name} expert {expert}' for name, expert in new_dead), 4)}. {advice}"
             )
 
 
@@ -243,8 +243,3 @@ def _advice(module: AdaptationModule, num_experts: int) -> str:
         f"--model.optimization.router.lr (now {group.lr if group else 0.0:g}), or use fewer experts "
         f"(--model.adapter.num_experts, now {num_experts})"
     )
-
-
-def _some(names: Iterable[str]) -> str:
-    names = list(names)
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

@@ -45,7 +45,7 @@ class EvaluatedExamples:
 
 
 def data_of(trainer: L.Trainer) -> dict[str, Any]:
-    """The DataModule's class and, in a run of the command line, the settings that say where its data are."""
+    """Return the DataModule's class and, in a run of the command line, the settings that identify its data."""
     found: dict[str, Any] = {"class": type(data_module(trainer)).__name__}
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, SaveConfigCallback):

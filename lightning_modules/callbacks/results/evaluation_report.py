@@ -70,8 +70,8 @@ class EvaluationReport(L.Callback):
         if self._writer is None:
             return
         finished = self._finished[list(self._sets)[dataloader_idx]]
-        asked = zip(batch["id"], batch["prompt"], batch["answer"], strict=True)
-        same = (id_ for id_, prompt, answer in asked if _asks(finished.get(id_), prompt, answer))
+        questions = zip(batch["id"], batch["prompt"], batch["answer"], strict=True)
+        same = (id_ for id_, prompt, answer in questions if _asks(finished.get(id_), prompt, answer))
         self._writer.finished = {id_: finished[id_] for id_ in same}
 
     def on_test_batch_end(
@@ -234,7 +234,7 @@ def _loaders(trainer: L.Trainer) -> Any:
 
 
 def _not_writable(directory: Path, error: OSError) -> str:
-    return f"directory={str(directory)!r} cannot be written ({error.strerror or error}); give EvaluationReport another"
+    return f"directory={str(directory)!r} cannot be written ({error.strerror or error}); set another one in EvaluationReport"
 
 
 def _asks(row: Row | None, prompt: str, answer: str) -> bool:

@@ -106,7 +106,7 @@ class PredictionsWriter(L.Callback):
                 self._rows.append(dataloader_idx, self._inputs, [_line(row, pl_module) for row in own])
             except OSError as error:
                 raise UserError(
-                    f"predictions cannot be written ({error.strerror}); make room and give the same command again"
+                    f"predictions cannot be written ({error.strerror}); free some space and repeat the command"
                 ) from error
         self._seen += 1
         pl_module.skips_prediction = False
@@ -116,7 +116,7 @@ class PredictionsWriter(L.Callback):
         assert isinstance(pl_module, AdaptationModule)
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        path = Path(self.path) if self.path else run_directory(trainer) / "predictions.csv"  # asks all processes
+        path = Path(self.path) if self.path else run_directory(trainer) / "predictions.csv"  # a collective call
         if limit_of(trainer, "predict", each_loader(trainer.predict_dataloaders)):
             path = path.with_name(f"{path.stem}_partial{path.suffix}")  # does not replace complete predictions
         self._rows.keep(self._seen)
@@ -166,7 +166,7 @@ class PredictionsWriter(L.Callback):
 
     def _directory(self, trainer: L.Trainer, module: AdaptationModule) -> Path:
         """Return the directory where a repeated command finds the rows of an interrupted one, else the run directory."""
-        own = run_directory(trainer)  # asks all processes
+        own = run_directory(trainer)  # a collective call
         if self.path:
             return Path(self.path).parent
         weights = trainer.ckpt_path or module.adapter_path
@@ -203,8 +203,8 @@ def _line(row: Mapping[str, Any], module: AdaptationModule) -> str:
         return csv_line([row[column] for column in columns])
     if "probabilities" not in row:
         raise UserError(
-            f"{type(module.task).__name__} predicts {', '.join(row)} and no probabilities of classes; name the columns of its "
-            "predictions file in the task's prediction_columns"
+            f"{type(module.task).__name__} predicts {', '.join(row)}, but no probabilities; set the columns of its predictions "
+            "file in the task's prediction_columns"
         )
     probabilities = row["probabilities"]
     names = module.class_names or [str(index) for index in range(len(probabilities))]

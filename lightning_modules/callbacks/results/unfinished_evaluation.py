@@ -28,7 +28,7 @@ class UnfinishedEvaluation:
     """A directory with `about.json` (what is evaluated, and how) and `<set>/<rank>.jsonl` (sealed rows, one per line).
 
     Args:
-        directory: made by `open`; `remove` it when the evaluation is complete.
+        directory: created by `open`; call `remove` when the evaluation is complete.
         rank: rank of this process, which appends to its own files.
         about: everything that the rows depend on.
         key: seals the rows; the same in all processes.
@@ -80,10 +80,11 @@ class UnfinishedEvaluation:
         except (OSError, ValueError, RecursionError):
             other = None
         if not isinstance(other, dict):
-            return f"what was interrupted in {self.directory} has no readable about.json; starting over"
+            return f"the interrupted evaluation in {self.directory} has no readable about.json; starting over"
         own = json.loads(self._about)
         differ = sorted(key for key in own.keys() | other.keys() if other.get(key) != own.get(key))
-        return f"what was interrupted in {self.directory} differs in {', '.join(differ)}; starting over" if differ else None
+        problem = f"the interrupted evaluation in {self.directory} differs in {', '.join(differ)}; starting over"
+        return problem if differ else None
 
     def _read(self, sets: Iterable[str]) -> tuple[dict[str, dict[str, Row]], str | None]:
         """Load rows of all processes, even if there were more of them."""
@@ -128,5 +129,5 @@ def _checksum(model: nn.Module) -> str:
 
 
 def file_name(set_name: str) -> str:
-    """A set's name without path separators."""
+    """Return a set's name without path separators."""
     return set_name.replace("/", "_").replace("\\", "_")

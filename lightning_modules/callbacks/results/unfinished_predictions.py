@@ -1,4 +1,4 @@
-"""UnfinishedPredictions: one process's predictions on disk while they are made, so that an interrupted `predict` goes on."""
+"""UnfinishedPredictions: the predictions of one process on disk, so that an interrupted `predict` can resume."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lightning_modules.callbacks.results.sealed_rows import SealedRows
 from lightning_modules.evaluation_sets import each_loader
 
 _VALUES_HASHED = 1024  # of each tensor of an example
-_RECORD = "batch"  # what the seals are for
+_RECORD = "batch"  # set name of the seals
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class UnfinishedPredictions:
         record = {"set": set_index, "inputs": inputs, "lines": list(lines)}
         content = self._records.line(_RECORD, record).encode() + b"\n"
         start = end = self._end
-        while end < start + len(content):  # a buffered file would write again on close what did not fit on the disk
+        while end < start + len(content):  # a buffered file would write the rest again on close if the disk is full
             end += os.pwrite(self._file.fileno(), content[end - start :], end)
         self._places.append(_Place(set_index, inputs, start, end))
 

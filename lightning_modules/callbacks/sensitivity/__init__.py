@@ -1,1 +1,1 @@
-"""Which frequencies model and data ask for."""
+"""Spectral sensitivity: the frequencies that a model and its data need."""

@@ -19,16 +19,16 @@ SIGNIFICANT = 3.0  # standard deviations of the permuted matrices
 
 
 def gradient_of(task: str) -> str:
-    """Name of the source that is one task's gradient."""
+    """Return the name of the source that is one task's gradient."""
     return f"{GRADIENT} of {task}"
 
 
 class SensitivityReport:
-    """What was measured, by source and projection, and what follows from it.
+    """The measured sensitivities as a table, curves and a verdict.
 
     Args:
-        results: by (source, name of the projection).
-        config: of the adapter.
+        results: sensitivities by (source, name of the projection).
+        config: config of the adapter.
     """
 
     def __init__(self, results: Mapping[tuple[str, str], Sensitivity], config: FourierMoEConfig) -> None:
@@ -40,19 +40,19 @@ class SensitivityReport:
 
     @property
     def structured(self) -> bool:
-        """Whether the gradient's radial curve, mean over the layers, is another one than that of its permutations."""
+        """Whether the gradient's radial curve, averaged over the layers, differs from that of its permutations."""
         return _deviates(self.means[GRADIENT])
 
     def rows(self) -> list[dict[str, Any]]:
-        """One row per source and projection, after those of a source their mean."""
+        """Return one row per source and projection, and the mean after the projections of a source."""
         rows = []
         for source, mean in self.means.items():
             members = [(name, one) for (other, name), one in self.results.items() if other == source]
             for name, one in [*members, (MEAN, mean)]:
                 row: dict[str, Any] = {"source": source, "layer": name}
                 for measure in MEASURES:
-                    control, spread = one.control(measure)
-                    values = {"": getattr(one.spectrum, measure), "/permuted": control, "/permuted_std": spread}
+                    control, std = one.control(measure)
+                    values = {"": getattr(one.spectrum, measure), "/permuted": control, "/permuted_std": std}
                     row |= {f"{measure}{suffix}": value for suffix, value in values.items()}
                 row |= {"mean_radius/white": one.spectrum.white_radius, "strongest_share/white": one.spectrum.white_share}
                 rows.append(row)
@@ -67,15 +67,15 @@ class SensitivityReport:
             radius, unevenness = (
                 (f"{row[m]:.3f}", f"{row[f'{m}/permuted']:.3f} ± {row[f'{m}/permuted_std']:.3f}") for m in MEASURES[:2]
             )
-            share, permuted, spread, white = (
+            share, permuted, std, white = (
                 f"{100 * row[f'strongest_share{suffix}']:.1f}" for suffix in ("", "/permuted", "/permuted_std", "/white")
             )
-            cells = [*radius, f"{row['mean_radius/white']:.3f}", *unevenness, share, f"{permuted} ± {spread}", white]
+            cells = [*radius, f"{row['mean_radius/white']:.3f}", *unevenness, share, f"{permuted} ± {std}", white]
             rows.append([row["source"], row["layer"], *cells])
         return f"{markdown_table(header, rows)}\n\n{self.verdict()}"
 
     def verdict(self) -> str:
-        """Whether frequency structure survives the permutation."""
+        """Return whether the gradient has a frequency structure that its permutations do not have, as text."""
         gradient = self.means[GRADIENT]
         distances = (
             f"{name} {getattr(gradient.spectrum, measure):.4f}, permuted {gradient.control(measure)[0]:.4f} "
@@ -87,13 +87,15 @@ class SensitivityReport:
             f"On their own {sum(map(_deviates, members))} of {len(members)} layers are further than {SIGNIFICANT:g} of them."
         )
         if self.structured:
-            conclusion = f"The gradient has a frequency structure that permuted rows and columns lose: {'; '.join(distances)}."
+            conclusion = (
+                f"The gradient has a frequency structure, which permuted rows and columns lose: {'; '.join(distances)}."
+            )
         else:
             conclusion = f"The spectrum is white, like that of permuted rows and columns: {'; '.join(distances)}."
         return f"{conclusion} {alone}"
 
     def write(self, directory: Path) -> None:
-        """layers.csv (the table), spectra.csv (the curves), report.txt and spectra.png."""
+        """Write layers.csv (the table), spectra.csv (the curves), report.txt and spectra.png."""
         directory.mkdir(parents=True, exist_ok=True)
         rows = self.rows()
         write_table(directory / "layers.csv", list(rows[0]), [list(row.values()) for row in rows])
@@ -109,26 +111,26 @@ class SensitivityReport:
         self._plot(directory / "spectra.png")
 
     def _plot(self, path: Path) -> None:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg  # here: importing it takes as long as a small run
+        from matplotlib.backends.backend_agg import FigureCanvasAgg  # here, since importing it is slow
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(10, 4), layout="constrained")
         FigureCanvasAgg(figure)
-        of_layers, of_sources = figure.subplots(1, 2, sharey=True)
+        layers, sources = figure.subplots(1, 2, sharey=True)
         for (source, _), sensitivity in self.results.items():
             if source == GRADIENT:
                 radius, density, *_ = zip(*_curve(sensitivity), strict=True)
-                of_layers.plot(radius, density, color="tab:blue", alpha=0.4, linewidth=0.8)
-        of_layers.set_title(f"{GRADIENT}, every layer")
+                layers.plot(radius, density, color="tab:blue", alpha=0.4, linewidth=0.8)
+        layers.set_title(f"{GRADIENT}, every layer")
         for source, mean in self.means.items():
-            radius, density, control, spread = zip(*_curve(mean), strict=True)
-            (line,) = of_sources.plot(radius, density, label=source)
-            low, high = ([c + sign * SIGNIFICANT * s for c, s in zip(control, spread, strict=True)] for sign in (-1, 1))
-            of_sources.fill_between(radius, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
-        of_sources.set_title(f"{MEAN} (shaded: permuted ± {SIGNIFICANT:g} std)")
-        of_sources.legend(fontsize=8)
-        of_layers.set_ylabel("energy per position / mean")
-        for plot in (of_layers, of_sources):
+            radius, density, control, std = zip(*_curve(mean), strict=True)
+            (line,) = sources.plot(radius, density, label=source)
+            low, high = ([c + sign * SIGNIFICANT * s for c, s in zip(control, std, strict=True)] for sign in (-1, 1))
+            sources.fill_between(radius, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
+        sources.set_title(f"{MEAN} (shaded: permuted ± {SIGNIFICANT:g} std)")
+        sources.legend(fontsize=8)
+        layers.set_ylabel("energy per position / mean")
+        for plot in (layers, sources):
             plot.axhline(1.0, color="black", linewidth=0.5)
             plot.set_xlabel("normalized radius")
             plot.set_yscale("log")
@@ -140,7 +142,7 @@ def _deviates(sensitivity: Sensitivity) -> bool:
 
 
 def _curve(sensitivity: Sensitivity) -> list[tuple[float, float, float, float]]:
-    """Radius of each bin that has positions, its density, and mean and standard deviation of it over the permutations."""
+    """Return radius, density, and mean and std of the density over the permutations, for each bin with positions."""
     spectrum = sensitivity.spectrum
     controls = torch.stack([control.density for control in sensitivity.controls])
     radius = (torch.arange(len(spectrum.energy)) + 0.5) / len(spectrum.energy)

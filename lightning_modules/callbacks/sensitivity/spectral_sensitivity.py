@@ -123,10 +123,10 @@ class SpectralSensitivity(L.Callback):
         for group in group_by_memory(projections, self.memory_gib * 2**30 / (len(by_task) + 1)):
             gradients = {task: dense_gradients(group, loss, parts) for task, parts in by_task.items()}
             for name in group:
-                of_tasks = {task: gradients[task].pop(name) for task in by_task}
-                yield (GRADIENT, name), functools.reduce(torch.add, of_tasks.values())
-                if len(of_tasks) > 1:
-                    yield from (((gradient_of(task), name), matrix) for task, matrix in of_tasks.items())
+                matrices = {task: gradients[task].pop(name) for task in by_task}
+                yield (GRADIENT, name), functools.reduce(torch.add, matrices.values())
+                if len(matrices) > 1:
+                    yield from (((gradient_of(task), name), matrix) for task, matrix in matrices.items())
         for name, adapter in projections.items():
             frozen = _frozen_weight(adapter)
             if frozen is not None:
@@ -167,7 +167,7 @@ def group_by_memory(projections: Mapping[str, Adapter], num_bytes: float) -> Ite
 
 
 def _frozen_weight(adapter: Adapter) -> Tensor | None:
-    """W0 (M, N) in float32; None for a quantized one."""
+    """Return W0 (M, N) in float32; None if it is quantized."""
     return None if is_quantized(adapter.base) else weight_matrix(adapter.base).float()
 
 

@@ -1,4 +1,4 @@
-"""Pretrained models on the Hugging Face hub: which of their files are read, and fetching them before anything else."""
+"""Pretrained models on the Hugging Face hub: choose the files to fetch, and fetch them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from datamodules.shared.tokenizers import SMALL_FILE
 from fourier_moe.files.hub_files import HubError, Repository
 
-# A repository's weights in transformers' formats, the first choice first; the others are those of other libraries.
+# A repository's weights in transformers' formats, best first. Other files belong to other libraries.
 _WEIGHTS = tuple(
     re.compile(pattern)
     for pattern in (
@@ -25,10 +25,10 @@ _WEIGHTS = tuple(
 
 
 def model_files(sizes: Mapping[str, int]) -> list[str]:
-    """Weights, configs and tokenizer of a transformers model.
+    """Choose the weights, configs and tokenizer of a transformers model.
 
     Raises:
-        HubError: if there are no weights, or not all parts of them.
+        HubError: if there are no weights, or some of their parts are missing.
     """
     for pattern in _WEIGHTS:
         found = {path: match for path in sizes if (match := pattern.fullmatch(path))}
@@ -37,15 +37,15 @@ def model_files(sizes: Mapping[str, int]) -> list[str]:
         match = next(iter(found.values()))
         count = int(match[1]) if pattern.groups else 1
         if len(found) != count:
-            raise HubError(f"{len(found)} of {count} parts of its weights are there")
+            raise HubError(f"{len(found)} of {count} parts of its weights are present")
         return [*(path for path in sizes if SMALL_FILE.fullmatch(path)), *found]
     raise HubError("it has no weights, model.safetensors or pytorch_model.bin", "give a transformers model")
 
 
 def fetch_open_clip(model: str, tag: str, *, look_up: bool) -> None:
-    """Have the weights of an open_clip tag in the hub's cache, where open_clip finds them.
+    """Fetch the weights of an open_clip tag into the hub's cache, where open_clip finds them.
 
-    open_clip tries safetensors, takes any error for a file that is not there, and reports the next one's name.
+    open_clip's own download takes any error for a missing safetensors file, and then reports the name of the next file.
 
     Raises:
         HubError: if they cannot be fetched.

@@ -1,4 +1,4 @@
-"""Loading Hugging Face models by name or directory, with errors that say what would be valid."""
+"""Load and save Hugging Face models and their tokenizers."""
 
 from __future__ import annotations
 
@@ -34,15 +34,14 @@ from lightning_modules.tasks.base import without_weights
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-_UNTRAINED_SEED = 0  # a tiny model is the same one everywhere, so that an adapter of it can be used again
+_UNTRAINED_SEED = 0  # tiny models are always the same, so that their adapters can be loaded again
 
 
 def check_model(model: str, dtype: str, quantization: str | None = None) -> None:
-    """Check name, dtype and quantization without loading anything.
+    """Check a model's name, dtype and quantization without loading anything.
 
     Raises:
-        UserError: for a path without a model's config.json, an unknown dtype, or a quantization that is unknown or needs a
-            package that is not installed.
+        UserError: for a path without a model's config.json, an unknown dtype or quantization, or if bitsandbytes is missing.
     """
     if is_path(model) and not (Path(model).expanduser() / "config.json").is_file():
         raise UserError(f"model={model!r} has no config.json; give a name on the hub, or a Hugging Face model's directory")
@@ -52,34 +51,34 @@ def check_model(model: str, dtype: str, quantization: str | None = None) -> None
 
 
 def tokenizer_name(model: str, tiny: bool) -> str:
-    """What `load_tokenizer` takes for a model."""
+    """Return the argument of `load_tokenizer` for a model."""
     return BYTES if tiny else model
 
 
 def load_fitting_tokenizer(name: str, model: str, tiny: bool) -> PreTrainedTokenizerBase:
-    """The tokenizer that the data was made with, if its ids mean what they mean to the model.
+    """Load the data's tokenizer, and check that its ids agree with the model's own tokenizer.
 
     Args:
-        name: of the tokenizer; see `load_tokenizer`.
-        model: name or directory; its own tokenizer, where it has one, says what the ids mean.
-        tiny: whether it is an untrained one that reads bytes.
+        name: the data's tokenizer; see `load_tokenizer`.
+        model: name or directory of the model; if it has no tokenizer, nothing is checked.
+        tiny: whether the model is an untrained one that reads bytes.
 
     Raises:
-        UserError: if the tokenizer cannot be loaded, or gives tokens other ids than the model's own.
+        UserError: if the tokenizer cannot be loaded, or its tokens have other ids than in the model's own.
     """
     tokenizer = load_tokenizer(name)
     if name == tokenizer_name(model, tiny):
         return tokenizer
     try:
         own = load_tokenizer(tokenizer_name(model, tiny))
-    except ValueError:  # a model without one: which it was trained with is the user's to know
+    except ValueError:  # a model without a tokenizer: the user must know which one fits
         return tokenizer
     ids, size = own.get_vocab(), len(own)
     others = [token for token, id_ in tokenizer.get_vocab().items() if id_ < size and ids.get(token) != id_]
     if others:
         raise UserError(
-            f"tokenizer={name!r} is another model's: {len(others):,} of its {len(tokenizer):,} tokens have other ids in the "
-            f"tokenizer of model={model!r}; leave tokenizer null for the model's own"
+            f"tokenizer={name!r} belongs to another model: {len(others):,} of its {len(tokenizer):,} tokens have other ids in "
+            f"the tokenizer of model={model!r}; leave tokenizer null for the model's own"
         )
     return tokenizer
 
@@ -88,27 +87,28 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, name: str, model: PreTr
     """Check that a loaded model has an embedding for every token.
 
     Raises:
-        UserError: if it has not.
+        UserError: if it does not.
     """
     known = len(cast(nn.Embedding, model.get_input_embeddings()).weight)
     if len(tokenizer) > known:
         raise UserError(
-            f"tokenizer={name!r} has {len(tokenizer):,} tokens, model={model_name!r} knows {known:,}; leave tokenizer null for "
+            f"tokenizer={name!r} has {len(tokenizer):,} tokens, model={model_name!r} has {known:,}; leave tokenizer null for "
             "the model's own"
         )
 
 
 def fetch_model(model: str, *, look_up: bool = True) -> str | None:
-    """Fetch weights, config and tokenizer of a name on the hub; directories need none.
+    """Fetch the weights, config and tokenizer of a model on the hub; do nothing for a directory.
 
     Args:
-        look_up: ask the hub for the newest version; without it only where the cache lacks a file.
+        model: name on the hub, or directory.
+        look_up: ask the hub for the newest version, not only for files that the cache does not have.
 
     Returns:
-        The commit that they are of; None for a directory.
+        The commit of the files; None for a directory.
 
     Raises:
-        UserError: if they cannot be fetched, with what to do.
+        UserError: if they cannot be fetched.
     """
     if is_path(model):
         return None
@@ -121,38 +121,38 @@ def fetch_model(model: str, *, look_up: bool = True) -> str | None:
 def load_sequence_classifier(
     model: str, num_labels: int, *, dtype: str = "float32", quantization: str | None = None, tiny: bool = False
 ) -> PreTrainedModel:
-    """A pretrained encoder or decoder with a new classification head.
+    """Load a pretrained encoder or decoder with a new classification head.
 
     Args:
         model: name on the hub, or directory.
-        num_labels: outputs of the head.
-        dtype: of the pretrained weights; of the others and of what is computed where linear layers are quantized.
-        quantization: of the linear layers outside of the head: int8, nf4 or None.
-        tiny: untrained, of the same architecture but 2 layers of width 256, with a vocabulary of bytes.
+        num_labels: number of outputs of the head.
+        dtype: dtype of the pretrained weights; with quantization, of activations and of the other weights.
+        quantization: `int8` or `nf4` for the linear layers outside the head; None for no quantization.
+        tiny: load an untrained model of the same architecture with 2 layers of width 256 and a vocabulary of bytes.
 
     Raises:
-        UserError: if it cannot be fetched, or is no model that classifies sequences.
+        UserError: if it cannot be loaded, or the architecture cannot classify sequences.
     """
     loaded = _load(AutoModelForSequenceClassification, model, dtype, quantization, tiny, num_labels=num_labels)
-    loaded.config.use_cache = False  # nothing is continued, and activation checkpointing would fill a cache twice
+    loaded.config.use_cache = False  # not needed, and activation checkpointing would fill the cache twice
     return loaded
 
 
 def load_causal_language_model(
     model: str, *, dtype: str = "float32", quantization: str | None = None, tiny: bool = False
 ) -> PreTrainedModel:
-    """A pretrained model that continues text; arguments as for `load_sequence_classifier`.
+    """Load a pretrained decoder; arguments as for `load_sequence_classifier`.
 
     Raises:
-        UserError: if it cannot be fetched, or was not trained to continue text (an encoder).
+        UserError: if it cannot be loaded, or is an encoder, which was not trained to continue text.
     """
     return _load(AutoModelForCausalLM, model, dtype, quantization, tiny)
 
 
 def save_hugging_face(model: Any, tokenizer: str, directory: Path) -> None:
-    """Write model and tokenizer as `from_pretrained` reads them. A byte tokenizer has no files."""
+    """Write model and tokenizer for `from_pretrained`. A byte tokenizer has no files."""
     head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
-    if head is not None and head.weight is not embeddings.weight:  # an update of one of two tied weights has parted them
+    if head is not None and head.weight is not embeddings.weight:  # only one of two tied weights was updated
         model.config.tie_word_embeddings = False
     model.save_pretrained(directory)
     if tokenizer != BYTES:
@@ -166,7 +166,7 @@ def _load(auto_class: Any, model: str, dtype: str, quantization: str | None, tin
             torch.manual_seed(_UNTRAINED_SEED)
             loaded = auto_class.from_config(_tiny_config(model, **options), dtype=DTYPES[dtype])
         if quantization:
-            with tempfile.TemporaryDirectory() as directory:  # weights are quantized as they are read from files
+            with tempfile.TemporaryDirectory() as directory:  # transformers quantizes only weights that it reads from files
                 loaded.save_pretrained(directory)
                 loaded = _load(auto_class, directory, dtype, quantization, False)
         loaded.config._name_or_path = f"{Path(model).name}/tiny"
@@ -177,15 +177,15 @@ def _load(auto_class: Any, model: str, dtype: str, quantization: str | None, tin
         _check_continues_text(model, config)
     if without_weights():
         return _named(_empty(auto_class, model, config, dtype), model, commit)
-    reading: dict[str, Any] = {"config": config, "dtype": DTYPES[dtype], "local_files_only": True}  # all of it is here
+    reading: dict[str, Any] = {"config": config, "dtype": DTYPES[dtype], "local_files_only": True}  # fetched above
     if quantization:
         with torch.device("meta"):
             skeleton = auto_class.from_config(config, dtype=DTYPES[dtype])
         reading["quantization_config"] = quantization_config(quantization, skeleton)
     try:
-        with _quiet():  # the new head is reported as "newly initialized", as it should be
+        with _quiet():  # transformers reports the new head as "newly initialized"
             loaded, info = auto_class.from_pretrained(_source(model), **reading, output_loading_info=True)
-    except Exception as error:  # each file format has its own
+    except Exception as error:  # every file format has its own errors
         raise _not_loaded(model, error) from error
     if quantization:
         prepare_training(loaded)
@@ -194,18 +194,18 @@ def _load(auto_class: Any, model: str, dtype: str, quantization: str | None, tin
 
 
 def _empty(auto_class: Any, model: str, config: PretrainedConfig, dtype: str) -> PreTrainedModel:
-    """What `from_pretrained` gives, on the meta device, which it refuses."""
+    """Build a model on the meta device, which `from_pretrained` refuses."""
     loaded = auto_class.from_config(config, dtype=DTYPES[dtype])
     if loaded.can_generate():
-        with suppress(OSError):  # not every model has one, and then the config says it all
+        with suppress(OSError):  # a model without one has these settings in its config
             loaded.generation_config = GenerationConfig.from_pretrained(_source(model), local_files_only=True)
     return loaded
 
 
 def _named(loaded: PreTrainedModel, model: str, commit: str | None) -> PreTrainedModel:
-    """With what adapter files remember of it, and in the mode that Lightning keeps; from_pretrained gives eval."""
+    """Set the name and commit that adapter files record, and train mode; from_pretrained returns models in eval mode."""
     loaded.config._name_or_path = Path(model).name if is_path(model) else model
-    loaded.config._commit_hash = commit  # transformers has stopped to note it
+    loaded.config._commit_hash = commit  # transformers no longer sets it
     return loaded.train()
 
 
@@ -232,7 +232,7 @@ def _not_loaded(model: str, error: Exception) -> UserError:
 
 
 def _check_continues_text(model: str, config: PretrainedConfig) -> None:
-    """transformers turns an encoder such as BERT into a language model that was never trained to be one."""
+    """Refuse an encoder such as BERT, which transformers would load as a decoder although it was not trained as one."""
     if config.architectures and not set(config.architectures) & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()):
         raise UserError(
             f"model={model!r} is a {', '.join(config.architectures)}, which does not continue text; CausalLanguageModel needs "
@@ -241,20 +241,20 @@ def _check_continues_text(model: str, config: PretrainedConfig) -> None:
 
 
 def _check_complete(model: str, loaded: PreTrainedModel, missing: Collection[str], *, may_have_new_head: bool) -> None:
-    """transformers starts at random what it does not find in the files, and says so only in its log."""
+    """Refuse missing weights, which transformers initializes randomly with only a log message."""
     body = f"{loaded.base_model_prefix}."
     random = sorted(name for name in missing if name.startswith(body) or not may_have_new_head)
     if not random:
         return
     share = f"{len(random)} of {len(loaded.state_dict())} weights are not in its files ({', '.join(random[:3])}, ...)"
     if may_have_new_head and all(name.startswith(f"{body}pooler.") for name in random):
-        rank_zero_warn(f"model={model!r}: {share}: its pooler is random and stays so")  # trained without one, as RoBERTa was
+        rank_zero_warn(f"model={model!r}: {share}: its pooler is random and is not trained")  # RoBERTa was trained without one
     else:
         raise UserError(f"model={model!r} is incomplete or damaged: {share}")
 
 
 def _tiny_config(model: str, **options: Any) -> PretrainedConfig:
-    """The architecture that the name or the directory's config says, at 2 layers of width 256."""
+    """Return a config of the architecture that a name or directory stands for, with 2 layers of width 256."""
     if is_path(model):
         model_type = _config(model).model_type
     else:

@@ -1,4 +1,4 @@
-"""Loading open_clip models by name, config file or tag, with errors that say what would be valid."""
+"""Load and save open_clip models."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from lightning_modules.tasks.backbones.hub_models import fetch_open_clip
 from lightning_modules.tasks.backbones.quiet import quiet
 from lightning_modules.tasks.base import without_weights
 
-_UNTRAINED_SEED = 0  # an untrained tower is the same one everywhere, so that an adapter of it can be used again
+_UNTRAINED_SEED = 0  # untrained towers are always the same, so that their adapters can be loaded again
 
 
 def check_model(model: str, pretrained: str | None) -> None:
-    """Check name and weights without loading anything.
+    """Check a model's name and weights without loading anything.
 
     Args:
         model: an open_clip model name, or the path of an open_clip model config (.json).
@@ -40,8 +40,8 @@ def check_model(model: str, pretrained: str | None) -> None:
     elif model not in open_clip.list_models():
         near = difflib.get_close_matches(model, open_clip.list_models(), n=5, cutoff=0.4)
         raise UserError(
-            f"model={model!r} is no open_clip model; near names: {', '.join(near) or 'none'}; open_clip.list_models() has all "
-            "(or give the path of an open_clip model config, ending in .json)"
+            f"model={model!r} is not an open_clip model; near names: {', '.join(near) or 'none'}; open_clip.list_models() has "
+            "all (or give the path of an open_clip model config, ending in .json)"
         )
     if pretrained is None or Path(pretrained).is_file():
         return
@@ -56,7 +56,7 @@ def check_model(model: str, pretrained: str | None) -> None:
 
 
 def _check_activation(model: str, tag: str) -> None:
-    """open_clip only warns when weights trained with QuickGELU are put into a GELU model, which costs accuracy silently."""
+    """Refuse weights trained with QuickGELU for a GELU model and vice versa, which cost accuracy; open_clip only warns."""
     weights_quick = bool(open_clip.get_pretrained_cfg(model, tag).get("quick_gelu", False))
     model_quick = bool((open_clip.get_model_config(model) or {}).get("quick_gelu", False))
     if weights_quick == model_quick:
@@ -64,28 +64,30 @@ def _check_activation(model: str, tag: str) -> None:
     other = f"{model}-quickgelu" if weights_quick else model.removesuffix("-quickgelu")
     if other != model and other in open_clip.list_models():
         raise UserError(
-            f"pretrained={tag!r} of model={model!r} was trained with {'QuickGELU' if weights_quick else 'GELU'}, this model "
-            f"computes {'QuickGELU' if model_quick else 'GELU'}; use model={other!r}"
+            f"pretrained={tag!r} of model={model!r} was trained with {'QuickGELU' if weights_quick else 'GELU'}, but this "
+            f"model uses {'QuickGELU' if model_quick else 'GELU'}; use model={other!r}"
         )
 
 
 def load_open_clip(
     model: str, pretrained: str | None, *, image_size: int | None = None, tiny: bool = False, needs_text: bool = False
 ) -> nn.Module:
-    """The open_clip model (both towers); arguments as in `check_model`.
+    """Load an open_clip model (both towers).
 
     Args:
-        image_size: side of the input image in pixels; None keeps the model's own.
-        needs_text: refuse a weights file that holds the vision tower only.
-        tiny: untrained, of the same architecture but 2 layers of width 256, to try a machine or a config.
+        model: see `check_model`.
+        pretrained: see `check_model`.
+        image_size: side of the input image in pixels; None for the model's own.
+        tiny: load an untrained model of the same architecture with 2 layers of width 256.
+        needs_text: refuse a weights file with only the vision tower.
 
     Raises:
-        UserError: as `check_model`; or if the weights cannot be fetched (naming the ways without a network).
+        UserError: as `check_model`, or if the weights cannot be fetched.
     """
     check_model(model, pretrained)
     name, config = _register(model)
     overrides = _tiny(config, model) if tiny else {}
-    # open_clip warns that a model is initialized randomly even when weights follow; our report names the weights.
+    # open_clip warns of random initialization even if weights are loaded afterwards; the run's report names the weights.
     with torch.random.fork_rng(devices=[]), quiet(logging.ERROR):
         torch.manual_seed(_UNTRAINED_SEED)
         if without_weights():
@@ -100,13 +102,15 @@ def load_open_clip(
 
 
 def fetch_weights(model: str, pretrained: str | None, *, look_up: bool = True) -> None:
-    """Fetch the weights of a tag; files, and untrained models, need none.
+    """Fetch the weights of a tag; do nothing for files and untrained models.
 
     Args:
-        look_up: ask the hub for the newest version; without it only where the cache lacks a file.
+        model: see `check_model`.
+        pretrained: see `check_model`.
+        look_up: ask the hub for the newest version, not only for files that the cache does not have.
 
     Raises:
-        UserError: as `check_model`; or if the weights cannot be fetched (naming the ways without a network).
+        UserError: as `check_model`, or if the weights cannot be fetched.
     """
     check_model(model, pretrained)
     if pretrained is None or Path(pretrained).is_file():
@@ -122,7 +126,7 @@ def fetch_weights(model: str, pretrained: str | None, *, look_up: bool = True) -
 
 
 def save_open_clip(clip: Any, model: str, directory: Path, *, image_size: int | None = None, tiny: bool = False) -> None:
-    """Write a whole CLIP as `open_clip.create_model("local-dir:DIRECTORY")` reads it; arguments as for `load_open_clip`."""
+    """Write a whole CLIP for `open_clip.create_model("local-dir:DIRECTORY")`; arguments as for `load_open_clip`."""
     _, config = _register(model)
     config = {**copy.deepcopy(config), **(_tiny(config, model) if tiny else {})}
     if image_size is not None:
@@ -139,7 +143,7 @@ def save_open_clip(clip: Any, model: str, directory: Path, *, image_size: int | 
 
 
 def _register(model: str) -> tuple[str, dict[str, Any]]:
-    """open_clip's name of the model and its config."""
+    """Return open_clip's name and config of a model."""
     if model.endswith(".json"):
         open_clip.add_model_config(Path(model))
         return Path(model).stem, json.loads(Path(model).read_text(encoding="utf-8"))
@@ -149,23 +153,23 @@ def _register(model: str) -> tuple[str, dict[str, Any]]:
 def _tiny(config: dict[str, Any], model: str) -> dict[str, Any]:
     vision, text = copy.deepcopy(config["vision_cfg"]), copy.deepcopy(config["text_cfg"])
     if not isinstance(vision.get("layers"), int) or "hf_model_name" in text:
-        raise UserError(f"tiny=True needs a CLIP with a plain vision transformer, model={model!r} is none")
+        raise UserError(f"tiny=True needs a CLIP with a plain vision transformer, and model={model!r} has none")
     vision.update(layers=2, width=256, head_width=64)
     text.update(layers=1, width=64, heads=2)
     return {"embed_dim": 32, "vision_cfg": vision, "text_cfg": text}
 
 
 def _load_file(clip: nn.Module, path: str, needs_text: bool) -> nn.Module:
-    """Load a checkpoint of the whole CLIP, or of its vision tower alone."""
+    """Load a checkpoint of the whole CLIP, or only of its vision tower."""
     try:
         state = load_state_dict(path)
-    except Exception as error:  # each file format has its own
+    except Exception as error:  # every file format has its own errors
         raise UserError(f"pretrained={path!r} cannot be read as a weights file: {_first_line(error)}") from error
     try:
         if any(key.startswith("visual.") for key in state):
             load_checkpoint(clip, path)
         elif needs_text:
-            raise UserError(f"pretrained={path!r} holds a vision tower only; head='zero_shot' needs CLIP's text tower, too")
+            raise UserError(f"pretrained={path!r} has only a vision tower; head='zero_shot' also needs CLIP's text tower")
         else:
             clip.visual.load_state_dict(state)  # type: ignore[union-attr]
     except RuntimeError as error:

@@ -1,4 +1,4 @@
-"""Keeping other libraries' log messages back for a while."""
+"""Suppress the log messages of other libraries."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def quiet(level: int) -> Iterator[None]:
-    """No log message of this level or below gets through, whoever writes it."""
+    """Suppress all log messages of this level or below within the context."""
     before = logging.root.manager.disable
     logging.disable(max(before, level))
     try:

@@ -65,7 +65,7 @@ def test_many_rows_are_tokenised_in_parts_that_fit_together(words, tmp_path, mon
     source = random.Random(0)
     texts = [" ".join(f"w{source.randrange(20)}" for _ in range(source.randint(1, 12))) for _ in range(25)]
     whole = tokenize(examples(texts), load_tokenizer(words), 10, tmp_path / "a")
-    monkeypatch.setattr(tokenization, "_ROWS_AT_ONCE", 10)
+    monkeypatch.setattr(tokenization, "_CHUNK", 10)
     parts = tokenize(examples(texts), load_tokenizer(words), 10, tmp_path / "b")
     assert torch.equal(whole.offsets, parts.offsets)
     assert all(torch.equal(whole.columns[name], parts.columns[name]) for name in whole.columns)
@@ -92,7 +92,7 @@ def test_tokenizer_that_has_been_used_is_the_same_tokenizer(words, tmp_path, run
 
 
 @pytest.mark.parametrize("change", ["text", "boundary", "column", "max_length", "tokenizer", "lower case"])
-def test_anything_else_is_tokenised_anew(words, tmp_path, runs, change):
+def test_anything_else_is_tokenized_again(words, tmp_path, runs, change):
     tokenize(examples(["w0", "w1"]), load_tokenizer(words), 8, tmp_path)
     other = {"text": (["w0", "w2"],), "boundary": (["w0w", "1"],), "column": (["w0"], ["w1"])}.get(change, (["w0", "w1"],))
     tokenizer = load_tokenizer("bytes" if change == "tokenizer" else words)

@@ -106,7 +106,7 @@ def test_processes_go_on_together_and_one_process_goes_on_where_several_stopped(
 
 def test_another_number_of_examples_a_batch_goes_on_near_by_and_says_so():
     resumed = make("plain", batch_size=3)
-    with pytest.warns(UserWarning, match="4 examples a batch .* this run has 3: it goes on after 2 of its batches"):
+    with pytest.warns(UserWarning, match="4 examples a batch .* this run has 3: it resumes after 2 of its batches"):
         resumed.load_state_dict({"epoch": 0, "batches": 2, "batch_size": 4})
     order = [index for batch in start(make("plain"), 0) for index in batch[0]]
     assert [index for batch in start(resumed, 0) for index in batch[0]] == order[6:]

@@ -140,8 +140,8 @@ def test_classifier_has_a_table_of_logged_metrics_and_no_rows(tmp_path):
     trainer = token_trainer(tmp_path, EvaluationReport(str(tmp_path / "report")))
     (logged,) = trainer.test(module, TokenData(), verbose=False)
     assert files_below(tmp_path / "report") == ["results.json", "results.md"]
-    of_set = json.loads((tmp_path / "report/results.json").read_text())["sets"]["test"]
-    assert (of_set["accuracy"], of_set["loss"]) == (logged["test/accuracy"], logged["test/loss"])
+    result = json.loads((tmp_path / "report/results.json").read_text())["sets"]["test"]
+    assert (result["accuracy"], result["loss"]) == (logged["test/accuracy"], logged["test/loss"])
 
 
 def test_count_of_a_classifiers_table_is_what_was_scored_and_a_set_s_name_is_kept(tmp_path):
@@ -153,8 +153,8 @@ def test_count_of_a_classifiers_table_is_what_was_scored_and_a_set_s_name_is_kep
     token_trainer(tmp_path).fit(module, Named())
     trainer = token_trainer(tmp_path, EvaluationReport(str(tmp_path / "report")), limit_test_batches=2)
     (logged,) = trainer.test(module, Named(), verbose=False)
-    of_set = json.loads((tmp_path / "report_partial/results.json").read_text())["sets"]["only"]
-    assert (of_set["count"], of_set["accuracy"]) == (16, logged["test/only/accuracy"])
+    result = json.loads((tmp_path / "report_partial/results.json").read_text())["sets"]["only"]
+    assert (result["count"], result["accuracy"]) == (16, logged["test/only/accuracy"])
 
 
 def test_classifiers_predictions_are_left_to_the_predictions_writer(tmp_path):
@@ -205,7 +205,7 @@ def test_checkpoint_at_an_address_leaves_its_report_in_the_run(tmp_path):
 def test_directory_that_cannot_be_made_is_an_error_before_anything_is_written(evaluate, tmp_path):
     (tmp_path / "report").write_text("a file")
     writer = Writer()
-    with pytest.raises(ValueError, match=r"directory='.*report' cannot be written .*give EvaluationReport another"):
+    with pytest.raises(ValueError, match=r"directory='.*report' cannot be written .*set another one in EvaluationReport"):
         evaluate(writer)
     assert writer.asked == []
 
@@ -232,7 +232,7 @@ def test_interrupted_evaluation_goes_on_where_it_stopped(evaluate, tmp_path, cap
     assert {name: [row["id"] for row in rows_of(tmp_path / "report", name)] for name in IDS} == IDS
     assert logged["test/large/accuracy"] == pytest.approx(0.8)
     results = json.loads((tmp_path / "report/results.json").read_text())
-    assert [of_set["count"] for of_set in results["sets"].values()] == [3, 5]
+    assert [result["count"] for result in results["sets"].values()] == [3, 5]
 
 
 def test_interrupted_twice(evaluate, tmp_path):

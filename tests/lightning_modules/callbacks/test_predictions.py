@@ -197,7 +197,7 @@ def test_full_disk_keeps_what_was_written(tmp_path, monkeypatch, expected):
 
     with monkeypatch.context() as patch:
         patch.setattr("lightning_modules.callbacks.results.unfinished_predictions.os.pwrite", full)
-        with pytest.raises(ValueError, match=r"be written \(No space left on device\); make room and give the same command"):
+        with pytest.raises(ValueError, match=r"be written \(No space left on device\); free some space and repeat the command"):
             predict(path)
     assert predict(path) == ids(6)
     assert path.read_bytes() == expected
@@ -269,7 +269,7 @@ def predict_without_sampler(path):
 
 
 def test_sharded_processes_with_different_numbers_of_batches_are_refused(tmp_path):
-    """Lightning deals out predict examples without repetition, and the last forward would wait for ever."""
+    """Lightning deals out predict examples without repetition, and the last forward would wait forever."""
     run_in_two(predict_without_sampler, tmp_path / "p.csv")
 
 

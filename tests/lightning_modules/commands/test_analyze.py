@@ -64,15 +64,15 @@ def same(sensitivity, matrix):
 def test_gradient_of_each_task_and_of_all_is_exact_in_one_pass_or_in_several(tmp_path, memory_gib):
     report, module = measured(tmp_path, TaskData(), memory_gib=memory_gib)
     batches = list(TaskData().train_dataloader())
-    of_all = brute_force(module, batches)
-    assert list(of_all) == ["q_proj", "v_proj"]
+    together = brute_force(module, batches)
+    assert list(together) == ["q_proj", "v_proj"]
     sources = [GRADIENT, gradient_of("cola"), gradient_of("rte"), FROZEN]
     assert {source for source, _ in report.results} == set(sources)
     for task in ("cola", "rte"):
         parts = [split_by_task(batch)[task] for batch in batches if task in batch["task"]]
         for name, matrix in brute_force(module, parts).items():
             same(report.results[gradient_of(task), name], matrix)
-    for name, matrix in of_all.items():
+    for name, matrix in together.items():
         same(report.results[GRADIENT, name], matrix)
         same(report.results[FROZEN, name], module.model.get_submodule(name).base.weight.detach())
 

@@ -271,11 +271,11 @@ def test_one_of_several_test_sets_is_tested_by_itself(tmp_path):
         share = np.mean(correct)
         runs.append(result(name, 0, share / 2))
         runs[-1].metrics["test/cola/accuracy"] = share
-    of_one, problems = differences(result_frame(runs, "test/cola/accuracy"), "a", tmp_path)
-    of_all, _ = differences(result_frame(runs), "a", tmp_path)
+    one_set, problems = differences(result_frame(runs, "test/cola/accuracy"), "a", tmp_path)
+    all_sets, _ = differences(result_frame(runs), "a", tmp_path)
     assert problems == []
-    assert (of_one["b"].mean, of_all["b"].mean) == (0.25, 0.125)
-    assert of_one["b"].high == pytest.approx(2 * of_all["b"].high, rel=0.1)
+    assert (one_set["b"].mean, all_sets["b"].mean) == (0.25, 0.125)
+    assert one_set["b"].high == pytest.approx(2 * all_sets["b"].high, rel=0.1)
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ def test_run_killed_at_random_moments_ends_with_the_bits_of_an_uninterrupted_one
 @pytest.mark.parametrize(
     ("hook", "count"),
     [
-        ("half written", 4),  # the file before it is the one to go on from
+        ("half written", 4),  # the file before it is the one to resume from
         ("step", 3),
         ("on_train_epoch_start", 2),
     ],

@@ -142,7 +142,7 @@ def test_best_file_that_a_kill_left_beside_its_successor_is_removed_on_resumptio
     assert newest.name == second
     fit(tmp_path, checkpoints, resume=newest, max_epochs=3)
     left = {path.name for path in directory.iterdir()}
-    assert left == {second, third, "last.ckpt", "mine.ckpt"}  # Lightning keeps the file that it goes on from
+    assert left == {second, third, "last.ckpt", "mine.ckpt"}  # Lightning keeps the file that it resumes from
 
 
 def test_all_files_of_a_user_who_keeps_all_stay(tmp_path):

@@ -175,8 +175,8 @@ def test_a_process_that_has_answered_goes_on_for_the_others():
     ("strategy", "reason"),
     [
         (FSDPStrategy(), r"trainer\.strategy=FSDPStrategy \(FSDP1\) flattens .*fsdp.yaml"),
-        (ModelParallelStrategy(), "trainer.strategy=ModelParallelStrategy would split projections .*fsdp.yaml"),
-        (object.__new__(DeepSpeedStrategy), "trainer.strategy=DeepSpeedStrategy writes checkpoints of its own .*fsdp.yaml"),
+        (ModelParallelStrategy(), "trainer.strategy=ModelParallelStrategy splits projections .*fsdp.yaml"),
+        (object.__new__(DeepSpeedStrategy), "trainer.strategy=DeepSpeedStrategy writes checkpoints that .*fsdp.yaml"),
     ],
 )
 def test_strategies_that_do_something_else_are_refused(strategy, reason):

@@ -462,7 +462,9 @@ def test_validation_of_a_set_without_known_responses_is_an_error_before_training
 
     rates = Optimization(experts=ParameterGroup(0.05))
     options = {"max_epochs": 1, "limit_train_batches": 1}
-    with pytest.raises(ValueError, match=r"validation of sums needs known responses.*generate_in_validation to true"):
+    with pytest.raises(
+        ValueError, match=r"validation needs known responses, and sums has none.*generate_in_validation to true"
+    ):
         language_trainer(tmp_path, **options).fit(AdaptationModule(TinyLanguageModel(), ADAPTER, rates), Unknown())
     module = AdaptationModule(TinyLanguageModel(generate_in_validation=True), ADAPTER, rates)
     trainer = language_trainer(tmp_path, **options)
@@ -476,7 +478,7 @@ def test_tokenizer_with_tokens_that_the_model_does_not_know_is_an_error(monkeypa
     larger = copy.deepcopy(TOKENIZER)
     larger.add_tokens(["<extra>"])
     monkeypatch.setattr(hugging_face_models, "load_tokenizer", lambda _: larger)
-    with pytest.raises(ValueError, match="tokenizer='bytes' has 385 tokens, model='meta-llama/Llama-2-7b-hf' knows 384"):
+    with pytest.raises(ValueError, match="tokenizer='bytes' has 385 tokens, model='meta-llama/Llama-2-7b-hf' has 384"):
         task.build()
 
 

@@ -205,7 +205,7 @@ def test_tiny_keeps_patches_and_image_size_and_shrinks_the_rest():
 
 
 def test_tiny_is_for_vision_transformers():
-    with pytest.raises(ValueError, match="tiny=True needs a CLIP with a plain vision transformer, model='RN50'"):
+    with pytest.raises(ValueError, match="tiny=True needs a CLIP with a plain vision transformer, and model='RN50'"):
         load_open_clip("RN50", None, tiny=True)
 
 
@@ -213,7 +213,7 @@ def test_image_size_resizes_the_tower_and_wrong_images_are_an_error_that_names_b
     model = ImageClassification(config, pretrained=None, image_size=24).build(4)
     assert model(torch.randn(1, 3, 24, 24)).shape == (1, 4)
     with pytest.raises(
-        ValueError, match=r"images are 16 x 16, .* takes 24 x 24; set data.*image_size=24, or model.*image_size=16"
+        ValueError, match=r"images are 16 x 16, .* needs 24 x 24; set data.*image_size=24, or model.*image_size=16"
     ):
         model(images)
 
@@ -271,7 +271,7 @@ def test_weights_that_cannot_be_fetched_are_an_error_that_names_the_ways_without
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"model": "ViT-B-23"}, r"model='ViT-B-23' is no open_clip model; near names: .*ViT-B-32"),
+        ({"model": "ViT-B-23"}, r"model='ViT-B-23' is not an open_clip model; near names: .*ViT-B-32"),
         ({"model": "nowhere/clip.json", "pretrained": None}, r"'nowhere/clip\.json' looks like the path .* no such file"),
         ({"pretrained": "opnai"}, r"pretrained='opnai' is neither a file nor a tag of .*'ViT-B-32-quickgelu'; tags: openai"),
         ({"pretrained": "weights/clip.pt"}, r"'weights/clip\.pt' is neither a file nor a tag"),

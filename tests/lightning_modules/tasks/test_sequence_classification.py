@@ -246,7 +246,7 @@ def test_saved_decoder_whose_texts_end_in_the_padding_token_is_warned_of(tmp_pat
     tokenizer.pad_token = tokenizer.eos_token
     tokenizer.save_pretrained(tmp_path / "model")
     task = built(tmp_path / "model")
-    with pytest.warns(UserWarning, match="ends texts with the token '</s>', which it also pads with"):
+    with pytest.warns(UserWarning, match="uses the token '</s>' as end of text and for padding"):
         task.save_model(tmp_path / "saved", None)
 
 
@@ -387,7 +387,7 @@ def test_weights_that_the_files_lack_are_an_error_and_not_silently_random(bert, 
 
 def test_pooler_that_the_files_lack_is_said(bert):
     without(bert, "pooler")
-    with pytest.warns(UserWarning, match="its pooler is random and stays so"):
+    with pytest.warns(UserWarning, match="its pooler is random and is not trained"):
         load_sequence_classifier(str(bert), 2)
 
 
@@ -432,16 +432,14 @@ def test_another_model_s_tokenizer_is_refused(bert, tmp_path):
     for tokenizer in (None, str(bert), same, more):
         assert built(bert, tokenizer=tokenizer).model is not None
     other = word_tokenizer(tmp_path / "other", "[PAD]", "[UNK]", "bad", "good")
-    with pytest.raises(ValueError, match=r"tokenizer='.*other' is another model's: 2 of its 4 tokens have other ids in the"):
+    with pytest.raises(ValueError, match=r"tokenizer='.*other' belongs to another model: 2 of its 4 tokens have other ids in"):
         built(bert, tokenizer=other)
     with pytest.raises(ValueError, match=r"tokenizer='bytes' is another model's"):
         built(bert, tokenizer="bytes")
 
 
 def test_tokenizer_with_more_tokens_than_the_model_is_refused_before_training(bert):
-    with pytest.raises(
-        ValueError, match=r"tokenizer='bytes' has 384 tokens, model='.*tiny_bert' knows 50; leave tokenizer null"
-    ):
+    with pytest.raises(ValueError, match=r"tokenizer='bytes' has 384 tokens, model='.*tiny_bert' has 50; leave tokenizer null"):
         built(bert, tokenizer="bytes")
     built(bert)  # without a tokenizer, batches are the caller's
 

@@ -85,7 +85,7 @@ def test_resumed_run_accumulates_and_freezes_as_the_uninterrupted_one_also_withi
 def test_finished_run_that_is_extended_takes_its_first_step_at_the_longer_schedules_rate(tmp_path):
     saving = ModelCheckpoint(tmp_path, "finished", save_on_train_epoch_end=True)
     fit(tmp_path, Batches(3), saving, max_epochs=2, enable_checkpointing=True)
-    with pytest.warns(UserWarning, match=r"go on at 0\.25 of their peaks, and not at 0 as .* over 9 .*, of which 6"):
+    with pytest.warns(UserWarning, match=r"continue at 0\.25 of their peaks, not at 0 as .* covers 9 .*, of which 6"):
         rates = fit(tmp_path, Batches(3), max_epochs=3, checkpoint=tmp_path / "finished.ckpt")
     assert rates.values == cosine(6, 7, 8, of=9)
 
@@ -94,13 +94,13 @@ def test_run_resumed_with_other_batches_ends_its_schedule_at_its_last_step(tmp_p
     """Half of the batches from the second epoch on, as on twice as many processes: 6 steps are done, 3 and 3 are to come."""
     saving = ModelCheckpoint(tmp_path, "first", save_on_train_epoch_end=True, every_n_epochs=1)
     fit(tmp_path, Batches(6), saving, max_epochs=1, enable_checkpointing=True)
-    with pytest.warns(UserWarning, match="over 12 optimizer steps, of which 6 are done"):
+    with pytest.warns(UserWarning, match="covers 12 optimizer steps, of which 6 are done"):
         rates = fit(tmp_path, Batches(3), max_epochs=3, checkpoint=tmp_path / "first.ckpt")
     assert rates.values == cosine(*range(6, 12), of=12)
 
 
 def test_epochs_of_different_sizes_are_said_and_the_schedule_ends_at_the_last_step(tmp_path):
-    with pytest.warns(UserWarning, match="epoch 1 has another number .* over 8 optimizer steps now, and was over 12"):
+    with pytest.warns(UserWarning, match="epoch 1 has another number .* now covers 8 optimizer steps, before 12"):
         rates = fit(tmp_path, Batches(4, 2), max_epochs=3, reload_dataloaders_every_n_epochs=1)
     assert rates.values == [*cosine(0, 1, 2, 3, of=12).expected, *cosine(4, 5, 6, 7, of=8).expected]
 

@@ -1,4 +1,4 @@
-"""Weight averaging: what was validated is what is written, and a run goes on with both sets of weights."""
+"""Weight averaging: what was validated is what is written, and a run continues with both sets of weights."""
 
 import copy
 
@@ -135,7 +135,7 @@ def test_run_without_averaging_does_not_go_on_from_an_average(tmp_path):
 def test_average_may_begin_with_the_checkpoint_of_a_run_without(tmp_path, recwarn):
     trained_in(tmp_path / "one", epochs=1, average=False)
     module, notes, _ = trained_in(tmp_path / "two", epochs=2, checkpoint=last_checkpoint(tmp_path / "one"))
-    assert any("the average begins with its weights" in str(warning.message) for warning in recwarn)
+    assert any("the average starts from its weights" in str(warning.message) for warning in recwarn)
     average = expected_average(notes.steps)
     torch.testing.assert_close(weights(module)["head.weight"], average["head.weight"], rtol=1e-5, atol=1e-6)
 
