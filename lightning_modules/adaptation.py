@@ -152,6 +152,7 @@ class AdaptationModule(L.LightningModule):
         # A local directory may have fewer classes than its benchmark, and so may an adapter trained on it.
         num_classes = len(self.class_names) if self.class_names else self.num_classes
         model = self.task.build(num_classes, self.class_names)
+        _check_main_metric(self.task)
         self.report = inject(model, dataclasses.replace(self.adapter, head=self.task.head_names))
         if self._adapter_directory and not without_weights():
             load_adapter(model, self._adapter_directory)
@@ -372,6 +373,13 @@ class AdaptationModule(L.LightningModule):
         check_resumed(self.trainer, checkpoint, self.average)
         if self.optimization is not None:
             self.optimization.override(checkpoint)
+
+
+def _check_main_metric(task: Task) -> None:
+    """Refuse a main metric that nothing measures; progress bars and comparisons would have nothing to show."""
+    name, metrics = getattr(task, "main_metric", None), [*task.new_metrics(), "loss"]
+    if name not in metrics:
+        raise UserError(f"{type(task).__name__}.main_metric={name!r} must be one of the task's metrics: {', '.join(metrics)}")
 
 
 def untrained(command: str) -> UserError:

@@ -83,7 +83,8 @@ class Optimization:
             if parameters and group is not None:
                 groups.append({"params": parameters, "name": kind, "lr": group.lr, "weight_decay": group.weight_decay})
             elif getattr(self, kind) is not None:
-                raise UserError(f"optimization.{kind} is given, but {method} trains no {kind} parameters; set it to null")
+                remedy = "set it to null" + (", or name the head in the task's head_names" if kind == "head" else "")
+                raise UserError(f"optimization.{kind} is given, but {method} trains no {kind} parameters; {remedy}")
         optimizer = AdamW(groups, betas=self.betas)
         optimizer.register_step_post_hook(lambda *_: after_step(model))
         return optimizer

@@ -53,9 +53,13 @@ def test_task(page, run, tmp_path, monkeypatch):
         rows = list(csv.DictReader(file))
     assert list(rows[0]) == ["id", "value"]
     assert len(rows) == 899
-    monkeypatch.setattr(type(cli.model.task), "prediction_columns", None)
-    with pytest.raises(UserError, match="DigitValue predicts id, value, but no probabilities; set the columns"):
-        run(*predict)
+    for columns, message in (
+        (None, "DigitValue predicts id, value, but no probabilities; set the columns"),
+        (("id", "score"), r"DigitValue\.prediction_columns names score, but its predictions have id, value"),
+    ):
+        monkeypatch.setattr(type(cli.model.task), "prediction_columns", columns)
+        with pytest.raises(UserError, match=message):
+            run(*predict)
 
 
 @pytest.mark.parametrize("page", ["callback"], indirect=True)

@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from support import REPOSITORY
 from support.limits import HANGS_AFTER
-from support.token_task import ADAPTER, RATES, TokenData, token_batch, token_module, token_trainer
+from support.token_task import ADAPTER, RATES, TokenData, TokenTask, token_batch, token_module, token_trainer
 from torch.utils.data import DataLoader
 
 from datamodules import ImageDataModule
@@ -220,6 +220,14 @@ def test_checkpoint_that_somebody_spoiled_is_refused_in_one_line(spoil, message)
 def test_head_of_the_adapter_is_the_tasks_to_say(tmp_path):
     with pytest.raises(ValueError, match=r"adapter.head=\['norm'\] is set by the task"):
         fit(tmp_path, adapter=HeadOnly(head=["norm"]), optimization=HEAD_RATE)
+
+
+@pytest.mark.parametrize("name", ["f1", None])
+def test_main_metric_that_nothing_measures_is_refused(monkeypatch, name):
+    module = token_module()
+    monkeypatch.setattr(TokenTask, "main_metric", name)
+    with pytest.raises(ValueError, match=rf"TokenTask\.main_metric={name!r} must be one of the task's metrics: accuracy, loss"):
+        module.configure_model()
 
 
 def test_model_is_built_once_per_module(tmp_path):

@@ -84,6 +84,15 @@ def test_kind_without_group_and_group_without_parameters_are_errors(config, grou
         Optimization(**groups).build_optimizer(model, config)
 
 
+def test_rate_of_a_head_that_the_task_does_not_name_is_an_error_that_says_where_to_name_it():
+    model = TokenModel(2)
+    inject(model, ADAPTER)
+    with pytest.raises(
+        ValueError, match=r"optimization\.head is given, .* set it to null, or name the head in the task's head_"
+    ):
+        Optimization(experts=ParameterGroup(0.1), head=ParameterGroup(0.1)).build_optimizer(model, ADAPTER)
+
+
 @pytest.mark.parametrize("field", ["lr", "weight_decay"])
 @pytest.mark.parametrize("value", [-0.1, float("nan"), float("inf")])
 def test_negative_or_infinite_rate_is_an_error(field, value):

@@ -200,6 +200,11 @@ def _write(path: Path, header: str, first: str, lines: Iterator[str]) -> int:
 
 def _line(row: Mapping[str, Any], module: AdaptationModule) -> str:
     if (columns := module.task.prediction_columns) is not None:
+        if missing := [column for column in columns if column not in row]:
+            raise UserError(
+                f"{type(module.task).__name__}.prediction_columns names {', '.join(missing)}, but its predictions have "
+                f"{', '.join(row)}"
+            )
         return csv_line([row[column] for column in columns])
     if "probabilities" not in row:
         raise UserError(
@@ -209,7 +214,7 @@ def _line(row: Mapping[str, Any], module: AdaptationModule) -> str:
     probabilities = row["probabilities"]
     names = module.class_names or [str(index) for index in range(len(probabilities))]
     best = max(range(len(names)), key=probabilities.__getitem__)
-    label = "" if row["label"] is None else names[row["label"]]
+    label = "" if row.get("label") is None else names[row["label"]]
     values = (f"{p:.6g}" for p in (probabilities[best], *probabilities))
     return csv_line([row["id"], label, names[best], *values])
 
