@@ -169,7 +169,7 @@ class MixtureDataModule(BaseDataModule):
         return self.evaluation_loaders(self.sets(PREDICT))
 
     def sets(self, part: str) -> dict[str, TaskDataset]:
-        """A part of all tasks; a task's set has its name, with the set's own behind it if the task has several."""
+        """Return a part of all tasks; a task's set has its name, with the set's own behind it if the task has several."""
         sets, first_class = {}, 0
         for name, task in self._tasks.items():
             task_sets, num_classes = task.datasets(part), task.num_classes
@@ -181,7 +181,7 @@ class MixtureDataModule(BaseDataModule):
         return sets
 
     def train_weights(self) -> list[float]:
-        """How often each training example comes in an epoch, in the order of the sets."""
+        """Return how often each training example comes in an epoch, in the order of the sets."""
         return [self._weights[one.task] for one in self.sets(TRAIN).values() for _ in range(len(one))]
 
 

@@ -64,18 +64,18 @@ class Adapter(nn.Module, ABC):
         return None
 
     def regularization(self) -> Tensor | None:
-        """A loss on the adapter's own parameters, already times its weight; None for a method without one."""
+        """Return a loss on the adapter's own parameters, already times its weight; None for a method without one."""
         return None
 
     def after_step(self) -> None:
-        """What a method does after every optimiser step, if anything."""
+        """Update the adapter after an optimizer step. By default does nothing."""
 
     def rebase(self, base: nn.Module) -> None:
         """Call `base`, another module with the same weight, from now on."""
         self.base = base
 
     def merged(self) -> nn.Module:
-        """A copy of `base` with the update in its weight, W0 + dW: no adapter any more.
+        """Return a copy of `base` with the update in its weight, W0 + dW: no longer an adapter.
 
         Raises:
             UserError: if the method has no merge, as no method that routes tokens has, or the weight cannot take an update
@@ -109,7 +109,7 @@ def layer_of(*configs: type[ProjectionAdapterConfig]) -> Callable[[_Layer], _Lay
 
 
 def layer_class(config: ProjectionAdapterConfig) -> type[Adapter]:
-    """The layer that is registered for a config.
+    """Return the layer that is registered for a config.
 
     Raises:
         UserError: if there is none.
@@ -121,11 +121,11 @@ def layer_class(config: ProjectionAdapterConfig) -> type[Adapter]:
 
 
 def build_layer(base: nn.Module, config: ProjectionAdapterConfig, name: str) -> Adapter:
-    """The adapter that takes the place of projection `base`, known in its model as `name`."""
+    """Return the adapter that takes the place of projection `base`, known in its model as `name`."""
     layer: Any = layer_class(config)
     return layer(base, config, name)
 
 
 def adapters(model: nn.Module) -> dict[str, Adapter]:
-    """All adapted projections of a model by name, in the model's order."""
+    """Return all adapted projections of a model by name, in the model's order."""
     return {name: module for name, module in model.named_modules() if isinstance(module, Adapter)}

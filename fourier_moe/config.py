@@ -58,7 +58,7 @@ class AdapterConfig:
         return {"class": type(self).__name__, **dataclasses.asdict(self)}
 
     def difference(self, other: AdapterConfig) -> str | None:
-        """The first setting that makes the two adapters incompatible, as text, or None."""
+        """Return the first setting that makes the two adapters incompatible, as text, or None."""
         if type(self) is not type(other):
             return f"method: {type(other).__name__} against {type(self).__name__}"
         for field in dataclasses.fields(self):
@@ -99,11 +99,11 @@ class ProjectionAdapterConfig(AdapterConfig):
         super().__post_init__()
 
     def check_fit(self, in_features: int, out_features: int) -> str | None:
-        """What is impossible for a projection of this size, or None. Asked for all targets before any layer is built."""
+        """Return what is impossible for a projection of this size, or None. Asked for all targets before any layer is built."""
         return None
 
     def num_stored(self, in_features: int, out_features: int) -> int:
-        """The least count of numbers that a file holds for a projection of this size: those of its trained tensors."""
+        """Return the least count of numbers that a file holds for a projection of this size: those of its trained tensors."""
         return 0
 
     def check_stored(self, projections: Mapping[str, StoredProjection]) -> list[str]:
@@ -184,5 +184,5 @@ def multiple(config: Any, field: str, step: int, meaning: str) -> list[str]:
 
 
 def rank_problem(r: int, largest: int) -> str | None:
-    """What is wrong with a rank above the largest possible one, or None."""
+    """Return what is wrong with a rank above the largest possible one, or None."""
     return f"r={r} must be at most {largest}" if r > largest else None

@@ -18,7 +18,7 @@ class UserError(ValueError):
 
 
 def printable(text: str) -> str:
-    r"""The text with control characters, and bytes that are not text, written as escapes such as `\x1b`.
+    r"""Return the text with control characters, and bytes that are not text, written as escapes such as `\x1b`.
 
     A file name may hold anything: escape sequences that rewrite a terminal, marks that reverse the reading direction, line
     breaks, or bytes that are not UTF-8, which Python keeps as lone surrogates and no file in UTF-8 can hold.

@@ -131,12 +131,12 @@ def _own(model: nn.Module, config: AdapterConfig) -> set[int]:
 
 
 def is_adapted(model: nn.Module) -> bool:
-    """Whether `inject` has adapted this model."""
+    """Return whether `inject` has adapted this model."""
     return hasattr(model, _CONFIG_ATTRIBUTE)
 
 
 def adapter_config(model: nn.Module) -> AdapterConfig:
-    """The config that `inject` adapted this model with.
+    """Return the config that `inject` adapted this model with.
 
     Raises:
         UserError: if the model is not adapted.
@@ -172,7 +172,7 @@ def balance_loss(model: nn.Module) -> Tensor:
 
 
 def without_gradient(model: nn.Module) -> list[str]:
-    """Names of the adapted projections that backward passes since the last `zero_grad` gave no gradient: not used so far."""
+    """Return the names of adapted projections without a gradient since the last `zero_grad`: not used so far."""
     return [
         name
         for name, adapter in adapters(model).items()

@@ -59,7 +59,7 @@ class GlueTask:
     tsv: TsvLayout | None = None
 
     def splits(self, split: str) -> dict[str, str]:
-        """The splits that "train", "validation" or "test" stands for, by set name; one task has two of the last two."""
+        """Return the splits that "train", "validation" or "test" stands for, by set name; one task has two of the last two."""
         if split == TRAIN or not self.validation_sets:
             return {split: split}
         return {name: f"{split}_{name}" for name in self.validation_sets}

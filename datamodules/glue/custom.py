@@ -77,7 +77,7 @@ class _Rows:
 
 
 def _find_files(directory: Path) -> tuple[dict[str, Path], list[str]]:
-    """The file of each split that there is, and the names of other files that look like data."""
+    """Return the file of each split, and the names of other files that look like data."""
     if not directory.is_dir():
         raise UserError(
             f"directory '{directory}' does not exist; expected a directory with {expected_files(TRAIN, SUFFIXES)}, dev and test"
@@ -99,7 +99,7 @@ def _find_files(directory: Path) -> tuple[dict[str, Path], list[str]]:
 
 
 def _sentence_columns(path: Path) -> tuple[str, ...]:
-    """Whether examples are sentences or pairs, by the first row of the train file."""
+    """Return whether examples are sentences or pairs, by the first row of the train file."""
     _, row = next(read_rows(path, {*_SENTENCE, *_PAIR, _LABEL}), ("", {}))
     found = [names for names in (_SENTENCE, _PAIR) if set(names) <= set(row)]
     if len(found) != 1 or _LABEL not in row:
@@ -139,7 +139,7 @@ def _sentence(value: object, name: str, place: str) -> str:
 
 
 def _label(row: Mapping[str, Any], place: str) -> str:
-    """A label as text, without white space around it; in JSON it may be a number (1 and 1.0 are the same one) or a boolean."""
+    """Return a label as stripped text; in JSON it may be a number (1 and 1.0 are the same) or a boolean."""
     value = row[_LABEL]
     if isinstance(value, bool):
         value = str(value).lower()
@@ -151,7 +151,7 @@ def _label(row: Mapping[str, Any], place: str) -> str:
 
 
 def _class_names(train: _Rows) -> tuple[str, ...]:
-    """The labels of the train file, in alphabetical order."""
+    """Return the labels of the train file, in alphabetical order."""
     assert train.labels is not None
     first: dict[str, str] = {}  # place of each label
     for label, place in zip(train.labels, train.where, strict=True):
@@ -169,7 +169,7 @@ def _class_names(train: _Rows) -> tuple[str, ...]:
 
 
 def _spelling(label: str) -> object:
-    """What labels have in common that mean the same class: `1` and `1.0`, `Pos` and `pos`."""
+    """Return a key that is the same for labels of one class: `1` and `1.0`, `Pos` and `pos`."""
     try:
         number = float(label)
     except ValueError:

@@ -18,7 +18,7 @@ SUFFIXES = (*_DELIMITERS, *JSON_SUFFIXES)
 
 
 def read_rows(path: Path, needed: Collection[str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Every row by column, with what to call it in an error.
+    """Yield every row by column, with what to call it in an error.
 
     Args:
         path: A table whose first line names the columns, with quotation marks as Python's `csv.writer` and spreadsheets write

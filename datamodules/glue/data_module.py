@@ -154,7 +154,7 @@ class GlueDataModule(TextDataModule):
         return {name: note for name, note in notes.items() if note}
 
     def prepare_data(self) -> None:
-        """Downloads and tokenises, in one process, what this run needs."""
+        """Download and tokenize, in one process, what this run needs."""
         stage = None if self.trainer is None else self.trainer.state.fn
         if stage is None or self.synthetic:  # every process generates its own files
             return
@@ -164,7 +164,7 @@ class GlueDataModule(TextDataModule):
                 self._load(split)
 
     def setup(self, stage: str) -> None:
-        """Loads what the stage needs, once.
+        """Load what the stage needs, once.
 
         Raises:
             UserError: the tokenizer cannot be loaded or does not take max_length tokens, a split is missing or has no
@@ -203,7 +203,7 @@ class GlueDataModule(TextDataModule):
         return one_or_all(self.evaluation_loaders(self.datasets(PREDICT)))
 
     def _open(self) -> GlueSource:
-        """Opens the data wherever they are, unless that has been done."""
+        """Open the data wherever they are, once."""
         if self._source is None:
             if self.synthetic:
                 self._source = open_directory(self._generate(), self.dataset, self._task)
@@ -233,7 +233,7 @@ class GlueDataModule(TextDataModule):
         return self._splits[split]
 
     def _splits_of(self, part: str) -> dict[str, str]:
-        """The splits that a part of the data is taken from, by the name of the evaluation set."""
+        """Return the splits that a part of the data is taken from, by the name of the evaluation set."""
         if part == SELECTION:
             part = self._selection
         elif part == TESTED:
@@ -250,7 +250,7 @@ class GlueDataModule(TextDataModule):
         return VALIDATION if has_both else self.selection
 
     def _incomplete(self, split: str) -> str:
-        """How many examples a split has where the table says another number; empty for a complete one."""
+        """Return how many examples a split has if the table says another number; empty for a complete one."""
         count = len(self._splits[split][0]) if split in self._splits else None
         return incomplete(count, self._task.sizes.get(split), "examples")
 
@@ -264,7 +264,7 @@ class GlueDataModule(TextDataModule):
         return TextDataset(examples, tokens, indices)
 
     def _summary(self, parts: list[str]) -> str:
-        """What there is, for the log."""
+        """Return a summary of the data, for the log."""
         sets = [
             SetSummary(
                 _ROLES[part] if name == split else f"{_ROLES[part]}/{name}",

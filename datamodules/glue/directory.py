@@ -12,7 +12,7 @@ from fourier_moe.errors import UserError
 
 
 def open_directory(directory: Path, name: str, task: GlueTask) -> GlueSource:
-    """Opens a task's official TSV files or, where there are none, the hub's parquet files.
+    """Open a task's official TSV files or, where there are none, the hub's parquet files.
 
     Args:
         directory: the task's folder, or the parent of a folder called like the task (CoLA, cola).

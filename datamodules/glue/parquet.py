@@ -88,7 +88,7 @@ class HubFiles(GlueSource):
 
 
 def find_parquet_files(folder: Path, task: GlueTask) -> dict[str, list[Path]]:
-    """The parquet files that there are, by split.
+    """Return the parquet files by split.
 
     Raises:
         UserError: some of the numbered parts of a split are missing.
@@ -102,7 +102,7 @@ def find_parquet_files(folder: Path, task: GlueTask) -> dict[str, list[Path]]:
 
 
 def read_table(table: pa.Table, task: GlueTask, split: str, where: str) -> Examples:
-    """Takes sentences and labels out of a table with the hub's columns.
+    """Take sentences and labels out of a table with the hub's columns.
 
     Args:
         table: the rows of one split.

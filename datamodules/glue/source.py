@@ -41,13 +41,13 @@ class GlueSource(ABC):
     revision: str | None = None
 
     def look_up(self) -> None:
-        """Asks where they come from for the newest version. By default there is nothing to ask."""
+        """Ask the origin for the newest version. By default does nothing."""
         return
 
     @abstractmethod
     def load(self, split: str) -> Examples:
-        """The examples of one of `splits`."""
+        """Return the examples of one of `splits`."""
 
     @abstractmethod
     def missing(self, split: str) -> str:
-        """What to give for a split that is not there, as the end of an error."""
+        """Return what to give for a split that is not there, as the end of an error."""

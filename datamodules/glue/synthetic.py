@@ -19,7 +19,7 @@ _WORDS = (
 
 
 def write_tsv_files(folder: Path, task: GlueTask) -> None:
-    """Writes a file for every split of a task, the same in every process."""
+    """Write a file for every split of a task, the same in every process."""
     for split, count in NUM_EXAMPLES.items():
         for name in task.splits(split).values():
             (folder / tsv_name(name)).write_text(_generate(task, name, count), encoding="utf-8")

@@ -45,7 +45,7 @@ class TokenizedExamples:
 def tokenize(
     examples: Examples, tokenizer: PreTrainedTokenizerBase, max_length: int, cache_directory: Path
 ) -> TokenizedExamples:
-    """Tokenises sentences, or pairs of them as the tokenizer joins pairs; examples that are too long are cut at max_length.
+    """Tokenise sentences, or pairs of them as the tokenizer joins pairs; examples that are too long are cut at max_length.
 
     Args:
         examples: the sentences.
@@ -62,7 +62,7 @@ def tokenize(
 
 
 def _tokenize(examples: Examples, tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, Tensor]:
-    """The columns, with `offsets` and `num_truncated`."""
+    """Return the columns, with `offsets` and `num_truncated`."""
     names = [name for name in tokenizer.model_input_names if name in ("input_ids", "token_type_ids")]
     columns: dict[str, list[Tensor]] = {name: [] for name in names}
     lengths: list[int] = []

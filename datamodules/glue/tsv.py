@@ -36,17 +36,17 @@ class TsvFiles(GlueSource):
 
 
 def tsv_name(split: str) -> str:
-    """The official name of a split's file; GLUE says dev for validation."""
+    """Return the official name of a split's file; GLUE says dev for validation."""
     return f"{split.replace('validation', 'dev')}.tsv"
 
 
 def find_tsv_files(folder: Path, task: GlueTask) -> dict[str, Path]:
-    """The files that there are, by split."""
+    """Return the files by split."""
     return {split: folder / tsv_name(split) for split in task.all_splits if (folder / tsv_name(split)).is_file()}
 
 
 def read_tsv(path: Path, task: GlueTask, split: str) -> Examples:
-    """Reads one file.
+    """Read one file.
 
     Args:
         path: the file, in UTF-8 with or without byte-order mark.
@@ -96,7 +96,7 @@ def read_tsv(path: Path, task: GlueTask, split: str) -> Examples:
 def _read_header(
     lines: Iterator[tuple[int, list[str]]], path: Path, needed: Sequence[str], official: Sequence[str]
 ) -> Sequence[str]:
-    """Takes the first line; an empty file has the official one."""
+    """Take the first line; an empty file has the official one."""
     _, columns = next(lines, (0, list(official)))
     absent = [name for name in needed if name not in columns]
     if absent:

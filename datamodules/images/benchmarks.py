@@ -55,7 +55,7 @@ class ImageBenchmark(ABC):
 
     @abstractmethod
     def open(self, name: str, revision: str | None = None) -> ImageSource:
-        """The data set without a local directory; arguments as for `download`."""
+        """Return the data set without a local directory; arguments as for `download`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,7 +211,7 @@ BENCHMARKS: dict[str, ImageBenchmark] = {
 
 
 def find_benchmark(name: str) -> ImageBenchmark:
-    """Looks up a row of the table.
+    """Look up a row of the table.
 
     Raises:
         UserError: there is no such row; names like it are suggested.

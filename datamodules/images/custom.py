@@ -10,7 +10,7 @@ from fourier_moe.errors import UserError
 
 
 def find_split_folders(directory: Path) -> dict[str, Path]:
-    """The folders of `directory` that are splits, by split; upper or lower case does not matter.
+    """Return the folders of `directory` that are splits, by split; upper or lower case does not matter.
 
     Raises:
         UserError: two folders are the same split, such as `val` and `validation`.
@@ -60,7 +60,7 @@ class ClassFolders(ImageSource):
 
 
 def _list_class_folders(folder: Path) -> dict[str, FoundFiles]:
-    """The files of each class, by sorted class name. Hidden folders, such as `.ipynb_checkpoints`, are no classes."""
+    """Return the files of each class, by sorted class name. Hidden folders, such as `.ipynb_checkpoints`, are not classes."""
     classes = sorted(path for path in folder.iterdir() if path.is_dir() and not is_hidden(path))
     if not classes:
         raise UserError(f"no class folders in '{folder}': images are expected in {folder.name}/<class name>/")

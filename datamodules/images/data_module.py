@@ -153,7 +153,7 @@ class ImageDataModule(BaseDataModule):
         return {"test": note} if note else {}
 
     def prepare_data(self) -> None:
-        """Downloads the data set, if it comes from the hub and this run needs it.
+        """Download the data set, if it comes from the hub and this run needs it.
 
         Raises:
             UserError: the batches of the workers do not fit into shared memory, or the hub cannot be reached.
@@ -165,7 +165,7 @@ class ImageDataModule(BaseDataModule):
             self._benchmark.download(self.dataset, self._revision)
 
     def setup(self, stage: str) -> None:
-        """Loads what the stage needs, once; the train and validation splits for "fit", one split for the others.
+        """Load what the stage needs, once; the train and validation splits for "fit", one split for the others.
 
         "fit" checks the images of the test split, too.
 
@@ -191,11 +191,11 @@ class ImageDataModule(BaseDataModule):
         self._datasets.clear()
 
     def normalise(self, images: torch.Tensor) -> torch.Tensor:
-        """What the model gets for the loaders' uint8 images (..., 3, H, W): float32, normalised with mean and std."""
+        """Return what the model gets for the loaders' uint8 images (..., 3, H, W): float32, normalised with mean and std."""
         return self._normalisation(images)
 
     def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
-        """Normalises the images on the model's device."""
+        """Normalise the images on the model's device."""
         return {**batch, "image": self.normalise(batch["image"])}
 
     def datasets(self, part: str) -> dict[str, ImageDataset]:
@@ -226,7 +226,7 @@ class ImageDataModule(BaseDataModule):
         return self.synthetic or self._directory is not None
 
     def _open(self) -> ImageSource:
-        """Opens the data set wherever it is, unless that has been done."""
+        """Open the data set wherever it is, once."""
         if self._source is None:
             if self.synthetic:
                 self._source = self._generate()
@@ -246,7 +246,7 @@ class ImageDataModule(BaseDataModule):
         return open_directory(root / "data_set", cache_dir=root / "cache")
 
     def _select(self, split: str) -> tuple[ImageSplit, Sequence[int]]:
-        """The images that a split is taken from, and which of them it consists of."""
+        """Return the images that a split is taken from, and which of them it consists of."""
         if split == PREDICT and self._predict_directory is not None:
             files = _list_predict_files(self._predict_directory)
             return files, range(len(files))
@@ -260,7 +260,7 @@ class ImageDataModule(BaseDataModule):
         return images, range(len(images))
 
     def _incomplete(self, split: str) -> str:
-        """How many images a loaded split has where the table says another number; empty for a complete one."""
+        """Return how many images a loaded split has if the table says another number; empty for a complete one."""
         held_out = self._source is not None and split not in self._source.splits
         official = None if held_out else self._benchmark.sizes.get(split)
         count = len(self._datasets[split].split) if split in self._datasets else None

@@ -32,10 +32,10 @@ class ImageSplit(ABC):
 
     @abstractmethod
     def read(self, index: int) -> tuple[bytes, str]:
-        """The encoded image and the name by which an error should call it."""
+        """Return the encoded image and the name by which an error should call it."""
 
     def check(self, indices: Sequence[int]) -> None:
-        """Raises UserError if any of these images is found to be broken. By default nothing is looked at."""
+        """Raise UserError if any of these images is broken. By default checks nothing."""
         return
 
 
@@ -99,7 +99,7 @@ class ImageDataset(Dataset[dict[str, Any]]):
         return len(self.indices)
 
     def __getitem__(self, item: int | tuple[int, int]) -> dict[str, Any]:
-        """The example at a place, or at the first of a pair, whose second seeds what `transform` draws from torch."""
+        """Return the example at a place, or at the first of a pair, whose second seeds what `transform` draws from torch."""
         if isinstance(item, int):
             return self._example(item)
         place, seed = item

@@ -15,7 +15,7 @@ LAYOUTS = (
 
 
 def open_directory(directory: Path, cache_dir: Path | None = None) -> ImageSource:
-    """Opens class folders or, where there are none, parquet files.
+    """Open class folders or, where there are none, parquet files.
 
     Args:
         directory: the parent of the split folders, or the folder of the parquet files or of their `data` folder.

@@ -33,12 +33,12 @@ class FoundFiles:
 
 
 def is_hidden(path: Path) -> bool:
-    """Whether the name begins with a dot, as `._x.jpg` of macOS archives and `.ipynb_checkpoints` do."""
+    """Return whether the name begins with a dot, as `._x.jpg` of macOS archives and `.ipynb_checkpoints` do."""
     return path.name.startswith(".")
 
 
 def is_image_name(path: Path) -> bool:
-    """Whether the name is that of an image that can be read."""
+    """Return whether the name is that of an image that can be read."""
     return path.suffix.lower() in IMAGE_EXTENSIONS
 
 
@@ -77,7 +77,7 @@ def find_files(directory: Path) -> FoundFiles:
 
 
 def describe_left_out(directory: Path, found: Iterable[FoundFiles]) -> list[str]:
-    """What is not used of a directory, a sentence for each kind; none if there is nothing.
+    """Return what is not used of a directory, a sentence for each kind; none if there is nothing.
 
     Args:
         directory: the names in the sentences are relative to it.
@@ -103,7 +103,7 @@ def describe_left_out(directory: Path, found: Iterable[FoundFiles]) -> list[str]
 
 
 def read_file(path: Path) -> bytes:
-    """The content of a regular file. A pipe would never end, and neither would some devices.
+    """Return the content of a regular file. A pipe would never end, and neither would some devices.
 
     Raises:
         UserError: it cannot be read, or is something else.
@@ -118,7 +118,7 @@ def read_file(path: Path) -> bytes:
 
 
 def check_usable(paths: Iterable[Path]) -> None:
-    """Finds image files that training could not use, before it starts.
+    """Find image files that training could not use, before it starts.
 
     A JPEG whose last bytes hold the end-of-image marker and a PNG whose last bytes hold the IEND chunk are taken as
     complete, and their headers are read. Anything else is decoded, and the decoder decides.
@@ -145,7 +145,7 @@ def check_usable(paths: Iterable[Path]) -> None:
 
 
 def shorten(names: Iterable[str]) -> str:
-    """Joins quoted names, at most five of them, without control characters: `'a', 'b' and 3 more`."""
+    """Join quoted names, at most five of them, without control characters: `'a', 'b' and 3 more`."""
     quoted = [f"'{printable(name)}'" for name in names]
     more = f" and {len(quoted) - _NAMES_SHOWN} more" if len(quoted) > _NAMES_SHOWN else ""
     return ", ".join(quoted[:_NAMES_SHOWN]) + more
@@ -155,7 +155,7 @@ _BROKEN = "broken"
 
 
 def _problem(path: Path) -> str | None:
-    """Why a file cannot be used, `_BROKEN`, or None."""
+    """Return why a file cannot be used, `_BROKEN`, or None."""
     if problem := _reading_problem(path):
         return problem
     try:

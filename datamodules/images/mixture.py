@@ -71,7 +71,7 @@ class ImageMixtureDataModule(MixtureDataModule):
         self._normalisation = normalisation(mean, std)
 
     def normalise(self, images: torch.Tensor) -> torch.Tensor:
-        """What the model gets for the loaders' uint8 images (..., 3, H, W): float32, normalised with mean and std."""
+        """Return what the model gets for the loaders' uint8 images (..., 3, H, W): float32, normalised with mean and std."""
         return self._normalisation(images)
 
     def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:

@@ -90,7 +90,7 @@ class ParquetFiles(ImageSource):
 
 
 def find_parquet_files(directory: Path) -> dict[str, list[Path]]:
-    """The parquet files of each split, in `directory` or, failing that, in its `data` folder.
+    """Return the parquet files of each split, in `directory` or, failing that, in its `data` folder.
 
     A file belongs to the split whose name its own begins with, in upper or lower case.
 
@@ -123,7 +123,7 @@ def _list_parquet_files(folder: Path) -> list[Path]:
 
 
 def _describe_strays(files: Mapping[str, Sequence[Path]]) -> list[str]:
-    """A sentence on parquet files beside those of the splits, if there are any."""
+    """Return a sentence on parquet files beside those of the splits, if there are any."""
     used = {path for paths in files.values() for path in paths}
     (folder,) = {path.parent for path in used}
     strays = [path.name for path in _list_parquet_files(folder) if path not in used]
@@ -167,7 +167,7 @@ def _read_column(paths: Sequence[Path], column: str) -> list[int]:
 
 
 def _find_columns(features: datasets.Features, where: str) -> _Columns:
-    """The image and the label column, found by type because their names differ from data set to data set."""
+    """Return the image and the label column, found by type because their names differ from data set to data set."""
     images = [name for name, feature in features.items() if _holds_images(feature)]
     labels = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
     if not labels:

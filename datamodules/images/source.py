@@ -35,11 +35,11 @@ class ImageSource(ABC):
 
     @abstractmethod
     def load(self, split: str) -> ImageSplit:
-        """The images of one of `splits`."""
+        """Return the images of one of `splits`."""
 
 
 def check_classes(classes: Mapping[str, Iterable[str]], origin: str) -> None:
-    """Checks that whatever is evaluated can have been learnt, and that every name can be written to a file.
+    """Check that whatever is evaluated can be learned, and that every name can be written to a file.
 
     Args:
         classes: by split, the names of the classes that have images there.

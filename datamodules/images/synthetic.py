@@ -19,7 +19,7 @@ _SUFFIXES = {"JPEG": "jpg", "PNG": "png"}
 
 
 def write_parquet_files(directory: Path, size: tuple[int, int], file_format: str, splits: Iterable[str]) -> None:
-    """Writes parquet files as the hub has them: an image column, a ClassLabel column, and their metadata.
+    """Write parquet files as the hub has them: an image column, a ClassLabel column, and their metadata.
 
     Args:
         directory: gets a `data` folder with one file a split.
@@ -40,7 +40,7 @@ def write_parquet_files(directory: Path, size: tuple[int, int], file_format: str
 
 
 def write_class_folders(directory: Path, size: tuple[int, int], file_format: str, splits: Iterable[str]) -> None:
-    """Writes `<split>/<class name>/<number>.<suffix>`; arguments as for `write_parquet_files`."""
+    """Write `<split>/<class name>/<number>.<suffix>`; arguments as for `write_parquet_files`."""
     for split in splits:
         for name in COLOURS:
             folder = directory / split / name

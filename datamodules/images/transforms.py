@@ -32,7 +32,7 @@ def eval_transform(image_size: int) -> v2.Compose:
 
 
 def normalisation(mean: Sequence[float], std: Sequence[float]) -> v2.Compose:
-    """The last step, made on the model's device: workers hand bytes on, a quarter of the memory of float32.
+    """Return the last step, made on the model's device: workers hand bytes on, a quarter of the memory of float32.
 
     Returns:
         From uint8 images (..., 3, H, W) to float32, scaled to 0 to 1, then normalised.

@@ -37,7 +37,7 @@ class ArithmeticTask:
     values: Callable[[int, int], dict[str, object]]
 
     def record(self, pair: tuple[int, int], way: str, rng: random.Random) -> Record:
-        """A question about `pair` in the words of `way`."""
+        """Return a question about `pair` in the words of `way`."""
         a, b = pair
         values = self.values(a, b)
         one, other = rng.sample(NAMES, 2)
@@ -140,7 +140,7 @@ class ArithmeticDataModule(InstructionDataModule):
         )
 
     def write_synthetic(self, directory: Path) -> None:
-        """Writes the files of all kinds, the same ones every time."""
+        """Write the files of all kinds, the same ones every time."""
         write_arithmetic(directory)
 
 
@@ -160,7 +160,7 @@ def write_arithmetic(directory: Path, seed: int = 1) -> None:
 
 
 def _records(task: ArithmeticTask, pairs: list[tuple[int, int]], count: int, rng: random.Random) -> list[Record]:
-    """Every pair in one wording, every pair in the next, ... until there are enough."""
+    """Return every pair in one wording, every pair in the next, ... until there are enough."""
     rounds = itertools.cycle(task.ways)
     asked = ((pair, way) for way in rounds for pair in pairs)
     return [task.record(pair, way, rng) for pair, way in itertools.islice(asked, count)]

@@ -55,14 +55,14 @@ class Benchmark:
         return self.rule.grade(output, answer)
 
     def choices(self, instruction: str) -> tuple[str, ...]:
-        """The answers that this question offers (ARC has questions with 3, 4 and 5); empty where any may be given."""
+        """Return the answers that this question offers (ARC has questions with 3, 4 and 5); empty where any may be given."""
         match = _ANSWER_FORMAT.search(instruction)
         offered = tuple(match.group(1).split("/")) if match else ()
         return offered if offered and set(offered) <= set(self.rule.choices) else self.rule.choices
 
     @staticmethod
     def response(choice: str) -> str:
-        """The response that gives `choice` as the answer, as in training."""
+        """Return the response that gives `choice` as the answer, as in training."""
         return f"the correct answer is {choice}"
 
 

@@ -136,7 +136,7 @@ class InstructionDataModule(TextDataModule):
         return {name: note for name, note in notes.items() if note}
 
     def prepare_data(self) -> None:
-        """In one process: fetches the files and the tokenizer that this run needs, and tokenises a large training set."""
+        """Fetch the files and the tokenizer that this run needs, and tokenize a large training set, in one process."""
         self.load_tokenizer()
         stage = None if self.trainer is None else self.trainer.state.fn
         trains = stage in (None, "fit") or (stage == "validate" and self.validation_size > 0)
@@ -154,7 +154,7 @@ class InstructionDataModule(TextDataModule):
                 self._train_dataset(hold_out(examples, self.validation_size, self.seed)[0])
 
     def setup(self, stage: str) -> None:
-        """Reads, checks and tokenises what the stage needs, once. "fit" checks the test sets, too.
+        """Read, check and tokenize what the stage needs, once. "fit" checks the test sets, too.
 
         Raises:
             UserError: a file is missing or malformed, files or tokenizer cannot be fetched, or max_length is too small for the
@@ -239,7 +239,7 @@ class InstructionDataModule(TextDataModule):
         return root
 
     def write_synthetic(self, directory: Path) -> None:
-        """Writes a tiny generated file for every row of the tables."""
+        """Write a tiny generated file for every row of the tables."""
         write_synthetic(directory, self.benchmarks.values(), self.train_sets)
 
     def _describe_train(self, train: TrainDataset) -> str:
@@ -250,13 +250,13 @@ class InstructionDataModule(TextDataModule):
         return f"  {len(train):,} to train on, {self.validation_size:,} held out; {longest}; {cut}"
 
     def _tests_of(self, stage: str | None) -> list[Source]:
-        """The test sets that a stage reads: of training on one's own files alone, those for which nothing is fetched."""
+        """Return the test sets that a stage reads: of training on one's own files alone, those for which nothing is fetched."""
         if stage != "fit" or not all(source.custom for source in self._sources):
             return self._test_sources
         return [source for source in self._test_sources if source.custom or self._open().has(source.file)]
 
     def _train_without_network(self) -> list[Example]:
-        """The training examples for test and predict, which need them for a note only; none if they are not here."""
+        """Return the training examples for test and predict, which need them only for a note; none if they are not on disk."""
         if not all(source.custom or self._open().has(source.file) for source in self._sources):
             return []
         return Inventory(self._sources, self.train_sets).read(self._sources, self._open(), "train")

@@ -90,7 +90,7 @@ class TrainDataset(Dataset[dict[str, Any]]):
 
 
 def _tokenize(records: Sequence[Record], tokenizer: InstructionTokenizer) -> dict[str, Tensor]:
-    """All token ids one after the other; how many each example has, and how many of them in its prompt; how many were cut."""
+    """Return all token ids in a row, the number of ids and of prompt ids of each example, and the number of cut examples."""
     tokens, lengths, prompt_lengths = array("i"), array("i"), array("i")  # lists of so many numbers would take gigabytes
     questions_cut = responses_cut = 0
     for item in tokenizer.examples(records):

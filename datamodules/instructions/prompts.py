@@ -25,15 +25,15 @@ class PromptStyle(ABC):
 
     @abstractmethod
     def training(self, record: Record) -> Prompt:
-        """The prompt that `response` follows in training."""
+        """Return the prompt that `response` follows in training."""
 
     @abstractmethod
     def evaluation(self, record: Record) -> Prompt:
-        """The prompt that the model answers."""
+        """Return the prompt that the model answers."""
 
     @abstractmethod
     def response(self, output: str) -> str:
-        """What follows the training prompt."""
+        """Return what follows the training prompt."""
 
 
 class LLMAdaptersPrompt(PromptStyle):

@@ -56,11 +56,11 @@ class Files(ABC):
 
     @abstractmethod
     def has(self, file: str) -> bool:
-        """Whether `get` needs no network."""
+        """Return whether `get` needs no network."""
 
     @abstractmethod
     def get(self, file: str) -> Path:
-        """Where the file lies on this machine."""
+        """Return where the file lies on this machine."""
 
 
 class LocalFiles(Files):
@@ -73,7 +73,7 @@ class LocalFiles(Files):
         return self._find(file) is not None
 
     def get(self, file: str) -> Path:
-        """Where the file lies.
+        """Return where the file lies.
 
         Raises:
             UserError: it is not there.
@@ -107,7 +107,7 @@ class PinnedFiles(Files):
         return path.is_file() and blob_id(path) == BLOB_IDS[file]
 
     def get(self, file: str) -> Path:
-        """Where the file lies, after it was fetched and checked, if it was not there.
+        """Return where the file lies, after it was fetched and checked, if it was not there.
 
         Raises:
             UserError: it cannot be fetched, or what was fetched is another file.

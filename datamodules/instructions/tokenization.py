@@ -81,7 +81,7 @@ class InstructionTokenizer:
             yield prompt, self._prefix + [token for part in parts for token in part]
 
     def key(self, records: Sequence[Record]) -> str:
-        """A name for the examples of these records: a hash of all that they depend on."""
+        """Return a name for the examples of these records: a hash of all that they depend on."""
         settings = [self._max_length, self._prefix, self._suffix]
         return cache_key(
             self._tokenizer, settings, (part for texts in self._batches(records) for parts in texts for part in parts)
@@ -125,5 +125,5 @@ class InstructionTokenizer:
 
 
 def _last_character(span: tuple[int, int]) -> int:
-    """Where in the text a token's last character stands. White space may be trimmed off spans, in whole tokens at the left."""
+    """Return the place of a token's last character in the text. Spans may exclude white space, on the left in whole tokens."""
     return span[1] - 1

@@ -23,7 +23,7 @@ _CHECKSUM = "sha256"  # key of the file's metadata
 
 
 def load_or_make(cache_directory: Path, key: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The tensors that lie under a key; made and written where there are none, or where their file is damaged.
+    """Return the tensors stored under a key; make and write them if there are none, or if their file is damaged.
 
     Processes that read the same file share its memory. Of processes that write it at the same time the last one wins; none
     ever reads a part of a file.
@@ -67,7 +67,7 @@ def _checksum(tensors: Mapping[str, Tensor]) -> str:
 
 
 def cache_key(tokenizer: PreTrainedTokenizerBase, settings: object, *columns: Iterable[str]) -> str:
-    """A name for what becomes of texts: a hash of them, of the tokenizer, of other settings and of library versions."""
+    """Return a name for tokenized texts: a hash of them, of the tokenizer, of other settings and of library versions."""
     digest = hashlib.sha256()
     _update(digest, [_VERSION, transformers.__version__, tokenizers.__version__, json.dumps(settings), _describe(tokenizer)])
     for column in columns:

@@ -16,7 +16,7 @@ _FILE_NAMES = {TRAIN: ("train",), VALIDATION: ("dev", "validation", "valid", "va
 
 
 def data_files(directory: Path, suffixes: Sequence[str]) -> list[Path]:
-    """The files of a directory that look like data, in the order of their names."""
+    """Return the files of a directory that look like data, in the order of their names."""
     return sorted(path for path in directory.iterdir() if path.suffix.lower() in suffixes and path.is_file())
 
 
@@ -26,13 +26,13 @@ def files_of_split(files: Iterable[Path], split: str) -> list[Path]:
 
 
 def expected_files(split: str, suffixes: Sequence[str]) -> str:
-    """What a split's file may be called, for errors."""
+    """Return what a split's file may be called, for errors."""
     names = " or ".join(f"{name}{suffixes[0]}" for name in _FILE_NAMES[split])
     return f"{names} (or {', '.join(suffixes[1:])})"
 
 
 def current_name(dataset: str, former: str) -> str:
-    """The name of a data set; `former`, as `custom` was called in this family, still works and is logged."""
+    """Return the name of a data set; `former`, as `custom` was called in this family, still works and is logged."""
     if dataset != former:
         return dataset
     rank_zero_info(f"dataset '{former}' is called '{CUSTOM}' now")

@@ -120,7 +120,7 @@ class BaseDataModule(L.LightningDataModule):
         """Drop what was read from generated files."""
 
     def generated_directory(self) -> Path:
-        """A new directory for generated data, which is removed at teardown, with this object or with the process.
+        """Return a new directory for generated data, which is removed at teardown, with this object or with the process.
 
         A copy of the object in another process does not remove it.
         """
@@ -149,7 +149,7 @@ class BaseDataModule(L.LightningDataModule):
         return TrainLoader(sampler=TrainShare(sampler, self.trainer), generator=sampler.generator, **options)
 
     def evaluation_loaders(self, sets: Mapping[str, Dataset[Any]], batch_size: int | None = None) -> dict[str, DataLoader[Any]]:
-        """A loader by name of the set, in the set's order; every example is read by one process."""
+        """Return a loader by name of the set, in the set's order; every example is read by one process."""
         return {
             name: DataLoader(
                 sampler=evaluation_sampler(dataset, self.trainer),  # type: ignore[arg-type]
@@ -190,7 +190,7 @@ class TextDataModule(BaseDataModule):
         self._loaded_tokenizer: PreTrainedTokenizerBase | None = None
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer, read once.
+        """Return the tokenizer, read once.
 
         Raises:
             UserError: if it cannot be loaded, or its model does not take `max_length` tokens.
@@ -203,10 +203,10 @@ class TextDataModule(BaseDataModule):
 
 
 def one_or_all(loaders: Mapping[str, DataLoader[Any]]) -> Any:
-    """A single loader without its name, or all of them."""
+    """Return a single loader without its name, or all of them."""
     return next(iter(loaders.values())) if len(loaders) == 1 else dict(loaders)
 
 
 def incomplete(count: int | None, official: int | None, unit: str) -> str:
-    """A note on a set with fewer or more than its official number of examples; empty for a complete or unknown one."""
+    """Return a note on a set with fewer or more than its official number of examples; empty for a complete or unknown one."""
     return "" if None in (count, official) or count == official else f"{count:,} of the complete set's {official:,} {unit}"

@@ -39,7 +39,7 @@ class HubDataset:
         return None if self._listing is None else self._listing.commit
 
     def look_up(self) -> None:
-        """Asks the hub for the newest files of the revision.
+        """Ask the hub for the newest files of the revision.
 
         Raises:
             HubError: the hub does not answer, and nothing is in the cache.
@@ -50,7 +50,7 @@ class HubDataset:
             raise self._failed(error) from error
 
     def files(self, splits: Collection[str]) -> dict[str, list[Path]]:
-        """The files of each split, in row order, after those that are not in the cache were fetched.
+        """Return the files of each split, in row order; fetch those that are not in the cache.
 
         Raises:
             HubError: they cannot be fetched, or there are none of a split.
@@ -68,7 +68,7 @@ class HubDataset:
         return {split: [next(found) for _ in of_split] for split, of_split in paths.items()}
 
     def _in_cache(self, splits: Collection[str]) -> Listing | None:
-        """What a process that asked the hub has left in the cache; None where something is missing."""
+        """Return what a process that asked the hub has left in the cache; None if something is missing."""
         listing = self._repository.cached()
         try:
             complete = listing is not None and all(split_files(listing.sizes, self._folders, split) for split in splits)
@@ -85,7 +85,7 @@ class HubDataset:
 
 
 def split_files(paths: Mapping[str, int] | Collection[str], folders: Sequence[str], split: str) -> list[str]:
-    """A split's parquet files in row order: `train.parquet`, or `train-00000-of-00002.parquet` and so on.
+    """Return a split's parquet files in row order: `train.parquet`, or `train-00000-of-00002.parquet` and so on.
 
     Raises:
         HubError: there are none, or not all of the numbered ones.

@@ -18,7 +18,7 @@ _HALF = re.compile("[\ud800-\udfff]")  # alone, which is no text that could be t
 
 
 def read_items(path: Path) -> Iterator[tuple[str, Any]]:
-    """Every item of a JSON list, or of JSON lines, with what to call it in an error (`'a.json' record 3`, `'a.json' line 3`).
+    """Yield every item of a JSON list or of JSON lines, with its name in errors: `'a.json' record 3`, `'a.json' line 3`.
 
     Raises:
         UserError: the file is neither, an object has a key twice, or a text holds half of a surrogate pair.
@@ -36,7 +36,7 @@ def read_items(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def shorten(value: object) -> str:
-    """A value as it is shown in errors."""
+    """Return a value as errors show it."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
 

@@ -87,7 +87,7 @@ class ShuffledSampler(Sampler[Any]):
         return zip(order.tolist(), seeds.tolist(), strict=True)
 
     def _group(self, order: Tensor, lengths: Tensor) -> Tensor:
-        """Puts shuffled examples into batches of similar lengths."""
+        """Put shuffled examples into batches of similar lengths."""
         assert self._batch_size is not None
         size = self._batch_size
         chunk = BATCHES_PER_CHUNK * size
@@ -113,13 +113,13 @@ def _check_weights(weights: Sequence[float], num_examples: int) -> Tensor:
 
 
 def _split_counts(weights: Tensor) -> tuple[int, int]:
-    """How many examples of an epoch are certain, by the weights' integer parts, and how many are drawn."""
+    """Return how many examples of an epoch are certain, by the weights' integer parts, and how many are drawn."""
     drawn = int(weights.frac().sum() + 1e-6)  # ten times 0.1 add up to a little less than 1
     return int(weights.floor().sum()), drawn
 
 
 def _repeat(weights: Tensor, generator: torch.Generator) -> Tensor:
-    """The examples of one epoch, as indices: each as often as its weight's integer part, and some once more.
+    """Return the examples of one epoch, as indices: each as often as its weight's integer part, and some once more.
 
     Those are drawn by systematic sampling: the fractions lie end to end, in random order, and equally spaced points fall on
     them from a random start. Points are at least 1 apart, so that no example gets two, and each gets one in proportion to

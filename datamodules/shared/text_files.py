@@ -11,7 +11,7 @@ _UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
 def read_text(path: Path) -> str:
-    """The text of a file in UTF-8, with or without a byte-order mark; line ends stay as they are.
+    """Return the text of a file in UTF-8, with or without a byte-order mark; line ends stay as they are.
 
     Raises:
         UserError: the file cannot be read, is not UTF-8, or holds NUL characters.
@@ -31,7 +31,7 @@ def read_text(path: Path) -> str:
 
 
 def not_utf8(path: Path) -> UserError:
-    """What to say of a file that cannot be decoded: where it is not UTF-8, and what it may be instead."""
+    """Return what to say of a file that cannot be decoded: where it is not UTF-8, and what it may be instead."""
     content = path.read_bytes()
     if content.startswith(_UTF_16):
         return UserError(f"'{path}' is not UTF-8 text but UTF-16; save the file as UTF-8")
@@ -46,6 +46,6 @@ def not_utf8(path: Path) -> UserError:
 
 
 def _line(content: str | bytes, end: int) -> int:
-    """The number of the line, from 1, at a place of a file."""
+    """Return the number of the line, from 1, at a place of a file."""
     newline: str | bytes = "\n" if isinstance(content, str) else b"\n"
     return content.count(newline, 0, end) + 1  # type: ignore[arg-type]

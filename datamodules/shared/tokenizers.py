@@ -24,7 +24,7 @@ _REASON_CHARACTERS = 200  # of an error from below
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a Hugging Face model, with a padding token.
+    """Return the tokenizer of a Hugging Face model, with a padding token.
 
     Args:
         name: the model's name on the hub, its directory, or `bytes`: one token per byte, without files (for tiny untrained
@@ -86,5 +86,5 @@ def check_max_length(max_length: int, tokenizer: PreTrainedTokenizerBase, name: 
 
 
 def is_path(name: str) -> bool:
-    """Whether a model name is meant as a directory."""
+    """Return whether a model name is meant as a directory."""
     return name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).expanduser().is_dir()

@@ -56,7 +56,7 @@ class RadialSpectrum:
 
     @staticmethod
     def mean(spectra: Sequence[RadialSpectrum]) -> RadialSpectrum:
-        """The mean spectrum of several matrices, each with the same weight."""
+        """Return the mean spectrum of several matrices, each with the same weight."""
         names = ("mean_radius", "white_radius", "strongest_share", "white_share")
         return RadialSpectrum(
             torch.stack([spectrum.energy for spectrum in spectra]).mean(0),
@@ -78,14 +78,14 @@ class Sensitivity:
         return float(values.mean()), float(values.std())
 
     def deviation(self, measure: str) -> float:
-        """How far the measure is from that of the permuted matrices, in their standard deviations."""
+        """Return how far the measure is from that of the permuted matrices, in their standard deviations."""
         mean, std = self.control(measure)
         difference = getattr(self.spectrum, measure) - mean
         return difference / std if std > 0 else math.copysign(math.inf, difference) if difference else 0.0
 
     @staticmethod
     def mean(sensitivities: Sequence[Sensitivity]) -> Sensitivity:
-        """The mean over several matrices; the k-th control is the mean of the k-th controls."""
+        """Return the mean over several matrices; the k-th control is the mean of the k-th controls."""
         controls = zip(*(one.controls for one in sensitivities), strict=True)
         return Sensitivity(
             RadialSpectrum.mean([one.spectrum for one in sensitivities]), tuple(map(RadialSpectrum.mean, controls))
@@ -142,7 +142,7 @@ def dense_gradients(
 
 
 def measure(matrix: Tensor, *, strongest: int, permutations: int = 20, num_bins: int = 32, seed: int = 0) -> Sensitivity:
-    """The spectrum of a matrix (M, N) and of `permutations` random reorderings of its rows and columns.
+    """Return the spectrum of a matrix (M, N) and of `permutations` random reorderings of its rows and columns.
 
     Args:
         strongest: number of positions (u, v) of the whole plane whose share of the energy is taken, n for n coefficients.
@@ -156,7 +156,7 @@ def measure(matrix: Tensor, *, strongest: int, permutations: int = 20, num_bins:
 
 
 def radial_spectrum(matrix: Tensor, *, strongest: int, num_bins: int = 32) -> RadialSpectrum:
-    """The spectrum of a real matrix (M, N), over `num_bins` equally wide rings of the normalised radius rho."""
+    """Return the spectrum of a real matrix (M, N), over `num_bins` equally wide rings of the normalised radius rho."""
     out_features, in_features = matrix.shape
     radius, counts = _half_plane(out_features, in_features, matrix.device)
     energy = torch.fft.rfft2(matrix).abs().square().double()

@@ -45,7 +45,7 @@ class ExpertSpectra:
     @classmethod
     @torch.no_grad()
     def of(cls, experts: SpectralExperts) -> ExpertSpectra:
-        """The spectra as they are now, on the CPU. Of sharded coefficients all processes must ask together."""
+        """Return the spectra as they are now, on the CPU. If they are sharded, all processes must call it together."""
         coefficients_EPC = whole(experts.coefficients).detach()
         if experts.part != "complex":
             coefficients_EPC = nn.functional.pad(coefficients_EPC, (0, 1) if experts.part == "real" else (1, 0))
@@ -120,7 +120,7 @@ class ExpertSpectra:
         return _ratio(products_EE, norm_E.unsqueeze(1) * norm_E)
 
     def singular_values(self, expert: int) -> Tensor:
-        """All singular values of alpha dW_e that are not 0 by construction, in any order, exact.
+        """Return all singular values of alpha dW_e that are not 0 by construction, in any order, exact.
 
         In the orthonormal real Fourier bases of both axes dW_e is a sparse matrix with one 2 x 2 block (cosine and sine of |u|
         by cosine and sine of |v|) for each pair. Pairs that have neither |u| nor |v| in common, not even by way of others, do
@@ -196,7 +196,7 @@ def _wave_norms(frequency_P: Tensor, size: int) -> Tensor:
 
 
 def _connected_parts(row_P: Tensor, column_P: Tensor) -> Tensor:
-    """A label (P,) that entries of a sparse matrix have in common if a way along rows and columns leads from one to another."""
+    """Return a label (P,) for each entry of a sparse matrix, equal for entries that a path along rows and columns connects."""
     rows, columns = (torch.unique(index, return_inverse=True)[1] for index in (row_P, column_P))
     label = torch.arange(len(rows))
     while True:

@@ -111,7 +111,7 @@ class UpcycledExperts(nn.Module):
         self.bias = None if bias_M is None else nn.Parameter(bias_M.detach().float().repeat(num_experts, 1))
 
     def forward(self, x: Tensor, routing: Routing) -> Tensor:
-        """Every expert reads the tokens that it serves, in one product; an expert without tokens costs nothing."""
+        """Let every expert read the tokens that it serves, in one product; an expert without tokens costs nothing."""
         num_experts, num_out, num_in = self.weight.shape
         top_k = routing.experts.shape[-1]
         served = routing.experts.flatten()  # expert of assignment i, which is token i // K
@@ -134,7 +134,7 @@ class UpcycledExperts(nn.Module):
 
 
 def _has_values(tensor: Tensor) -> bool:
-    """Whether Python can read the numbers in a tensor: not on the meta device, and not those of all examples of a vmap."""
+    """Return whether Python can read the numbers in a tensor: not on the meta device, and not inside of a vmap."""
     functorch = torch._C._functorch
     while functorch.is_functorch_wrapped_tensor(tensor):
         if functorch.is_batchedtensor(tensor):

@@ -73,7 +73,7 @@ class RoutedLoRAConfig(ProjectionAdapterConfig):
         return positive(self, "alpha")
 
     def largest_rank(self, in_features: int, out_features: int) -> int:
-        """The largest possible r for a projection of this size."""
+        """Return the largest possible r for a projection of this size."""
         return min(in_features, out_features) * self.num_experts
 
     def check_fit(self, in_features: int, out_features: int) -> str | None:
@@ -157,11 +157,11 @@ class RoutedLoRALinear(Adapter):
         self.experts = self.make_experts(config, generator, device)
 
     def make_router(self, config: Any, generator: torch.Generator, device: torch.device) -> Router:
-        """The router that gives the gates."""
+        """Return the router that gives the gates."""
         raise NotImplementedError
 
     def make_experts(self, config: Any, generator: torch.Generator, device: torch.device) -> LoRAExperts:
-        """The low-rank experts; they may change `self.base`, which then has to be a copy."""
+        """Return the low-rank experts; they may change `self.base`, which then has to be a copy."""
         num_a, shape = config.num_experts, (self.out_features, self.in_features)
         A, B = random_start(num_a, config.num_experts, config.expert_rank, shape, generator, device)
         return LoRAExperts(A, B, config.scaling(self.in_features))
@@ -181,7 +181,7 @@ class RoutedLoRALinear(Adapter):
 def random_start(
     num_a: int, num_experts: int, rank: int, shape: tuple[int, int], generator: torch.Generator, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """A (S, R, N) Kaiming-uniform as LoRA's and B (E, M, R) zero, so that the update starts at 0; `shape` is (M, N)."""
+    """Return A (S, R, N), Kaiming-uniform as in LoRA, and B = 0 (E, M, R), so that the update is 0; `shape` is (M, N)."""
     M, N = shape
     A_SRN = torch.empty(num_a, rank, N, device="cpu", dtype=torch.float32)
     A_SRN.uniform_(-(N**-0.5), N**-0.5, generator=generator)
@@ -189,7 +189,7 @@ def random_start(
 
 
 def singular_start(weight_MN: Tensor, num_experts: int, rank: int, shrink: float) -> tuple[Tensor, Tensor]:
-    """A (E, R, N) and B (E, M, R) from the singular triplets of a weight in E segments (GOAT, arXiv 2502.16894).
+    """Return A (E, R, N) and B (E, M, R) from the singular triplets of a weight in E segments (GOAT, arXiv 2502.16894).
 
     Ordered by size, the triplets are cut into E segments of equal length. Expert e gets the first R of segment e,
     B_e A_e = U S V^T / shrink, each factor with half of sqrt(S / shrink)'s weight.

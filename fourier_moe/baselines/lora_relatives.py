@@ -37,7 +37,7 @@ class LoRARelativeLinear(Adapter):
         self.dropout = nn.Dropout(config.dropout)
 
     def update(self, x: Tensor) -> Tensor:
-        """What is added, (..., N) -> (..., M)."""
+        """Return what is added, (..., N) -> (..., M)."""
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
@@ -209,5 +209,5 @@ def random_parameter(*shape: int, device: torch.device, generator: torch.Generat
 
 
 def zero_parameter(*shape: int, device: torch.device) -> nn.Parameter:
-    """What keeps the update at 0 until it is trained."""
+    """Return what keeps the update at 0 until it is trained."""
     return nn.Parameter(torch.zeros(shape, device=device))

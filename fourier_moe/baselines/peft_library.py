@@ -38,7 +38,7 @@ class PeftConfig(ProjectionAdapterConfig):
     """
 
     def to_peft(self, target: str) -> peft.PeftConfig:
-        """The same settings as peft's config, for the module called `target`."""
+        """Return the same settings as peft's config, for the module called `target`."""
         raise NotImplementedError
 
 

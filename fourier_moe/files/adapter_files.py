@@ -145,7 +145,7 @@ def put_on(model: nn.Module, source: str, description: AdapterDescription, state
 
 
 def stored_names(model: nn.Module, source: str, description: AdapterDescription, state: Mapping[str, Tensor]) -> ModuleNames:
-    """The modules of a fresh model that a stored adapter belongs to; arguments as in `put_on`.
+    """Return the modules of a fresh model that a stored adapter belongs to; arguments as in `put_on`.
 
     Raises:
         UserError: if the model has not all of them.
@@ -157,7 +157,7 @@ def stored_names(model: nn.Module, source: str, description: AdapterDescription,
 
 
 def describe_adapter(path: str | os.PathLike[str]) -> AdapterDescription:
-    """What an adapter says of itself; no model is needed. `path` as in `load_adapter`.
+    """Return what an adapter says of itself; no model is needed. `path` as in `load_adapter`.
 
     Raises:
         UserError: if there is no adapter, a damaged one, or one of a newer format.

@@ -131,7 +131,7 @@ def read(directory: Path) -> tuple[AdapterDescription, bytes]:
 
 
 def tensors(data: bytes, directory: Path) -> dict[str, Tensor]:
-    """The tensors in what `read` gave.
+    """Return the tensors in what `read` gave.
 
     Raises:
         UserError: if they cannot be read.
@@ -143,7 +143,7 @@ def tensors(data: bytes, directory: Path) -> dict[str, Tensor]:
 
 
 def _read_tensors(path: Path) -> tuple[bytes, str]:
-    """The contents of adapter.safetensors, and the description in its metadata.
+    """Return the contents of adapter.safetensors, and the description in its metadata.
 
     A safetensors file is 8 bytes of the header's length, the header as JSON, and the tensors. The rest is read if the header
     makes sense.
@@ -193,7 +193,7 @@ def _check_copy(path: Path, expected: bytes) -> None:
 
 
 def description_of(raw: Mapping[str, Any], source: str | Path) -> AdapterDescription:
-    """What the fields of a stored description say.
+    """Return what the fields of a stored description say.
 
     Args:
         source: where they are from, for the message.
@@ -232,7 +232,7 @@ def _modules(raw: Any) -> ModuleNames | None:
 
 
 def _read_bytes(path: Path, largest: int) -> bytes:
-    """A file that has no more than `largest` bytes if it is what it should be."""
+    """Read a file that has at most `largest` bytes if it is valid."""
     try:
         with path.open("rb") as file:
             content = file.read(largest + 1)

@@ -20,7 +20,7 @@ _REPOSITORY = re.compile(rf"(?P<id>{_ID})(@(?P<revision>[^@\s]+))?")
 
 
 def local_directory(path: str | os.PathLike[str]) -> Path:
-    """Where an adapter is on this machine.
+    """Return where an adapter is on this machine.
 
     Args:
         path: a directory, or `hf://owner/name[@revision]`, of which the adapter's files are fetched unless the Hugging Face
@@ -97,7 +97,7 @@ def push_adapter(
 
 
 def _refusal(error: Exception, repo_id: str) -> str:
-    """What the hub's answer to a push means, and what to do."""
+    """Return what the hub's answer to a push means, and what to do."""
     owner, status = repo_id.partition("/")[0], status_of(error)
     if status == 401 or type(error).__name__ == "LocalTokenNotFoundError":
         return "the hub knows no such login (401); log in with `hf auth login`, or set HF_TOKEN, with a token that may write"

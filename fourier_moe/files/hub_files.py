@@ -56,7 +56,7 @@ class Listing:
     problem: str | None = None
 
     def fetch(self, paths: Sequence[str], say: Say) -> list[Path]:
-        """Where files are on this machine, after those that the cache lacks were fetched.
+        """Return where files are on this machine, after those that the cache lacks were fetched.
 
         Raises:
             HubError: if they cannot be fetched, or do not fit on the disk.
@@ -103,7 +103,7 @@ class Repository:
         return Path(constants.HF_HUB_CACHE, f"{self.kind}s--{self.name.replace('/', '--')}")
 
     def fetch(self, select: Select, say: Say, *, look_up: bool) -> list[Path]:
-        """Where some files are on this machine, after those that the cache lacks were fetched.
+        """Return where some files are on this machine, after those that the cache lacks were fetched.
 
         Args:
             select: picks paths of those that there are, or raises HubError for what is missing.
@@ -151,7 +151,7 @@ class Repository:
         return Listing(self, info.sha, {file.rfilename: file.size or 0 for file in info.siblings})
 
     def cached(self) -> Listing | None:
-        """What the cache has of the revision, perhaps not all of it; None if it has nothing."""
+        """Return what the cache has of the revision, perhaps not all of it; None if it has nothing."""
         commit = self.revision or "main"
         reference = self.cache / "refs" / commit
         if reference.is_file():
@@ -196,7 +196,7 @@ class Repository:
 
 
 def explain(error: BaseException, repository: Repository) -> HubError:
-    """What an error of the client means, and what to do about it."""
+    """Return what an error of the client means, and what to do about it."""
     from huggingface_hub import constants, errors
 
     log_in = "log in with `hf auth login`, or set HF_TOKEN"
@@ -245,7 +245,7 @@ def _readable(num_bytes: float) -> str:
 
 
 def _log_progress(path: str, say: Say) -> Any:
-    """The class of a progress bar that writes a line now and then, where there is no terminal to draw in."""
+    """Return the class of a progress bar that writes a line now and then, where there is no terminal to draw in."""
     from tqdm import tqdm
 
     class Progress(tqdm):  # type: ignore[misc, type-arg, unused-ignore]

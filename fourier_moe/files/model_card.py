@@ -28,7 +28,7 @@ def model_card(description: AdapterDescription, code: str) -> str:
 
 
 def is_edited(path: Path) -> bool:
-    """Whether there is a card that `model_card` did not write as it stands."""
+    """Return whether there is a card that `model_card` did not write as it stands."""
     if not path.is_file():
         return False
     content = path.read_bytes()

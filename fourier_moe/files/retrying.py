@@ -48,7 +48,7 @@ def retry(call: Callable[[], T], what: str, say: Say, attempts: int = 4) -> T:
 
 
 def is_temporary(error: BaseException) -> bool:
-    """Whether the same request may succeed later."""
+    """Return whether the same request may succeed later."""
     if any(type(cause).__name__ in ("OfflineModeIsEnabled", "LocalEntryNotFoundError") for cause in causes(error)):
         return False  # forbidden, or tried six times by huggingface_hub
     status = status_of(error)
@@ -63,7 +63,7 @@ def is_temporary(error: BaseException) -> bool:
 
 
 def status_of(error: BaseException) -> int | None:
-    """The HTTP status that an error or one of its causes reports."""
+    """Return the HTTP status that an error or one of its causes reports."""
     for cause in causes(error):
         status = getattr(getattr(cause, "response", None), "status_code", None) or getattr(cause, "code", None)
         if isinstance(status, int):
@@ -72,7 +72,7 @@ def status_of(error: BaseException) -> int | None:
 
 
 def causes(error: BaseException) -> Iterator[BaseException]:
-    """The error, what it came from, and so on."""
+    """Yield the error, what it came from, and so on."""
     current: BaseException | None = error
     while current is not None:
         yield current

@@ -37,7 +37,7 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def of_type(value: Any, *kinds: type[_T]) -> _T:
-    """The value, if it is of one of these types itself: True is no int here.
+    """Return the value, if it is of one of these types itself: True is no int here.
 
     Raises:
         UserError: naming both.
@@ -49,7 +49,7 @@ def of_type(value: Any, *kinds: type[_T]) -> _T:
 
 
 def mapping_of(value: Any, *kinds: type[_T]) -> dict[str, _T]:
-    """A mapping of texts to values of these types.
+    """Return a mapping of texts to values of these types.
 
     Raises:
         UserError: naming the first wrong one.
@@ -58,7 +58,7 @@ def mapping_of(value: Any, *kinds: type[_T]) -> dict[str, _T]:
 
 
 def sequence_of(value: Any, kind: type[_T]) -> list[_T]:
-    """A list of values of this type.
+    """Return a list of values of this type.
 
     Raises:
         UserError: naming the first wrong one.
@@ -67,7 +67,7 @@ def sequence_of(value: Any, kind: type[_T]) -> list[_T]:
 
 
 def settings_of(kind: type[_T], values: Mapping[str, Any]) -> _T:
-    """An object of a dataclass, of values that are checked against the types of its fields.
+    """Return an object of a dataclass, of values that are checked against the types of its fields.
 
     Fields of types that are not known here are left to the class.
 

@@ -25,7 +25,7 @@ _LONGEST = 100  # bytes of NAME in the name of its new file, of which file syste
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A new file to write to, which takes the place of `path` when the body ends. If the body raises, nothing changes.
+    """Open a new file that replaces `path` when the body ends. If the body raises, nothing changes.
 
     Directories are made if missing.
 
@@ -75,7 +75,7 @@ def replace_files(directory: Path, files: Mapping[str, FileParts], *, remove_fir
 
 @contextmanager
 def new_directory(path: Path) -> Iterator[Path]:
-    """A new directory to write to, which gets the name `path` when the body ends; if the body raises, it is removed.
+    """Make a new directory that is renamed to `path` when the body ends; if the body raises, it is removed.
 
     Raises:
         OSError: if `path` exists by then, or cannot be made.
@@ -94,7 +94,7 @@ def new_directory(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def _new_file(path: Path) -> Iterator[tuple[BinaryIO, Path]]:
-    """A new file beside `path`, locked, and its name; it is removed at the end if it is still there."""
+    """Open a new locked file beside `path`, and yield it with its name; it is removed at the end if it still exists."""
     with _naming(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         while True:
@@ -124,7 +124,7 @@ def _to_disk(file: BinaryIO) -> None:
 
 
 def _lock(file: BinaryIO) -> bool | None:
-    """Whether the file is locked by us now; None where the file system has no locks. The lock ends with the process."""
+    """Return whether the file is locked by us now; None where the file system has no locks. The lock ends with the process."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

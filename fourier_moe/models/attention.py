@@ -222,7 +222,7 @@ _KINDS: tuple[type[_SplitAttention], ...] = (
 
 
 def is_fused_attention(module: nn.Module) -> bool:
-    """Whether ``module`` holds its input projections as bare parameters, which an adapter cannot replace.
+    """Return whether ``module`` holds its input projections as bare parameters, which an adapter cannot replace.
 
     True for every module with a tensor ``in_proj_weight``, so that kinds which ``split_attention`` refuses show up too.
     """
@@ -231,7 +231,7 @@ def is_fused_attention(module: nn.Module) -> bool:
 
 
 def fused_projection(module: Any, name: str) -> nn.Linear:
-    """The projection of this name that a split would give, on the meta device.
+    """Return the projection of this name that a split would give, on the meta device.
 
     Raises:
         UserError: if the kind of attention is unknown.
@@ -248,7 +248,7 @@ def fused_projection(module: Any, name: str) -> nn.Linear:
 
 
 def is_split_attention(module: nn.Module) -> bool:
-    """Whether ``module`` came out of ``split_attention``."""
+    """Return whether ``module`` came out of ``split_attention``."""
     return isinstance(module, _SplitAttention)
 
 
@@ -276,7 +276,7 @@ def _joined(parts: list[Any]) -> nn.Parameter:
 
 
 def split_attention(module: nn.Module) -> nn.Module:
-    """A drop-in for a fused attention module, with ``FUSED_PROJECTIONS`` as plain nn.Linear children.
+    """Return a drop-in for a fused attention module, with ``FUSED_PROJECTIONS`` as plain nn.Linear children.
 
     Call signature, results, device, dtype, training flag and ``requires_grad`` are those of ``module``. The state dict
     has ``q_proj.weight`` and so on in place of ``in_proj_weight``, so load pretrained weights before the split. The new
@@ -324,7 +324,7 @@ def _arguments(cls: type) -> list[str]:
 
 
 def _kind(module: nn.Module) -> type[_SplitAttention] | None:
-    """The split class for ``module``: made for a class of this name, and with a signature that begins alike."""
+    """Return the split class for ``module``: made for a class of this name, and with a signature that begins alike."""
     cls = type(module)
     for kind in _KINDS:
         ours = _arguments(kind)
@@ -348,7 +348,7 @@ def _input_projections(module: Any, width: int) -> tuple[list[nn.Parameter], lis
 
 
 def _linear(weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Linear:
-    """An nn.Linear around existing parameters; built on meta, so that it neither allocates nor draws random numbers."""
+    """Return an nn.Linear around existing parameters; built on meta, so that it neither allocates nor draws random numbers."""
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
     linear.weight, linear.bias = weight, bias  # type: ignore[assignment]
     return linear
@@ -362,7 +362,7 @@ def _score_mask(mask: Tensor, q: Tensor, k: Tensor) -> Tensor:
 
 
 def _additive(mask: Tensor, name: str, dtype: torch.dtype, *shapes: tuple[int, ...]) -> Tensor:
-    """A bool (True hides a key) or float mask of one of the ``shapes``, as a ``dtype`` mask to add to the scores."""
+    """Return a bool (True hides a key) or float mask of one of the ``shapes``, as a ``dtype`` mask to add to the scores."""
     if mask.shape not in shapes or not (mask.dtype == torch.bool or mask.is_floating_point()):
         expected = " or ".join(str(tuple(shape)) for shape in shapes)
         raise UserError(f"{name} has shape {tuple(mask.shape)} and {mask.dtype}, expected {expected}, bool or float")

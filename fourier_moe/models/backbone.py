@@ -34,13 +34,13 @@ class Fingerprint:
 
 
 def backbone_name(model: nn.Module) -> str | None:
-    """The model's own `backbone_name`, or the name a Hugging Face model was loaded by; None if it has neither."""
+    """Return the model's own `backbone_name`, or the name a Hugging Face model was loaded by; None if it has neither."""
     name = getattr(model, "backbone_name", None) or getattr(getattr(model, "config", None), "_name_or_path", None)
     return str(name) if name else None
 
 
 def backbone_revision(model: nn.Module) -> str | None:
-    """The commit that transformers fetched the model from on the Hugging Face hub; None if it came from elsewhere."""
+    """Return the commit that transformers fetched the model from on the Hugging Face hub; None if it came from elsewhere."""
     return getattr(getattr(model, "config", None), "_commit_hash", None)
 
 
@@ -79,12 +79,12 @@ def keep_fingerprint(model: nn.Module, fingerprint: Fingerprint) -> None:
 
 
 def kept_fingerprint(model: nn.Module) -> Fingerprint:
-    """What `inject` measured, empty if the model is not adapted."""
+    """Return what `inject` measured, empty if the model is not adapted."""
     return getattr(model, _ATTRIBUTE, Fingerprint())
 
 
 def backbone_fingerprint(model: nn.Module) -> dict[str, float]:
-    """The part of the kept fingerprint that goes into files.
+    """Return the part of the kept fingerprint that goes into files.
 
     Empty on the meta device, and where the pretrained weights themselves are trained.
     """

@@ -41,7 +41,7 @@ def _is_fresh(module: nn.Module) -> bool:
 
 
 def _looks_initialised(linear: nn.Linear) -> bool:
-    """Whether the values are what torch or transformers start a Linear with.
+    """Return whether the values are what torch or transformers start a Linear with.
 
     torch: uniform up to 1 / sqrt(in_features), which a trained weight does not respect; transformers: a bias of zeros, which a
     trained one never is, and without a bias, a normal weight whose standard deviation is 0.02.

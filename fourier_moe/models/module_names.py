@@ -44,7 +44,7 @@ def kept_module_names(model: nn.Module) -> ModuleNames | None:
 
 
 def head_modules(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Module]:
-    """The modules that are trained in full beside the adapters, by name.
+    """Return the modules that are trained in full beside the adapters, by name.
 
     Raises:
         UserError: if an entry of config.head matches nothing.
@@ -54,7 +54,7 @@ def head_modules(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Module
 
 
 def names_by_config(model: nn.Module, config: AdapterConfig) -> ModuleNames:
-    """What a config's `targets` and `head` match.
+    """Return what a config's `targets` and `head` match.
 
     Raises:
         UserError: if an entry matches nothing (near names are listed), or targets match nothing outside of the head.
@@ -72,7 +72,7 @@ def names_by_config(model: nn.Module, config: AdapterConfig) -> ModuleNames:
 
 
 def names_by_file(model: nn.Module, config: AdapterConfig, stored: ModuleNames | None, keys: Collection[str]) -> ModuleNames:
-    """What a file was made of; no entry of its config is read as a regular expression.
+    """Return what a file was made of; no entry of its config is read as a regular expression.
 
     A module that an entry names plainly belongs to it in any case, so that a file without its tensors is noticed.
 
@@ -107,7 +107,7 @@ def _module_names(model: nn.Module) -> list[str]:
 
 
 def _projection_names(model: nn.Module) -> dict[str, int]:
-    """All names of modules, and of the projections inside of fused attention; those of the same module have the same number."""
+    """Return all names of modules and of projections inside fused attention; names of the same module have the same number."""
     names: dict[str, int] = {}
     places: dict[tuple[int, str], int] = {}
     for name, module in model.named_modules(remove_duplicate=False):
@@ -121,7 +121,7 @@ def _projection_names(model: nn.Module) -> dict[str, int]:
 
 
 def _match(entries: Iterable[str], names: Iterable[str], argument: str, *, by_suffix: bool = True) -> set[str]:
-    """Names that equal an entry, end in it at a dot (`by_suffix`) or match it as a pattern; every entry must match."""
+    """Return names that equal an entry, end in it at a dot (`by_suffix`) or match it as a pattern; every entry must match."""
     names = list(names)
     found: set[str] = set()
     for entry in entries:
@@ -145,7 +145,7 @@ def _no_match(argument: str, entry: str, names: Sequence[str]) -> UserError:
 
 
 def _projections_of(model: nn.Module, keys: Iterable[str], known: dict[str, int]) -> set[str]:
-    """The modules whose names tensors begin with that the bare model has not."""
+    """Return the modules whose tensors the bare model does not have."""
     own = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     own |= {name for name, _ in model.named_buffers(remove_duplicate=False)}
     found: set[int] = set()
@@ -160,7 +160,7 @@ def _projections_of(model: nn.Module, keys: Iterable[str], known: dict[str, int]
 
 
 def _heads_of(model: nn.Module, keys: Collection[str]) -> set[str]:
-    """The largest modules of which all tensors are there."""
+    """Return the largest modules of which all tensors are there."""
     keys, heads = set(keys), set[str]()
     for name, module in model.named_modules():  # a parent comes before its children
         inside = [f"{name}.{key}" for key in module.state_dict()]

@@ -72,7 +72,7 @@ class PretrainedWeight(Tensor):
 
     @classmethod
     def of(cls, weight: Any, projection: str) -> Any:
-        """A view of `weight`; the weight itself where it is of a class of its own (quantised, sharded).
+        """Return a view of `weight`; the weight itself where it is of a class of its own (quantised, sharded).
 
         Args:
             weight: of the base.
@@ -115,7 +115,7 @@ class PretrainedWeight(Tensor):
 
 
 def _rewrapped(result: Any, weight: PretrainedWeight, name: str) -> Any:
-    """The result as a weight again, after a cast, a transposition and the like."""
+    """Return the result as a weight again, after a cast, a transposition and the like."""
     if type(result) is not Tensor or not (name in _PARTS or result.numel() == weight.numel()):
         return result
     return PretrainedWeight.of(result, weight.projection)

@@ -30,17 +30,17 @@ def projection_shape(module: nn.Module) -> tuple[int, int]:
 
 
 def is_transposed(projection: nn.Module) -> bool:
-    """Whether the weight is stored as (in_features, out_features), as in transformers' Conv1D."""
+    """Return whether the weight is stored as (in_features, out_features), as in transformers' Conv1D."""
     return isinstance(getattr(projection, "nf", None), int)
 
 
 def device_of(module: nn.Module) -> torch.device:
-    """Where a module's parameters or, if it has none, its buffers are."""
+    """Return where a module's parameters or, if it has none, its buffers are."""
     return next(chain(module.parameters(), module.buffers())).device
 
 
 def whole(tensor: Any) -> Tensor:
-    """The tensor itself, gathered if it is sharded (DTensor): then all processes have to call this."""
+    """Return the tensor itself, gathered if it is sharded (DTensor): then all processes have to call this."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
@@ -75,7 +75,7 @@ def check_takes_update(projection: nn.Module) -> None:
 
 @torch.no_grad()
 def with_update(projection: nn.Module, update: Tensor) -> nn.Module:
-    """A copy with `update` (out_features, in_features) added to the weight, rounded once to the weight's dtype.
+    """Return a copy with `update` (out_features, in_features) added to the weight, rounded once to the weight's dtype.
 
     Raises:
         UserError: if the weight is quantised or sharded.

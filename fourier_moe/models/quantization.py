@@ -11,17 +11,17 @@ from torch import Tensor, nn
 
 
 def is_quantized(module: nn.Module) -> bool:
-    """Whether some weight in `module` is quantised."""
+    """Return whether some weight in `module` is quantised."""
     return any(not p.is_floating_point() or _packed_shape(p) is not None for p in module.parameters())
 
 
 def num_scalars(parameter: Tensor) -> int:
-    """How many of the model's numbers a parameter holds, however they are packed."""
+    """Return how many of the model's numbers a parameter holds, however they are packed."""
     shape = _packed_shape(parameter)
     return parameter.numel() if shape is None else math.prod(shape)
 
 
 def _packed_shape(parameter: Tensor) -> tuple[int, ...] | None:
-    """The weight's own shape where bitsandbytes packed it in 4 bits, whatever dtype it packed them into."""
+    """Return the weight's own shape where bitsandbytes packed it in 4 bits, whatever dtype it packed them into."""
     state = getattr(parameter, "quant_state", None)
     return None if state is None else tuple(state.shape)

@@ -10,7 +10,7 @@ from torch import nn
 
 
 def snapshot(model: nn.Module) -> Callable[[], None]:
-    """A function that puts back every module's children and attributes, and what was trainable. Tensors are not copied."""
+    """Return a function that restores every module's children and attributes, and what was trainable, without copies."""
     modules = [(module, dict(module.__dict__), dict(module._modules)) for module in model.modules()]
     trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
 

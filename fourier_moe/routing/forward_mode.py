@@ -8,10 +8,10 @@ from torch.autograd import forward_ad
 
 
 def in_transform() -> bool:
-    """Whether a transform of torch.func (grad, vmap, ...) calls. Never while torch.compile traces."""
+    """Return whether a transform of torch.func (grad, vmap, ...) calls. Never while torch.compile traces."""
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
 def has_tangent(*tensors: Tensor) -> bool:
-    """Whether a forward-mode derivative runs through one of the tensors. Never while torch.compile traces."""
+    """Return whether a forward-mode derivative runs through one of the tensors. Never while torch.compile traces."""
     return not torch.compiler.is_compiling() and any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)

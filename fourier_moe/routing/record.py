@@ -57,7 +57,7 @@ def dense_gates(gates: Tensor, experts: Tensor, num_experts: int) -> Tensor:
 
 
 def active(probabilities: Tensor, experts: Tensor) -> Tensor:
-    """Which experts of a Routing serve a token (..., E), 1 or 0."""
+    """Return which experts of a Routing serve a token (..., E), 1 or 0."""
     return torch.zeros_like(probabilities).scatter_(-1, experts, 1).masked_fill_(probabilities < 0, 0)
 
 
@@ -80,7 +80,7 @@ class Record:
         self.total: Tensor | None = None
 
     def recording(self) -> Recording | None:
-        """The innermost open recording of this thread or task that the router belongs to."""
+        """Return the innermost open recording of this thread or task that the router belongs to."""
         for recording in reversed(_RECORDINGS.get()):
             if recording.open and self in recording.kept:
                 return recording
@@ -145,7 +145,7 @@ class Record:
             self.total, self.tasks = total, tasks
 
     def counted(self, weight_EN: Tensor) -> tuple[tuple[str, ...], Tensor]:
-        """Names (S,) and sums (S, 3E + 1), never changed in place; empty ones that fit the router's weight before any."""
+        """Return names (S,) and sums (S, 3E + 1), never changed in place; empty ones before anything is counted."""
         with SHARED:
             if self.total is None:
                 return (), torch.zeros(0, 3 * len(weight_EN) + 1, **exact(weight_EN.device))
@@ -207,5 +207,5 @@ _RECORDINGS: ContextVar[tuple[Recording, ...]] = ContextVar("fourier_moe_recordi
 
 
 def exact(device: torch.device) -> dict[str, Any]:
-    """Where and how sums over a whole run are kept: in float32 a count would end at 2^24. MPS has no float64."""
+    """Return where and how sums over a whole run are kept: in float32 a count would end at 2^24. MPS has no float64."""
     return {"dtype": torch.float64, "device": torch.device("cpu") if device.type == "mps" else device}

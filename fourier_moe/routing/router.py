@@ -55,7 +55,7 @@ class Router(nn.Module, ABC):
         """Route the tokens of an input (..., N); gates in float32 (float64 for a float64 weight)."""
 
     def forward(self, x: Tensor) -> Routing:
-        """What `route` returns; the record keeps it while a `recording` is open."""
+        """Return what `route` returns; the record keeps it while a `recording` is open."""
         routing = self.route(x)
         if self.record.open:
             self.record.keep(routing)
@@ -99,7 +99,7 @@ class Router(nn.Module, ABC):
         return super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy has no readers, so it counts nothing, and belongs to no open recording."""
+        """Copy without readers, so that the copy counts nothing, and belongs to no open recording."""
         return {**self.__dict__, "record": Record()}
 
 
@@ -141,5 +141,5 @@ class TopKRouter(Router):
 
 
 def routers(model: nn.Module) -> dict[str, Router]:
-    """All routers of a model by the name of the adapted projection they belong to, the first of those that share one."""
+    """Return all routers of a model by the name of the adapted projection they belong to, the first of those that share one."""
     return {name.removesuffix(".router"): module for name, module in model.named_modules() if isinstance(module, Router)}

@@ -68,7 +68,7 @@ def share_routers(adapters: Mapping[str, Any], scope: str) -> None:
 
 
 def router_group(name: str, scope: str) -> str:
-    """The group that a projection shares its router with, as a key; projections of equal keys and input width share.
+    """Return the group that a projection shares its router with, as a key; projections of equal keys and input width share.
 
     `projection`: none. `input`: those of the same parent that read the same input (SAME_INPUT). `block`: those of the same
     transformer block, which is what the last number in the dotted name counts.

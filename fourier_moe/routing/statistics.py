@@ -34,7 +34,7 @@ class RouterStatistics:
 
     @classmethod
     def of_tasks(cls, tasks: Sequence[str], sums_S: Tensor) -> RouterStatistics:
-        """All tasks' sums (S, 3E + 1) together; the nameless task "" is none."""
+        """Return all tasks' sums (S, 3E + 1) together; the nameless task "" is none."""
         by_task = {task: cls(sums) for task, sums in zip(tasks, sums_S, strict=True) if task}
         return cls(sums_S.sum(0), by_task)
 
@@ -43,14 +43,14 @@ class RouterStatistics:
     def of_tokens(
         cls, active_RTE: Tensor, probabilities_RTE: Tensor, gates_RTE: Tensor, weights_ST: Tensor
     ) -> RouterStatistics:
-        """The statistics (R, S) of R routers over the tokens in each of S weighted sums."""
+        """Return the statistics (R, S) of R routers over the tokens in each of S weighted sums."""
         with without_autocast(weights_ST.device):  # in bfloat16 counts would end at 256
             sums_RSX = weights_ST @ torch.cat([active_RTE, probabilities_RTE, gates_RTE], -1)
         tokens_RS1 = weights_ST.sum(-1, keepdim=True).expand(len(active_RTE), -1, 1)
         return cls(torch.cat([sums_RSX, tokens_RS1], -1))
 
     def over(self, dim: int) -> RouterStatistics:
-        """The tokens along one leading dimension counted together."""
+        """Return the tokens along one leading dimension counted together."""
         return RouterStatistics(self.sums.sum(dim))
 
     @property
@@ -119,7 +119,7 @@ class RouterStatistics:
         return torch.where(spare > 0, share, 1.0) * (self.tokens > 0)
 
     def dead(self, below: float) -> Tensor:
-        """Which experts serve less than `below` times an even share of the tokens, bool (..., E)."""
+        """Return which experts serve less than `below` times an even share of the tokens, bool (..., E)."""
         return self.load < below * self.even_load.unsqueeze(-1)
 
     @property
@@ -157,7 +157,7 @@ class TokenWeights:
         return self._masks[key]
 
     def by_task(self, probabilities: Tensor) -> Tensor:
-        """The same for each task, 0 for the tokens of other tasks (S, T).
+        """Return the same for each task, 0 for the tokens of other tasks (S, T).
 
         Raises:
             UserError: if there is not one task per example.

@@ -140,7 +140,7 @@ class AdapterBank:
             self._selection.active = name
 
     def disabled(self) -> AbstractContextManager[None]:
-        """The plain model, while open."""
+        """Return the plain model, while open."""
         return self.using(None)
 
     def using(self, name: str | None) -> AbstractContextManager[None]:
@@ -197,7 +197,7 @@ class AdapterBank:
         return loaded
 
     def _originals(self) -> dict[nn.Module, nn.Module]:
-        """What stood where the model has something else now, with its weights."""
+        """Return what stood where the model has something else now, with its weights."""
         originals: dict[nn.Module, nn.Module] = {layer: layer.base for layer in self._layers.values()}
         for split, fused in self._split.items():
             originals[split] = structure_copy(fused)
@@ -246,7 +246,7 @@ class AdapterBank:
             self._split = {}
 
     def _layer(self, kind: type[_BankLayer], part: str, new: dict[nn.Module, nn.Module]) -> _BankLayer:
-        """The layer of this name; where there is none, a new one, which `new` says what to put it in the place of."""
+        """Return the layer of this name; where there is none, a new one, which `new` says what to put it in the place of."""
         if part not in self._layers:
             base = self.model.get_submodule(part)
             self._layers[part] = new[base] = kind(part, base, self._selection).eval()
@@ -272,7 +272,7 @@ def _changes_base(path: str | os.PathLike[str], description: AdapterDescription)
 
 
 def _head_like(head: nn.Module, name: str, shapes: Mapping[str, torch.Size]) -> nn.Module:
-    """A copy of a head with as many classes as the adapter's; other differences are left for load_adapter to refuse."""
+    """Return a copy of a head with as many classes as the adapter's; other differences are left for load_adapter to refuse."""
     head = copy.deepcopy(head)
     for key, parameter in list(head.named_parameters()):
         stored = shapes.get(f"{name}.{key}", parameter.shape)

@@ -113,7 +113,7 @@ _KNOWN_OUTPUT: ContextVar[Tensor | None] = ContextVar("fourier_moe_known_output"
 
 
 def _adapted(adapter: Adapter, x: Tensor, y: Tensor) -> Tensor:
-    """The adapter's output for x, where the projection's is y."""
+    """Return the adapter's output for x, where the projection's is y."""
     token = _KNOWN_OUTPUT.set(y)
     try:
         return adapter(x)

@@ -76,11 +76,11 @@ class Selection:
         self._passes: set[Choice] = set()  # of `active`, by forward passes that are running
 
     def used(self) -> set[str | None]:
-        """The adapters that must not go."""
+        """Return the adapters that must not go."""
         return {self.active}.union(*(choice.used() for choice in (*self.open_choices, *self._passes)))
 
     def groups(self, x: Tensor, layer: str) -> dict[str | None, Tensor | None]:
-        """The rows of each adapter in a layer's input (examples, ...), int64; None where one adapter has them all.
+        """Return the rows of each adapter in a layer's input (examples, ...), int64; None where one adapter has them all.
 
         Raises:
             UserError: if the input's first dimension does not count the examples, or it is unclear what this thread wants.

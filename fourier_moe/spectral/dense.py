@@ -15,7 +15,7 @@ from torch import Tensor
 def dense_spectrum(
     coefficients_PC: Tensor, frequencies_PC: Tensor, out_features: int, in_features: int, *, hermitian: bool
 ) -> Tensor:
-    """The spectrum F (M, N) of one expert, complex, in numpy order: F[u, v] += c and, if `hermitian`, F[-u, -v] += conj(c)."""
+    """Return an expert's spectrum F (M, N), complex, in numpy order: F[u, v] += c and, if `hermitian`, F[-u, -v] += conj(c)."""
     c_P = torch.view_as_complex(coefficients_PC.contiguous())
     u_P, v_P = frequencies_PC.long().unbind(-1)
     spectrum_MN = c_P.new_zeros(out_features, in_features)
@@ -58,7 +58,7 @@ def low_rank_factors(
 
 
 def _num_waves(frequency_P: Tensor, length: int) -> int:
-    """A cosine for every |frequency|, and a sine where it is not zero everywhere."""
+    """Return a cosine for every |frequency|, and a sine where it is not zero everywhere."""
     sizes = frequency_P.abs().unique()
     return len(sizes) + int((2 * sizes % length != 0).sum())
 

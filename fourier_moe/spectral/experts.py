@@ -134,7 +134,7 @@ class SpectralExperts(nn.Module):
 
     @torch.no_grad()
     def low_rank(self, expert: int) -> tuple[Tensor, Tensor]:
-        """The same as a product, left (M, r) @ right (r, N), float64, r <= 2P: the expert as an exact LoRA."""
+        """Return the same as a product, left (M, r) @ right (r, N), float64, r <= 2P: the expert as an exact LoRA."""
         coefficients = self.complex_coefficients()[expert]
         M, N, frequencies = self.out_features, self.in_features, self.frequencies[expert]
         left, right = low_rank_factors(coefficients, frequencies, M, N, self._scale)

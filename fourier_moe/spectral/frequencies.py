@@ -24,7 +24,7 @@ _POSITIONS_PER_CHUNK = 2**18  # positions whose weights are held at once when a 
 
 
 def named_generator(seed: int, name: str) -> torch.Generator:
-    """A CPU random generator that depends on (seed, module name) only, not on device or order of modules."""
+    """Return a CPU random generator that depends on (seed, module name) only, not on device or order of modules."""
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     return torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
@@ -61,7 +61,7 @@ def band_weight(radius: Tensor, center: float, bandwidth: float) -> Tensor:
 
 
 def _log_band_weight(radius: Tensor, center: float, bandwidth: float) -> Tensor:
-    """The same as a logarithm, which tells positions apart whose weight is no number above 0 any more."""
+    """Return the same as a logarithm, which tells positions apart whose weight underflows to 0."""
     ratio = (radius.square() - center**2) / (radius * bandwidth)
     return torch.where(radius > 0, -ratio.square(), 0.0 if center == 0 else -torch.inf)
 
@@ -95,7 +95,7 @@ def count_positions(out_features: int, in_features: int, *, half_plane: bool = T
 def band_capacity(
     out_features: int, in_features: int, center: float, bandwidth: float, half_plane: bool = True, *, enough: float = math.inf
 ) -> float:
-    """How many positions a band holds: the sum of their weights. A larger draw would take the positions of other bands.
+    """Return how many positions a band holds: the sum of their weights. A larger draw would take the positions of other bands.
 
     Walks from both ends of the rows, |u| = 0 and |u| = M/2, where every band inside the plane has positions, and in every row
     over those columns only whose weight counts. A plane of 32768 x 32768 takes no longer than a small one, unless the band

@@ -136,7 +136,7 @@ def _(
 
 
 def _path(x_TN: Tensor, coefficients_EPC: Tensor) -> ModuleType:
-    """The module whose `product_forward` and `product_backward` compute this input: Triton's kernels or PyTorch."""
+    """Return the module whose `product_forward` and `product_backward` compute this input: Triton's kernels or PyTorch."""
     if len(x_TN) and use_triton(x_TN) and coefficients_EPC.dtype == torch.float32:  # a kernel cannot start on no tokens
         from fourier_moe.spectral.kernels import triton_product  # needs triton, which is optional
 

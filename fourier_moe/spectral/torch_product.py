@@ -58,7 +58,7 @@ def product_forward(
     out_features: int,
     scale: float,
 ) -> Tensor:
-    """The product itself, without its place in torch's operators and autograd; see `routed_spectral_product`."""
+    """Return the product itself, without its place in torch's operators and autograd; see `routed_spectral_product`."""
     dtype = coefficients_EPC.dtype
     positions = Positions.of(frequencies_EPC, dtype)
     y_parts = []

@@ -22,7 +22,7 @@ _JOINED = re.compile(rf"\s*(?:\bto\b|[-+*/x])\s*\(?{_SIGN}\.?\d")  # a range, or
 
 
 def first_number(text: str) -> str | None:
-    """The first number of an answer, in a form that `float` reads; None where another one is offered or joined to it."""
+    """Return the first number of an answer, in a form that `float` reads; None where another one is offered or joined to it."""
     found = _NUMBER.search(text)
     if found is None or _ALTERNATIVE.match(text, found.end()) or _JOINED.match(text, found.end()):
         return None
@@ -30,12 +30,12 @@ def first_number(text: str) -> str | None:
 
 
 def has_number(text: str) -> bool:
-    """Whether there is any number in the text."""
+    """Return whether there is any number in the text."""
     return _NUMBER.search(text) is not None
 
 
 def last_number(text: str) -> str | None:
-    """The last number in a text, in a form that `float` reads; None where it is one of two alternatives (`3 or 4`)."""
+    """Return the last number in a text, in a form that `float` reads; None where it is one of two alternatives (`3 or 4`)."""
     before, last = None, None
     for found in _NUMBER.finditer(text):
         before, last = last, found
@@ -47,7 +47,7 @@ def last_number(text: str) -> str | None:
 
 
 def _value(found: re.Match[str]) -> str | None:
-    """What a match of `_NUMBER` says; plain numbers as they are written, others as their value."""
+    """Return what a match of `_NUMBER` says; plain numbers as they are written, others as their value."""
     sign = "-" if "-" in found["sign"] else ""
     if found["decimal"]:
         return sign + found["decimal"]

@@ -35,7 +35,7 @@ _LATEX = (
 
 
 def plain_text(output: str) -> str:
-    r"""The same text in ASCII digits, signs and spaces, without LaTeX commands and Markdown's `**`.
+    r"""Return the same text in ASCII digits, signs and spaces, without LaTeX commands and Markdown's `**`.
 
     `\boxed{x}` becomes a mark with x behind it, `\frac{1}{2}` and one half as a character `1/2`, a superscript `^2`.
     """

@@ -48,18 +48,18 @@ class AnswerRule(ABC):
 
     @abstractmethod
     def is_answer(self, answer: str) -> bool:
-        """Whether `answer` has the form of a gold answer."""
+        """Return whether `answer` has the form of a gold answer."""
 
     @abstractmethod
     def extract(self, output: str) -> str | None:
-        """The answer by the rule of the published figures."""
+        """Return the answer by the rule of the published figures."""
 
     @abstractmethod
     def extract_strict(self, output: str) -> str | None:
-        """The answer that the output commits itself to, in its first turn."""
+        """Return the answer that the output commits itself to, in its first turn."""
 
     def agrees(self, extracted: str, answer: str) -> bool:
-        """Whether an extracted answer is the gold answer."""
+        """Return whether an extracted answer is the gold answer."""
         return extracted == answer
 
     def grade(self, output: str, answer: str) -> Grade:
@@ -116,7 +116,7 @@ class ChoiceRule(AnswerRule):
         return _only([*found, self._choice(beginning)] if beginning else found)
 
     def _choice(self, found: re.Match[str]) -> str:
-        """The choice in the last group of a match."""
+        """Return the choice in the last group of a match."""
         word = re.sub(r"[ _-]", "", found.group(found.lastindex or 0).lower())
         return self._synonyms.get(word, word)
 
@@ -227,17 +227,17 @@ TEXT = TextRule()
 
 
 def rule_of(answer: str) -> AnswerRule:
-    """The rule for a gold answer of a mixed training file, by the answer's form."""
+    """Return the rule for a gold answer of a mixed training file, by the answer's form."""
     return next(rule for rule in (BOOLEAN, SOLUTION, ANSWER, ENDING, OPTION, LETTER, NUMBER, TEXT) if rule.is_answer(answer))
 
 
 def first_response(output: str) -> str:
-    """What the published rules read: LLM-Adapters' scripts stop where the model writes the next `### Response:`."""
+    """Return what the published rules read: LLM-Adapters' scripts stop where the model writes the next `### Response:`."""
     return output.split("### Response:", maxsplit=1)[0].strip()
 
 
 def first_turn(output: str) -> str:
-    """An output up to where the model begins to write the next question."""
+    """Return an output up to where the model begins to write the next question."""
     return _NEXT_TURN.split("\n" + output, maxsplit=1)[0].strip() or output.strip()
 
 
@@ -246,7 +246,7 @@ def _number(text: str) -> float:
 
 
 def _letter(found: re.Match[str]) -> str:
-    """The letter in the group that took part in a match."""
+    """Return the letter in the group that took part in a match."""
     return found.group(found.lastindex or 0).upper()
 
 

@@ -31,11 +31,11 @@ class Inventory:
         self.lines: list[str] = []
 
     def is_compared(self, test: Source) -> bool:
-        """Whether a test set's questions have been looked for in the training sources."""
+        """Return whether a test set's questions have been looked for in the training sources."""
         return test.name in self._overlaps
 
     def read(self, sources: Sequence[Source], files: Files, role: str) -> list[Example]:
-        """The examples of all sources, for role train, validation or test.
+        """Return the examples of all sources, for role train, validation or test.
 
         Raises:
             UserError: a file is missing or malformed.
@@ -59,7 +59,7 @@ class Inventory:
             self.lines += [f"  {n:,} question(s) of test {name} are in train {source}" for source, n in overlaps.items()]
 
     def note(self, test: Source, *, is_validated: bool) -> str:
-        """What a reader of a test set's results has to know; empty for nothing."""
+        """Return what a reader of a test set's results has to know; empty for nothing."""
         notes = []
         count = self._test_counts.get(test.name)
         if count is not None and test.count not in (None, count):

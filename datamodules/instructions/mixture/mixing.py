@@ -47,7 +47,7 @@ class Source:
 def train_sources(
     train: Mapping[str, float] | Sequence[str] | str, train_sets: Sequence[TrainSet], directory: Path | None = None
 ) -> list[Source]:
-    """The sources that `train` names.
+    """Return the sources that `train` names.
 
     Args:
         train: names of `train_sets`, `custom` or paths of files: one, a list, or each with its weight.
@@ -82,7 +82,7 @@ def train_sources(
 def evaluation_sources(
     argument: str, names: Sequence[str], benchmarks: Mapping[str, Benchmark], directory: Path | None = None
 ) -> list[Source]:
-    """The sources that `test` or `validation_sets` names: benchmarks, `custom` (a file of `directory`), or paths of files.
+    """Return the sources of `test` or `validation_sets`: benchmarks, `custom` (a file of `directory`), or paths of files.
 
     Raises:
         UserError: a name is unknown, comes twice or is taken, or a file does not exist.
@@ -122,14 +122,14 @@ def _is_path(name: str) -> bool:
 
 
 def choices(known: Iterable[str]) -> str:
-    """What may be given instead, as the end of an error."""
+    """Return what may be given instead, as the end of an error."""
     names = ", ".join(known)
     own = f"{CUSTOM} (a file of directory) or the path of a JSON file"
     return f"choose from {names}, or give {own}" if names else f"give {own}"
 
 
 def _in_directory(argument: str, split: str, directory: Path | None, weight: float = 1.0) -> Source:
-    """The file of a split in a directory of custom data."""
+    """Return the file of a split in a directory of custom data."""
     expected = expected_files(split, SUFFIXES)
     if directory is None:
         raise UserError(f"{argument}: '{CUSTOM}' needs directory, a folder with {expected}")

@@ -12,12 +12,12 @@ _NO_LETTER_OR_DIGIT = re.compile(r"(?![-+*/]\s*\d|\.\d)\W")  # 1.2 - 3 and 12 + 
 
 
 def question_key(record: Record) -> str:
-    """A question, with its options, without case, white space and punctuation (but for that of numbers)."""
+    """Return a question, with its options, without case, white space and punctuation (but for that of numbers)."""
     return _NO_LETTER_OR_DIGIT.sub("", f"{record.instruction}{record.input}".lower())
 
 
 def count_overlaps(train: Sequence[Example], tests: Mapping[str, Sequence[Example]]) -> dict[str, dict[str, int]]:
-    """How many questions of each test set are in each training source, as {test set: {source: count}}; no zeros."""
+    """Return how many questions of each test set are in each training source, as {test set: {source: count}}; no zeros."""
     trained: dict[str, set[str]] = {}
     for example in train:
         trained.setdefault(str(example.task), set()).add(question_key(example.record))

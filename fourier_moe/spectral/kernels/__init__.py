@@ -11,7 +11,7 @@ OPT_IN = "FOURIER_MOE_TRITON"
 
 
 def use_triton(x: Tensor) -> bool:
-    """Whether this input goes through the Triton kernels: asked for by FOURIER_MOE_TRITON=1, and on a GPU in float32 or lower.
+    """Return whether this input goes through the Triton kernels: with FOURIER_MOE_TRITON=1, on a GPU, in float32 or lower.
 
     Opt-in because they have been checked for exactness by Triton's interpreter only and never been timed on a GPU.
     """

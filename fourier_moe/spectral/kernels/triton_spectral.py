@@ -153,7 +153,7 @@ def _gradient_kernel(
 
 
 def accumulate(spectrum_TFC: Tensor, gates_TE: Tensor, coefficients_RC: Tensor, lists: RowLists, size: int) -> Tensor:
-    """The output half spectrum (T, size//2 + 1, 2), edges ready for irfft of length `size`."""
+    """Return the output half spectrum (T, size//2 + 1, 2), edges ready for irfft of length `size`."""
     num_tokens, num_in, _ = spectrum_TFC.shape
     num_out, width = lists.positions_FW.shape
     gates_TE = gates_TE.contiguous()
