@@ -5,7 +5,7 @@ BIN := .venv/bin
 .PHONY: demo test docs install clean
 
 demo: install # one thread: for so small a model a second one only waits
-	OMP_NUM_THREADS=1 $(BIN)/python train.py compare --config configs/demo.yaml --adapters head_only,full_fine_tuning_small,config --seeds 3
+	OMP_NUM_THREADS=1 $(BIN)/python train.py compare --config configs/demo.yaml --adapters head_only,examples/digits_tower/full_fine_tuning.yaml,config --seeds 3
 
 test: install
 	$(BIN)/ruff check .

@@ -221,6 +221,6 @@ def test_smoke_overlay_names_no_setting_of_one_adapter_alone():
 
 def test_demo_command_runs_in_smoke_size(main, tmp_path):
     results = main(*command(Path("configs/demo.yaml")), *SMOKE, "--output", str(tmp_path), "--seeds", "1")
-    assert [result.variant for result in results] == ["head_only", "full_fine_tuning_small", "config"]
+    assert [result.variant for result in results] == ["head_only", "examples/digits_tower/full_fine_tuning.yaml", "config"]
     assert [result.method for result in results] == ["HeadOnly", "FullFineTuning", "FourierMoE"]
     assert {path.name for path in tmp_path.glob("*.*")} == {"results.md", "results.json", "results.csv", "plot.png"}

@@ -190,7 +190,7 @@ def test_command_parses(parse, words_of, tmp_path, command):
         place = words.index("--adapters") + 1
         names = words[place].split(",")
         for name in names:
-            overlays = [REPOSITORY / "configs" / folder / f"{name}.yaml" for folder in ("adapters", "")]
+            overlays = [REPOSITORY / name, *(REPOSITORY / "configs" / folder / f"{name}.yaml" for folder in ("adapters", ""))]
             assert name in ("config", "fourier_moe") or any(overlay.is_file() for overlay in overlays), name
         words[place] = ",".join([names[0], names[-1]])
         words += ["--seeds", "1"]

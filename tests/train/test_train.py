@@ -19,7 +19,7 @@ from lightning_modules.cli import AdaptationCLI
 DEMO = ("--config", "configs/demo.yaml")
 SMOKE = ("--config", "configs/smoke.yaml")
 HEAD_ONLY = ("--config", "configs/adapters/head_only.yaml")
-FULL = ("--config", "configs/adapters/full_fine_tuning_small.yaml")
+FULL = ("--config", "examples/digits_tower/full_fine_tuning.yaml")
 EXPERTS_LR = "--model.optimization.experts.lr"
 
 

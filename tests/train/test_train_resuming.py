@@ -16,7 +16,7 @@ from lightning_modules import AdaptationModule
 
 DEMO = ("--config", "configs/demo.yaml")
 HEAD_ONLY = ("--config", "configs/adapters/head_only.yaml")
-FULL = ("--config", "configs/adapters/full_fine_tuning_small.yaml")
+FULL = ("--config", "examples/digits_tower/full_fine_tuning.yaml")
 EXPERTS_LR = "--model.optimization.experts.lr"
 STEPS = 26  # 808 training images of the demo in batches of 32
 
