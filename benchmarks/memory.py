@@ -27,7 +27,7 @@ from benchmarks.steps import Setting, Trial, build_base
 from lightning_modules.callbacks.monitoring.peak_memory import peak_resident_bytes, reset_peak, status_bytes
 
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "131072", "MALLOC_ARENA_MAX": "2"}
-_STEPS = 2  # the first makes the optimiser's state, the second runs with it
+_STEPS = 2  # the first makes the optimizer's state, the second runs with it
 
 
 def peak_memory(base: Classifier | None, method: str, setting: Setting) -> int | None:

@@ -79,7 +79,7 @@ class Adapter(nn.Module, ABC):
 
         Raises:
             UserError: if the method has no merge, as no method that routes tokens has, or the weight cannot take an update
-                (quantised, sharded).
+                (quantized, sharded).
         """
         raise UserError(f"{type(self).__name__} cannot be merged into one weight; serve it with its adapter")
 

@@ -90,7 +90,7 @@ class ProjectionAdapterConfig(AdapterConfig):
     targets: Sequence[str]
     seed: int | None = None
 
-    reads_weights: ClassVar[bool] = False  # whether the method computes with pretrained weights, which then cannot be quantised
+    reads_weights: ClassVar[bool] = False  # whether the method computes with pretrained weights, which then cannot be quantized
 
     def __post_init__(self) -> None:
         _set_names(self, "targets")

@@ -73,7 +73,7 @@ def _check_model(model: nn.Module, config: AdapterConfig) -> None:
         raise UserError("model is adapted already, or a part of it is; inject into a freshly loaded model")
     if config.trains_backbone and is_quantized(model):
         raise UserError(
-            f"{type(config).__name__} trains the pretrained weights, and these are quantised; load the model without "
+            f"{type(config).__name__} trains the pretrained weights, and these are quantized; load the model without "
             "quantization"
         )
 
@@ -113,7 +113,7 @@ def _check_projections(model: nn.Module, names: Iterable[str], config: Projectio
             raise UserError(f"targets match {name!r}: {error}") from error
         if config.reads_weights and is_quantized(projection):
             raise UserError(
-                f"{type(config).__name__} computes with the pretrained weights, and those of {name!r} are quantised; load the "
+                f"{type(config).__name__} computes with the pretrained weights, and those of {name!r} are quantized; load the "
                 "model without quantization, or take a method that only adds to the output (FourierMoEConfig, LoRAConfig)"
             )
         check_is_called(model, name)
@@ -191,7 +191,7 @@ def regularization(model: nn.Module) -> Tensor:
 
 
 def after_step(model: nn.Module) -> None:
-    """Let adapters do what their method does after every optimiser step (LoRA-Dash chooses its directions after some)."""
+    """Let adapters do what their method does after every optimizer step (LoRA-Dash chooses its directions after some)."""
     for adapter in adapters(model).values():
         heed(adapter, "after_step")
         adapter.after_step()

@@ -1,4 +1,4 @@
-"""A user's own labelled sentences as one more task, described by the files themselves."""
+"""A user's own labeled sentences as one more task, described by the files themselves."""
 
 from __future__ import annotations
 

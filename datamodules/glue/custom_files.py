@@ -23,7 +23,7 @@ def read_rows(path: Path, needed: Collection[str]) -> Iterator[tuple[str, Mappin
     Args:
         path: A table whose first line names the columns, with quotation marks as Python's `csv.writer` and spreadsheets write
             them; or JSON objects, as a list or one a line.
-        needed: columns by which the delimiter of a .csv file is recognised.
+        needed: columns by which the delimiter of a .csv file is recognized.
 
     Raises:
         UserError: the file is not such a file, has a column twice, or a row has too few or too many fields.

@@ -17,7 +17,7 @@ from datamodules.glue.dataset import PadBatch, TextDataset
 from datamodules.glue.directory import open_directory
 from datamodules.glue.parquet import HubFiles
 from datamodules.glue.source import Examples, GlueSource
-from datamodules.glue.summary import SetSummary, summarise
+from datamodules.glue.summary import SetSummary, summarize
 from datamodules.glue.synthetic import write_tsv_files
 from datamodules.glue.tokenization import TokenizedExamples, tokenize
 from datamodules.shared.arguments import require
@@ -50,7 +50,7 @@ class GlueDataModule(TextDataModule):
     train, unless `selection` says otherwise. `predict` goes through the test split.
 
     Args:
-        dataset: cola, sst2, mrpc, qqp, mnli, qnli or rte; or custom, for labelled sentences of one's own in `directory`:
+        dataset: cola, sst2, mrpc, qqp, mnli, qnli or rte; or custom, for labeled sentences of one's own in `directory`:
             `train.tsv` and `dev.tsv`, perhaps `test.tsv` (or .csv, .json, .jsonl), with columns `sentence`, or
             `sentence1` and `sentence2`, and `label`. With labels, the test file is what is tested.
         tokenizer: name or directory of a Hugging Face model whose tokenizer is taken, or bytes (a token per byte).
@@ -63,7 +63,7 @@ class GlueDataModule(TextDataModule):
         num_workers: loading processes of each loader; 0 loads in the main process.
         selection: what the validation loader, which decides on the best checkpoint, goes through: train (a part held out of
             it) or validation (what is tested, as many publications do: its best epoch is then an optimistic figure). Data of
-            one's own with a dev file and a labelled test file are selected on the dev file in any case.
+            one's own with a dev file and a labeled test file are selected on the dev file in any case.
         selection_fraction: share of train that is held out, at most 5,000 examples.
         seed: decides which examples are held out. Their order in training follows the run's own seed.
         cache_directory: where token ids are kept from run to run; None for the cache of the `datasets` library. Those of
@@ -279,7 +279,7 @@ class GlueDataModule(TextDataModule):
         ]
         splits = [self._splits[split] for split in sorted({summary.split for summary in sets})]
         if self.synthetic:
-            return summarise(self.dataset, self.class_names, sets, splits, self.max_length, f"generated {self._open().origin}")
+            return summarize(self.dataset, self.class_names, sets, splits, self.max_length, f"generated {self._open().origin}")
         found = {summary.split: self._incomplete(summary.split) for summary in sets}
         notes = [f"{split} has {note}" for split, note in found.items() if note]
-        return summarise(self.dataset, self.class_names, sets, splits, self.max_length, self._open().origin, notes)
+        return summarize(self.dataset, self.class_names, sets, splits, self.max_length, self._open().origin, notes)

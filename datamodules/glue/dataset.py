@@ -1,4 +1,4 @@
-"""The torch dataset over tokenised examples, and batches of them."""
+"""The torch dataset over tokenized examples, and batches of them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class TextDataset(Dataset[dict[str, Any]]):
 
     Args:
         examples: A split.
-        tokens: the same split, tokenised.
+        tokens: the same split, tokenized.
         indices: which of its examples.
     """
 

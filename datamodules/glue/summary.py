@@ -44,7 +44,7 @@ class SetSummary:
         return f"{self.role} {self.size:,} ({origin})"
 
 
-def summarise(
+def summarize(
     name: str,
     class_names: Sequence[str],
     sets: Sequence[SetSummary],

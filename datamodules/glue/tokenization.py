@@ -45,7 +45,7 @@ class TokenizedExamples:
 def tokenize(
     examples: Examples, tokenizer: PreTrainedTokenizerBase, max_length: int, cache_directory: Path
 ) -> TokenizedExamples:
-    """Tokenise sentences, or pairs of them as the tokenizer joins pairs; examples that are too long are cut at max_length.
+    """Tokenize sentences, or pairs of them as the tokenizer joins pairs; examples that are too long are cut at max_length.
 
     Args:
         examples: the sentences.

@@ -15,7 +15,7 @@ from datamodules.images.decoding import IMAGE_EXTENSIONS
 from datamodules.images.directory import open_directory
 from datamodules.images.files import describe_left_out, find_files
 from datamodules.images.source import ImageSource
-from datamodules.images.transforms import CLIP_MEAN, CLIP_STD, eval_transform, normalisation, train_transform
+from datamodules.images.transforms import CLIP_MEAN, CLIP_STD, eval_transform, normalization, train_transform
 from datamodules.shared.arguments import require
 from datamodules.shared.custom import current_name
 from datamodules.shared.data_module import BaseDataModule, incomplete
@@ -35,10 +35,10 @@ _SPLITS_OF_STAGE = {
 class ImageDataModule(BaseDataModule):
     """Images and class labels from the Hugging Face hub, from a local directory, or generated.
 
-    A batch is a dict: `image` float32 (B, 3, image_size, image_size), normalised; `label` int64 (B,), absent for
+    A batch is a dict: `image` float32 (B, 3, image_size, image_size), normalized; `label` int64 (B,), absent for
     images of `predict_directory`; `id` list of B strings, the path relative to the directory or `test/123` for
-    row 123 of a table. The loaders give the images as uint8; a trainer normalises them once they are on the model's device
-    (without a trainer: `normalise`).
+    row 123 of a table. The loaders give the images as uint8; a trainer normalizes them once they are on the model's device
+    (without a trainer: `normalize`).
 
     A local directory holds class folders `{train,test[,val]}/<class name>/*.jpg` or the hub's parquet files
     (`train*.parquet`, `test*.parquet`, perhaps `validation*.parquet`, there or in `data/`). Class folders are read at
@@ -54,8 +54,8 @@ class ImageDataModule(BaseDataModule):
         batch_size: images a batch and process.
         num_workers: loading processes of each loader; 0 loads in the main process.
         image_size: height and width of the images that the model gets, in pixels.
-        mean: mean of each colour channel, of values from 0 to 1. The default is CLIP's.
-        std: standard deviation of each colour channel. The default is CLIP's.
+        mean: mean of each color channel, of values from 0 to 1. The default is CLIP's.
+        std: standard deviation of each color channel. The default is CLIP's.
         validation_fraction: share of train held out for validation, where there is no validation split.
         seed: decides which images are held out for validation. Their order in training follows the run's own seed
             (seed_everything), so that runs with several seeds share their splits.
@@ -108,7 +108,7 @@ class ImageDataModule(BaseDataModule):
 
         self._train_transform = train_transform(image_size)
         self._eval_transform = eval_transform(image_size)
-        self._normalisation = normalisation(mean, std)
+        self._normalization = normalization(mean, std)
         self._class_names: list[str] = []
         self._source: ImageSource | None = None
         self._datasets: dict[str, ImageDataset] = {}
@@ -190,13 +190,13 @@ class ImageDataModule(BaseDataModule):
         self._source = None
         self._datasets.clear()
 
-    def normalise(self, images: torch.Tensor) -> torch.Tensor:
-        """Return what the model gets for the loaders' uint8 images (..., 3, H, W): float32, normalised with mean and std."""
-        return self._normalisation(images)
+    def normalize(self, images: torch.Tensor) -> torch.Tensor:
+        """Return what the model gets for the loaders' uint8 images (..., 3, H, W): float32, normalized with mean and std."""
+        return self._normalization(images)
 
     def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
-        """Normalise the images on the model's device."""
-        return {**batch, "image": self.normalise(batch["image"])}
+        """Normalize the images on the model's device."""
+        return {**batch, "image": self.normalize(batch["image"])}
 
     def datasets(self, part: str) -> dict[str, ImageDataset]:
         """After `setup`: the set of `train`, `validation`, `test` or `predict`, by that name."""

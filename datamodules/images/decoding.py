@@ -81,7 +81,7 @@ def decode_rgb(content: bytes, name: str) -> Image.Image:
     """Decode an image to RGB.
 
     The image is turned upright as its EXIF orientation says. Transparent pixels show a white background. Of 16-bit values the
-    upper 8 bits are kept, for gray images too (Pillow does the same for colour).
+    upper 8 bits are kept, for gray images too (Pillow does the same for color).
 
     Args:
         content: the encoded image; see `open_image`.

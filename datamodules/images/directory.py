@@ -1,4 +1,4 @@
-"""A local directory of labelled images, in whichever of the two layouts it has."""
+"""A local directory of labeled images, in whichever of the two layouts it has."""
 
 from pathlib import Path
 

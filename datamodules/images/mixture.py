@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from datamodules.images.data_module import ImageDataModule
-from datamodules.images.transforms import CLIP_MEAN, CLIP_STD, normalisation
+from datamodules.images.transforms import CLIP_MEAN, CLIP_STD, normalization
 from datamodules.mixture import MixtureDataModule, MixtureTask, SeededConcatDataset, require_hub_for
 from datamodules.shared.splits import TRAIN
 
@@ -25,8 +25,8 @@ class ImageMixtureDataModule(MixtureDataModule):
         batch_size: images per batch and process, of all tasks.
         num_workers: loading processes of each loader; 0 loads in the main process.
         image_size: height and width of the images that the model gets, in pixels.
-        mean: mean of each colour channel, of values from 0 to 1.
-        std: standard deviation of each colour channel.
+        mean: mean of each color channel, of values from 0 to 1.
+        std: standard deviation of each color channel.
         validation_fraction: share of each task's train held out for validation, where it has no validation split.
         seed: decides which images are held out.
         synthetic: generate a tiny data set of 4 classes for every task and read that.
@@ -68,15 +68,15 @@ class ImageMixtureDataModule(MixtureDataModule):
             )
 
         super().__init__(tasks, task_module, batch_size=batch_size, num_workers=num_workers, seed=seed)
-        self._normalisation = normalisation(mean, std)
+        self._normalization = normalization(mean, std)
 
-    def normalise(self, images: torch.Tensor) -> torch.Tensor:
-        """Return what the model gets for the loaders' uint8 images (..., 3, H, W): float32, normalised with mean and std."""
-        return self._normalisation(images)
+    def normalize(self, images: torch.Tensor) -> torch.Tensor:
+        """Return what the model gets for the loaders' uint8 images (..., 3, H, W): float32, normalized with mean and std."""
+        return self._normalization(images)
 
     def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
-        """Normalise the images on the model's device."""
-        return {**batch, "image": self.normalise(batch["image"])}
+        """Normalize the images on the model's device."""
+        return {**batch, "image": self.normalize(batch["image"])}
 
     def train_dataloader(self) -> DataLoader[dict[str, Any]]:
         sets = SeededConcatDataset(self.sets(TRAIN).values())

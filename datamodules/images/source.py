@@ -54,9 +54,9 @@ def check_classes(classes: Mapping[str, Iterable[str]], origin: str) -> None:
             f"{len(not_text)} class name(s) are not UTF-8, which adapter files are written in: {shorten(not_text)} ({origin}); "
             "rename them"
         )
-    learnt = set(classes[TRAIN])
+    learned = set(classes[TRAIN])
     for split in (VALIDATION, TEST):
-        unknown = sorted(set(classes.get(split, ())) - learnt)
+        unknown = sorted(set(classes.get(split, ())) - learned)
         if unknown:
             raise UserError(
                 f"{len(unknown)} class(es) of the {split} split have no train images: {shorten(unknown)} ({origin}); "

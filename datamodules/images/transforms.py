@@ -31,11 +31,11 @@ def eval_transform(image_size: int) -> v2.Compose:
     return v2.Compose([CentralSquare(image_size), v2.ToImage(), v2.ToPureTensor()])
 
 
-def normalisation(mean: Sequence[float], std: Sequence[float]) -> v2.Compose:
+def normalization(mean: Sequence[float], std: Sequence[float]) -> v2.Compose:
     """Return the last step, made on the model's device: workers hand bytes on, a quarter of the memory of float32.
 
     Returns:
-        From uint8 images (..., 3, H, W) to float32, scaled to 0 to 1, then normalised.
+        From uint8 images (..., 3, H, W) to float32, scaled to 0 to 1, then normalized.
     """
     return v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(mean), list(std))])
 

@@ -22,7 +22,7 @@ from datamodules.shared.data_module import TextDataModule, one_or_all
 from datamodules.shared.user_cache import default_cache_directory
 from fourier_moe.errors import UserError
 
-_WORTH_CACHING = 20_000  # training examples; fewer are tokenised in seconds
+_WORTH_CACHING = 20_000  # training examples; fewer are tokenized in seconds
 
 
 class InstructionDataModule(TextDataModule):

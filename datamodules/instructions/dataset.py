@@ -1,4 +1,4 @@
-"""Tokenised examples as torch datasets, and how they become batches."""
+"""Tokenized examples as torch datasets, and how they become batches."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class TrainDataset(Dataset[dict[str, Any]]):
         examples: records and where they are from.
         tokenizer: makes token ids of them.
         train_on_prompt: whether the prompt's tokens have labels, too.
-        cache_directory: keeps the token ids from run to run; None tokenises every time.
+        cache_directory: keeps the token ids from run to run; None tokenizes every time.
 
     Attributes:
         lengths: tokens of each example.

@@ -35,9 +35,9 @@ class TokenizedExample:
 
 
 class InstructionTokenizer:
-    """Tokenises records with a prompt style.
+    """Tokenizes records with a prompt style.
 
-    Prompt and response are tokenised as one text, as they would be found in any other text; a token that reaches into the
+    Prompt and response are tokenized as one text, as they would be found in any other text; a token that reaches into the
     response is the response's. A BOS token comes first if the tokenizer uses one, an EOS token ends the response.
 
     Args:

@@ -37,7 +37,7 @@ def load_or_make(cache_directory: Path, key: str, make: Callable[[], dict[str, T
             return _load_checked(path)
         except Exception as error:  # a damaged header gives errors of many kinds
             reason = " ".join(str(error).split())
-            rank_zero_warn(f"token cache: '{path}' is damaged ({reason}); the texts are tokenised again")
+            rank_zero_warn(f"token cache: '{path}' is damaged ({reason}); the texts are tokenized again")
     tensors = make()
     content = save(tensors, metadata={_CHECKSUM: _checksum(tensors)})
     try:

@@ -14,7 +14,7 @@ from fourier_moe.errors import UserError
 SUFFIXES = (".json", ".jsonl", ".ndjson")
 
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # written as an escape, alone or in a pair
-_HALF = re.compile("[\ud800-\udfff]")  # alone, which is no text that could be tokenised or written
+_HALF = re.compile("[\ud800-\udfff]")  # alone, which is no text that could be tokenized or written
 
 
 def read_items(path: Path) -> Iterator[tuple[str, Any]]:

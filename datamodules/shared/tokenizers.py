@@ -1,4 +1,4 @@
-"""Tokenizers: the one place that loads them, for data that tokenises and for language models that read their own output.
+"""Tokenizers: the one place that loads them, for data that tokenizes and for language models that read their own output.
 
 The only module that tasks take from this package: text means nothing without the tokenizer of the model that reads it.
 """

@@ -1,4 +1,4 @@
-"""BoolQ's questions as labelled sentences of one's own: python examples/boolq_questions/convert.py LLM_ADAPTERS/boolq OUTPUT
+"""BoolQ's questions as labeled sentences of one's own: python examples/boolq_questions/convert.py LLM_ADAPTERS/boolq OUTPUT
 
 Reads train.json and test.json in LLM-Adapters' layout and writes train.tsv and dev.tsv for `dataset: custom`. The passages are
 not in those files: a model answers from what it knows, which is little better than always "true".

@@ -56,7 +56,7 @@ def _stack(data: ImageDataModule, loader: torch.utils.data.DataLoader) -> tuple[
     batches = list(loader)
     images, labels = (torch.cat([batch[key] for batch in batches]) for key in ("image", "label"))
     keep = labels < CLASSES
-    return data.normalise(images[keep]), labels[keep]
+    return data.normalize(images[keep]), labels[keep]
 
 
 if __name__ == "__main__":

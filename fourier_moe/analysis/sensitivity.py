@@ -99,7 +99,7 @@ def dense_gradients(
 ) -> dict[str, Tensor]:
     """Exact gradient of sum_k weight_k loss(batch_k) with respect to each projection's dense update.
 
-    It is summed from what goes in and what comes back, dW = sum over tokens of dy x^T, so that frozen, quantised and sharded
+    It is summed from what goes in and what comes back, dW = sum over tokens of dy x^T, so that frozen, quantized and sharded
     weights do. No parameter's `.grad` is touched. Tokens that the loss does not depend on (padding) add exactly 0.
 
     Args:
@@ -156,7 +156,7 @@ def measure(matrix: Tensor, *, strongest: int, permutations: int = 20, num_bins:
 
 
 def radial_spectrum(matrix: Tensor, *, strongest: int, num_bins: int = 32) -> RadialSpectrum:
-    """Return the spectrum of a real matrix (M, N), over `num_bins` equally wide rings of the normalised radius rho."""
+    """Return the spectrum of a real matrix (M, N), over `num_bins` equally wide rings of the normalized radius rho."""
     out_features, in_features = matrix.shape
     radius, counts = _half_plane(out_features, in_features, matrix.device)
     energy = torch.fft.rfft2(matrix).abs().square().double()

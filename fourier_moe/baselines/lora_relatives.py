@@ -53,17 +53,17 @@ class LoRARelativeLinear(Adapter):
 class LoRADashConfig(LoRASettings):
     """LoRA-Dash (arXiv 2409.01035): LoRA that, after some steps, also scales the directions of the weight that it changes most.
 
-    y = base(x) + alpha/r B A x + U diag(t) V^T x. For the first `start` optimiser steps U = V = 0. Then, with W = sum_i s_i u_i
+    y = base(x) + alpha/r B A x + U diag(t) V^T x. For the first `start` optimizer steps U = V = 0. Then, with W = sum_i s_i u_i
     v_i^T and d_i = u_i^T (alpha/r B A) v_i, they become the `num_directions` pairs (u_i, v_i) of largest |d_i| / s_i, and t,
     zero at the start, is trained with A and B.
 
     The authors' code counts calls of a layer, those of evaluation and of accumulated batches too, and forgets the count when it
-    is interrupted. Here optimiser steps count, and count and directions are saved. In a training loop of your own call
+    is interrupted. Here optimizer steps count, and count and directions are saved. In a training loop of your own call
     `after_step(model)` after `optimizer.step()`.
 
     Args:
         num_directions: directions of each projection.
-        start: optimiser steps before they are chosen.
+        start: optimizer steps before they are chosen.
 
     Raises:
         UserError: for an impossible value, naming it and what would be valid.
@@ -93,7 +93,7 @@ class LoRADashLinear(LoRARelativeLinear):
     """LoRA and, once chosen, the directions of the weight that it changes most; see LoRADashConfig.
 
     Attributes:
-        steps: int64 buffer (), optimiser steps so far.
+        steps: int64 buffer (), optimizer steps so far.
         U, V: float32 buffers (M, K) and (K, N), the chosen directions, zero before.
     """
 

@@ -27,7 +27,7 @@ class ThresholdRouter(Router):
         in_features: N.
         num_experts: E.
         max_threshold: tau_max.
-        generator: source of the initialisation: Kaiming-uniform for R, and for w and b as torch.nn.Linear's.
+        generator: source of the initialization: Kaiming-uniform for R, and for w and b as torch.nn.Linear's.
         device: where the weights are made.
     """
 

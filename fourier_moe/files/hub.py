@@ -104,6 +104,6 @@ def _refusal(error: Exception, repo_id: str) -> str:
     if status in (403, 404):
         return (
             f"this login may not write to {owner} ({status}); use a token with write permission, and your own name or that of "
-            "an organisation that you belong to"
+            "an organization that you belong to"
         )
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}; nothing here is lost, push again"

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fourier_moe.errors import UserError
 
-_SAMPLES, _VALUES = 8, 16  # parameters, and values of each: over whole matrices all initialisations look alike
+_SAMPLES, _VALUES = 8, 16  # parameters, and values of each: over whole matrices all initializations look alike
 _TOLERANCE = 4e-3  # relative; rounding a backbone to bfloat16 changes a value by less than 2^-8
 _SMALLEST = 2**-24  # absolute; the step between float16's smallest numbers
 _PRECISIONS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # float8 is too coarse to be compared
@@ -20,13 +20,13 @@ _ATTRIBUTE = "fourier_moe_backbone_fingerprint"
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """Root mean squares of a few values of every pretrained parameter that is not quantised, measured before training.
+    """Root mean squares of a few values of every pretrained parameter that is not quantized, measured before training.
 
     Attributes:
         values: by the parameter's name before adaptation, of its first values; of an embedding also of those of its middle
             row, as `name[row]`, since the first may be padding.
         sample: the names that files keep: evenly spread over all, and over those that stay as they are when a model is
-            quantised (norms, biases, embeddings).
+            quantized (norms, biases, embeddings).
     """
 
     values: Mapping[str, float] = field(default_factory=dict)
@@ -52,10 +52,10 @@ def measure_backbone(model: nn.Module, own: Collection[int] = ()) -> Fingerprint
     """
     embeddings = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
     values: dict[str, float] = {}
-    unquantised: list[str] = []
+    unquantized: list[str] = []
     always: list[str] = []
     for name, parameter in sorted(model.named_parameters(), key=lambda pair: pair[0]):
-        # A quantised weight is a subclass with a type of its own, or no floating-point number.
+        # A quantized weight is a subclass with a type of its own, or no floating-point number.
         comparable = type(parameter) is nn.Parameter and parameter.dtype in _PRECISIONS
         if id(parameter) in own or parameter.is_meta or not comparable:
             continue
@@ -66,8 +66,8 @@ def measure_backbone(model: nn.Module, own: Collection[int] = ()) -> Fingerprint
             values[f"{key}[{row}]"] = _root_mean_square(parameter[row])
             always += [key, f"{key}[{row}]"]
         elif parameter.ndim != 2:
-            unquantised.append(key)
-    sample = {*_evenly([*values]), *_evenly(unquantised), *always}
+            unquantized.append(key)
+    sample = {*_evenly([*values]), *_evenly(unquantized), *always}
     return Fingerprint(values, tuple(name for name in values if name in sample))
 
 
@@ -95,8 +95,8 @@ def backbone_fingerprint(model: nn.Module) -> dict[str, float]:
 def check_backbone(model: nn.Module, name: str | None, fingerprint: Mapping[str, float], source: str) -> None:
     """Refuse what was trained on other weights than `model` has, whatever these are called.
 
-    Parameters that only one of the two has unquantised are not compared. Where nothing can be compared, or only constants of
-    initialisation, names must be equal.
+    Parameters that only one of the two has unquantized are not compared. Where nothing can be compared, or only constants of
+    initialization, names must be equal.
 
     Args:
         model: an adapted model.

@@ -16,7 +16,7 @@ _DEPTH = 2  # a head stands in the model, or in the model inside a wrapper
 
 
 def fresh_heads(model: nn.Module) -> dict[str, nn.Module]:
-    """Trainable modules that are called like a head and whose values are those of an initialisation, by name."""
+    """Trainable modules that are called like a head and whose values are those of an initialization, by name."""
     return {
         name: module
         for name, module in model.named_modules()
@@ -29,7 +29,7 @@ def warn_of_frozen(heads: Mapping[str, nn.Module]) -> None:
     frozen = [name for name, module in heads.items() if not any(p.requires_grad for p in module.parameters())]
     if frozen:
         warnings.warn(
-            f"{', '.join(frozen)} looks newly initialised and is frozen now, as it is neither adapter nor head: it would stay "
+            f"{', '.join(frozen)} looks newly initialized and is frozen now, as it is neither adapter nor head: it would stay "
             f"random. Name it in the config to train and save it: head={frozen!r}",
             stacklevel=3,
         )
@@ -37,10 +37,10 @@ def warn_of_frozen(heads: Mapping[str, nn.Module]) -> None:
 
 def _is_fresh(module: nn.Module) -> bool:
     linears = [part for part in module.modules() if isinstance(part, nn.Linear)]
-    return bool(linears) and all(map(_looks_initialised, linears))
+    return bool(linears) and all(map(_looks_initialized, linears))
 
 
-def _looks_initialised(linear: nn.Linear) -> bool:
+def _looks_initialized(linear: nn.Linear) -> bool:
     """Return whether the values are what torch or transformers start a Linear with.
 
     torch: uniform up to 1 / sqrt(in_features), which a trained weight does not respect; transformers: a bias of zeros, which a

@@ -72,7 +72,7 @@ class PretrainedWeight(Tensor):
 
     @classmethod
     def of(cls, weight: Any, projection: str) -> Any:
-        """Return a view of `weight`; the weight itself where it is of a class of its own (quantised, sharded).
+        """Return a view of `weight`; the weight itself where it is of a class of its own (quantized, sharded).
 
         Args:
             weight: of the base.

@@ -1,6 +1,6 @@
 """Linear projections as several libraries hold them: their shape, and their weight matrix to read and to write.
 
-A weight may be stored transposed (transformers' Conv1D), sharded over processes (DTensor) or quantised (bitsandbytes).
+A weight may be stored transposed (transformers' Conv1D), sharded over processes (DTensor) or quantized (bitsandbytes).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from fourier_moe.models.quantization import is_quantized
 
 
 def projection_shape(module: nn.Module) -> tuple[int, int]:
-    """(in_features, out_features) of a linear projection: torch's Linear and its quantised kin, or transformers' Conv1D.
+    """(in_features, out_features) of a linear projection: torch's Linear and its quantized kin, or transformers' Conv1D.
 
     Raises:
         UserError: if the module is no linear projection.
@@ -68,8 +68,8 @@ def check_takes_update(projection: nn.Module) -> None:
     if is_quantized(projection) or not weight.is_floating_point() or type(weight.data) is not Tensor:
         kind = f"{type(projection).__name__} with a weight of {type(weight.data).__name__}, {weight.dtype}"
         raise UserError(
-            f"the frozen projection is a {kind}: an update added to a quantised or sharded weight would be rounded away or has "
-            "no place in it; load the pretrained model unquantised, in one process"
+            f"the frozen projection is a {kind}: an update added to a quantized or sharded weight would be rounded away or has "
+            "no place in it; load the pretrained model unquantized, in one process"
         )
 
 
@@ -78,7 +78,7 @@ def with_update(projection: nn.Module, update: Tensor) -> nn.Module:
     """Return a copy with `update` (out_features, in_features) added to the weight, rounded once to the weight's dtype.
 
     Raises:
-        UserError: if the weight is quantised or sharded.
+        UserError: if the weight is quantized or sharded.
     """
     check_takes_update(projection)
     merged: Any = copy.deepcopy(projection)

@@ -1,4 +1,4 @@
-"""Quantised weights: integers that stand for a frozen model's numbers (bitsandbytes' int8, and nf4 with two numbers in a byte).
+"""Quantized weights: integers that stand for a frozen model's numbers (bitsandbytes' int8, and nf4 with two numbers in a byte).
 
 A projection that holds them can be called and passes gradients on, but its weight can neither be read as numbers nor trained.
 """
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 def is_quantized(module: nn.Module) -> bool:
-    """Return whether some weight in `module` is quantised."""
+    """Return whether some weight in `module` is quantized."""
     return any(not p.is_floating_point() or _packed_shape(p) is not None for p in module.parameters())
 
 

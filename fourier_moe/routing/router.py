@@ -24,7 +24,7 @@ class Router(nn.Module, ABC):
     Args:
         in_features: N.
         num_experts: E.
-        generator: source of the Kaiming-uniform initialisation.
+        generator: source of the Kaiming-uniform initialization.
         device: where the weight is made.
 
     Attributes:
@@ -107,14 +107,14 @@ class TopKRouter(Router):
     """Softmax router that keeps the K most probable experts of a token (paper Eq. 2).
 
     p = softmax(R x) in float32; the gate of an expert in the top-K is p_e divided by the sum over the top-K, or p_e itself if
-    `normalize_gates` is off or K = 1 (a renormalised single gate is the constant 1 and would give R no gradient).
+    `normalize_gates` is off or K = 1 (a renormalized single gate is the constant 1 and would give R no gradient).
 
     Args:
         in_features: N.
         num_experts: E.
         top_k: K.
         normalize_gates: divide the gates of a token by their sum.
-        generator: source of the Kaiming-uniform initialisation.
+        generator: source of the Kaiming-uniform initialization.
         device: where the weight is made.
     """
 

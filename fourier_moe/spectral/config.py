@@ -30,7 +30,7 @@ class FourierMoEConfig(ProjectionAdapterConfig):
             P = n / (2 num_experts) conjugate pairs, a complex coefficient (two scalars) each.
         num_experts: E.
         top_k: K, experts active per token.
-        bandwidth: B, width of an expert's band in units of the normalised radius (0 = DC, 1 = corner of the plane).
+        bandwidth: B, width of an expert's band in units of the normalized radius (0 = DC, 1 = corner of the plane).
         band_layout: where the bands lie. `cover`: centers (e + 1/2)/E, spread over all frequencies. `stack`: centers
             (e + 1/2) B, side by side from DC outwards (the paper's bandwidth sweep).
         scaling: alpha, the factor of the update. A number is the paper's. `relative` sets it from each projection's shape and

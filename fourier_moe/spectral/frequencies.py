@@ -30,7 +30,7 @@ def named_generator(seed: int, name: str) -> torch.Generator:
 
 
 def band_centers(num_experts: int, bandwidth: float, layout: str) -> list[float]:
-    """Center f_e of each expert's band, in units of the normalised radius.
+    """Center f_e of each expert's band, in units of the normalized radius.
 
     `cover` spreads the centers evenly over the radius, f_e = (e + 1/2) / E. `stack` puts bands of the given width side by
     side from DC outwards, f_e = (e + 1/2) B, so that a small B leaves the high frequencies to nobody.

@@ -21,7 +21,7 @@ from fourier_moe.spectral.frequencies import named_generator
 class FourierMoELinear(Adapter):
     """y = base(x) + alpha sum_e g_e(x) dW_e x (paper Eq. 2), (..., N) -> (..., M) in the dtype of the base's output.
 
-    Router and experts are float32 whatever the base; the base is only called, its weight never read, so it may be quantised,
+    Router and experts are float32 whatever the base; the base is only called, its weight never read, so it may be quantized,
     sharded or on the meta device.
 
     Args:

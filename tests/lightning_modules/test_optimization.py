@@ -180,7 +180,7 @@ def test_without_override_a_checkpoint_would_bring_its_own_rates_back():
     assert advance(fresh, fresh_scheduler, 2)[-1] == pytest.approx(advance(optimizer, scheduler, 2)[-1])
 
 
-def test_override_leaves_a_checkpoint_without_optimiser_as_it_is():
+def test_override_leaves_a_checkpoint_without_optimizer_as_it_is():
     checkpoint = {"state_dict": {"a": torch.zeros(1)}}
     Optimization(experts=ParameterGroup(0.1)).override(checkpoint)
     assert list(checkpoint) == ["state_dict"]

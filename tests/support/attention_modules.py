@@ -19,7 +19,7 @@ def assert_same(actual, expected, dtype=torch.float32, **kwargs):
     torch.testing.assert_close(actual, expected, rtol=0, atol=TOLERANCE[dtype], **kwargs)
 
 
-def randomise(module):
+def randomize(module):
     """Untrained biases, norms and head scales are zeros or ones, which would hide most mistakes."""
     with torch.no_grad():
         for parameter in module.parameters():
@@ -28,7 +28,7 @@ def randomise(module):
 
 
 def make_mha(dtype=torch.float64, **options):
-    return randomise(nn.MultiheadAttention(E, H, dtype=dtype, **options))
+    return randomize(nn.MultiheadAttention(E, H, dtype=dtype, **options))
 
 
 def split_of(module):

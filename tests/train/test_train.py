@@ -71,7 +71,7 @@ def test_full_fine_tuning_changes_every_tensor(run, snapshots):
     assert cli.model.report.frozen == 0
 
 
-def test_zero_initialised_adapter_gives_the_outputs_of_the_model_before_injection(run, monkeypatch):
+def test_zero_initialized_adapter_gives_the_outputs_of_the_model_before_injection(run, monkeypatch):
     originals = []
     inject = lightning_modules.adaptation.inject
 

@@ -208,7 +208,7 @@ def test_hyper_parameters_in_a_checkpoint_do_not_win_over_the_command(run, train
     assert run("test", *DEMO, *words).model.adapter_path is None
 
 
-def test_checkpoint_holds_what_is_trained_and_its_optimiser_state_and_no_frozen_weight(trained):
+def test_checkpoint_holds_what_is_trained_and_its_optimizer_state_and_no_frozen_weight(trained):
     path = run_directory(trained) / "checkpoints/last.ckpt"
     checkpoint = torch.load(path, weights_only=True)
     expected = adapter_state_dict(trained.model.model)

@@ -14,13 +14,13 @@ class AdaptiveBalance(L.Callback):
     """Raise a layer's `balance_weight` while its experts are used unevenly, lower it while they are used evenly.
 
     Even is what `RouterStatistics.load_entropy` says: 1 for an even load. The balancing loss pulls every router to the same
-    even load, which specialised experts do not have; a weight that falls where balance holds by itself leaves them free. The
+    even load, which specialized experts do not have; a weight that falls where balance holds by itself leaves them free. The
     mean weight is logged as `adaptive_balance/weight`. A model without routers is ignored.
 
     Args:
         target: load entropy to hold.
         factor: by how much a weight changes at a time.
-        every_n_steps: optimiser steps between two changes.
+        every_n_steps: optimizer steps between two changes.
         limits: smallest and largest weight.
     """
 

@@ -71,11 +71,11 @@ def test_weight_rises_where_the_load_is_uneven_and_falls_where_it_is_even(tmp_pa
     assert module.proj.router.record.num_readers == 0
 
 
-def test_weight_stays_within_its_limits_and_counts_optimiser_steps(tmp_path):
+def test_weight_stays_within_its_limits_and_counts_optimizer_steps(tmp_path):
     module = Module(collapsed=True)
     fit(tmp_path, module, AdaptiveBalance(factor=10.0, every_n_steps=1, limits=(0.01, 0.5)), accumulate_grad_batches=3)
     assert adapters(module)[LAYER].balance_weight == 0.5
-    assert len((tmp_path / "metrics.csv").read_text().splitlines()) == 1 + 2  # six batches are two optimiser steps
+    assert len((tmp_path / "metrics.csv").read_text().splitlines()) == 1 + 2  # six batches are two optimizer steps
 
 
 def test_a_resumed_run_goes_on_with_the_weights_and_a_new_one_does_not(tmp_path):

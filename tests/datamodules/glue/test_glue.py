@@ -268,11 +268,11 @@ def test_left_out_lines_are_counted(write, messages):
     assert "; 1 line(s) with missing fields left out; " in messages[0]
 
 
-def test_second_run_tokenises_nothing(directory, tmp_path, monkeypatch):
+def test_second_run_tokenizes_nothing(directory, tmp_path, monkeypatch):
     arguments = {"directory": str(directory), "cache_directory": str(tmp_path / "cache")}
     first = ids(loaded("fit", **arguments).val_dataloader())
     assert len(list((tmp_path / "cache").iterdir())) == 2
-    monkeypatch.setattr(tokenization, "_tokenize", lambda *_: pytest.fail("tokenised again"))
+    monkeypatch.setattr(tokenization, "_tokenize", lambda *_: pytest.fail("tokenized again"))
     assert ids(loaded("fit", **arguments).val_dataloader()) == first
 
 
@@ -319,7 +319,7 @@ def test_trainer_fits_tests_and_predicts_generated_data_one_after_the_other(name
     assert len(set(model.seen)) == (16 + 8) * sets
 
 
-def test_prepare_data_tokenises_so_that_setup_finds_it(directory, monkeypatch):
+def test_prepare_data_tokenizes_so_that_setup_finds_it(directory, monkeypatch):
     data = module(directory=str(directory))
     seen: list[int] = []
     original = tokenization._tokenize

@@ -20,7 +20,7 @@ def examples(*columns, labels=None):
 
 @pytest.fixture
 def runs(monkeypatch):
-    """How many times tokenisation really ran."""
+    """How many times tokenization really ran."""
     counted, original = [], tokenization._tokenize
     monkeypatch.setattr(tokenization, "_tokenize", lambda *words: counted.append(words) or original(*words))
     return counted
@@ -61,7 +61,7 @@ def test_as_long_as_allowed_is_not_cut(words, tmp_path):
     assert (tokens.lengths, tokens.num_truncated) == ([9], 0)
 
 
-def test_many_rows_are_tokenised_in_parts_that_fit_together(words, tmp_path, monkeypatch):
+def test_many_rows_are_tokenized_in_parts_that_fit_together(words, tmp_path, monkeypatch):
     source = random.Random(0)
     texts = [" ".join(f"w{source.randrange(20)}" for _ in range(source.randint(1, 12))) for _ in range(25)]
     whole = tokenize(examples(texts), load_tokenizer(words), 10, tmp_path / "a")
@@ -122,7 +122,7 @@ def test_damaged_file_is_made_again(words, tmp_path, runs):
     [file] = tmp_path.iterdir()
     for damaged in (file.read_bytes()[:-4], b""):
         file.write_bytes(damaged)
-        with pytest.warns(UserWarning, match=rf"token cache: '{file}' is damaged \(.*\); the texts are tokenised again"):
+        with pytest.warns(UserWarning, match=rf"token cache: '{file}' is damaged \(.*\); the texts are tokenized again"):
             assert tokenize(examples(["w0"]), load_tokenizer(words), 8, tmp_path).lengths == [3]
     assert len(runs) == 3
     assert list(tmp_path.iterdir()) == [file]

@@ -7,7 +7,7 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode, v2
 
 from datamodules.images.dataset import FileSplit, ImageDataset
-from datamodules.images.transforms import CLIP_MEAN, CLIP_STD, CentralSquare, eval_transform, normalisation, train_transform
+from datamodules.images.transforms import CLIP_MEAN, CLIP_STD, CentralSquare, eval_transform, normalization, train_transform
 from datamodules.shared.sampling import hold_out
 
 
@@ -59,7 +59,7 @@ def test_image_that_breaks_after_the_check_is_named(tmp_path, encode):
         dataset[0]
 
 
-def test_eval_transform_resizes_the_shorter_side_and_crops_the_centre():
+def test_eval_transform_resizes_the_shorter_side_and_crops_the_center():
     image = Image.new("RGB", (40, 20), (255, 0, 0))
     image.paste((0, 0, 255), (10, 0, 30, 20))
     tensor = eval_transform(10)(image)
@@ -96,19 +96,19 @@ def test_long_image_is_cropped_before_it_is_resized(size, monkeypatch):
     assert (tensor == torch.tensor([255, 0, 0])[:, None, None]).all()
 
 
-def test_white_is_normalised_with_mean_and_std():
+def test_white_is_normalized_with_mean_and_std():
     image = Image.new("RGB", (9, 7), (255, 255, 255))
     expected = (1 - torch.tensor(CLIP_MEAN)) / torch.tensor(CLIP_STD)
     for transform in (train_transform, eval_transform):
-        tensor = normalisation(CLIP_MEAN, CLIP_STD)(transform(6)(image))
+        tensor = normalization(CLIP_MEAN, CLIP_STD)(transform(6)(image))
         torch.testing.assert_close(tensor, expected[:, None, None].expand(3, 6, 6))
 
 
-def test_batch_is_normalised_to_the_bit_as_image_by_image():
+def test_batch_is_normalized_to_the_bit_as_image_by_image():
     images = torch.arange(256, dtype=torch.uint8).reshape(2, 1, 8, 16).repeat(1, 3, 1, 1)
     image_by_image = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(CLIP_MEAN), list(CLIP_STD))])
     expected = torch.stack([image_by_image(image) for image in images])
-    assert torch.equal(normalisation(CLIP_MEAN, CLIP_STD)(images), expected)
+    assert torch.equal(normalization(CLIP_MEAN, CLIP_STD)(images), expected)
 
 
 def test_train_transform_crops_at_least_ninety_percent_and_never_mirrors():

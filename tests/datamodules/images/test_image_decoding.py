@@ -68,7 +68,7 @@ TWELVE_BITS = bytes([0x1F, 0x49, 0xC4])  # 0x1f4 and 0x9c4: 8000 and 40000 by 16
     "content",
     [
         pytest.param(png(16, 0, GRAY), id="png"),
-        pytest.param(png(16, 2, np.repeat(GRAY.T, 3, 1)), id="png of 16-bit colour"),
+        pytest.param(png(16, 2, np.repeat(GRAY.T, 3, 1)), id="png of 16-bit color"),
         pytest.param(png(16, 4, np.stack([GRAY[0], [65535, 65535]], 1)), id="png with alpha"),
         pytest.param(tiff("<", 16, 1, GRAY.tobytes()), id="tiff"),
         pytest.param(tiff(">", 16, 1, GRAY.astype(">u2").tobytes()), id="big-endian tiff"),

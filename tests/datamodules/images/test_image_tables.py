@@ -65,10 +65,10 @@ def test_split_under_two_names_is_an_error(tmp_path, encode, write_parquet):
 
 
 def test_parquet_file_of_no_split_is_named(tmp_path, encode, write_parquet):
-    for split in ("train", "test", "unlabelled"):
+    for split in ("train", "test", "unlabeled"):
         write_parquet(tmp_path / f"{split}.parquet", [(encode(), 0)], ["a"])
     (note,) = open_directory(tmp_path).notes
-    assert "1 parquet file(s) left out: 'unlabelled.parquet'; names begin with train" in note
+    assert "1 parquet file(s) left out: 'unlabeled.parquet'; names begin with train" in note
 
 
 @pytest.mark.parametrize("name", ["cars [v2]", "a?b", "[!x]", "**", "{a,b}", "c:d %20#"])

@@ -151,7 +151,7 @@ def test_batch_has_images_labels_and_ids(directory):
     assert first["id"] == [f"test/a/{n}.jpg" for n in range(3)] + ["test/b/0.jpg"]
 
 
-def test_trainer_normalises_what_the_workers_hand_over_as_bytes(directory):
+def test_trainer_normalizes_what_the_workers_hand_over_as_bytes(directory):
     data, seen = module(directory=str(directory)), []
 
     class Model(Recorder):
@@ -161,7 +161,7 @@ def test_trainer_normalises_what_the_workers_hand_over_as_bytes(directory):
     trainer().test(Model(), datamodule=data, verbose=False)
     loaded = [batch["image"] for batch in data.test_dataloader()]
     assert {images.dtype for images in seen} == {torch.float32}
-    assert all(torch.equal(data.normalise(images), given) for images, given in zip(loaded, seen, strict=True))
+    assert all(torch.equal(data.normalize(images), given) for images, given in zip(loaded, seen, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -189,7 +189,7 @@ def test_shared_memory_is_counted_for_the_images_there_are(directory, monkeypatc
 def test_train_order_is_shuffled_and_follows_the_seed_of_the_run_only(directory):
     def epochs(seed, drawn=0):
         torch.manual_seed(seed)
-        torch.rand(drawn)  # what the initialisation of some model would have drawn
+        torch.rand(drawn)  # what the initialization of some model would have drawn
         data = module(directory=str(directory))
         data.setup("fit")
         loader = data.train_dataloader()

@@ -127,7 +127,7 @@ def test_plain_prompt_is_the_same_in_training_and_evaluation():
 
 
 @pytest.mark.parametrize("style", STYLES)
-def test_prompt_and_response_are_tokenised_as_one_text(tokenizer, style):
+def test_prompt_and_response_are_tokenized_as_one_text(tokenizer, style):
     coder = InstructionTokenizer(tokenizer, STYLES[style], 1000)
     (example,) = coder.examples([RECORD])
     whole = STYLES[style].training(RECORD).text + STYLES[style].response(RECORD.output)
@@ -142,11 +142,11 @@ def test_prompt_and_response_are_tokenised_as_one_text(tokenizer, style):
 def test_no_token_of_the_prompt_alone_is_learnt(tokenizer, response):
     record = Record("How many?", "", response, "42")
     (example,) = InstructionTokenizer(tokenizer, STYLES["llm_adapters"], 1000).examples([record])
-    prompt, learnt = example.ids[: example.prompt_length], example.ids[example.prompt_length :]
+    prompt, learned = example.ids[: example.prompt_length], example.ids[example.prompt_length :]
     given = len(STYLES["llm_adapters"].training(record).text)
     assert len(tokenizer.decode(prompt, skip_special_tokens=True)) <= given
-    assert len(tokenizer.decode([*prompt, learnt[0]], skip_special_tokens=True)) > given
-    assert learnt[-1] == tokenizer.eos_token_id
+    assert len(tokenizer.decode([*prompt, learned[0]], skip_special_tokens=True)) > given
+    assert learned[-1] == tokenizer.eos_token_id
 
 
 def test_slow_tokenizers_are_refused():
@@ -250,12 +250,12 @@ def test_training_batch(tokenizer, train_on_prompt):
         assert mask.tolist() == sorted(mask.tolist(), reverse=True)  # padded on the right
         assert (labels[mask == 0] == IGNORED).all()
         assert (labels == ids)[labels != IGNORED].all()
-        learnt = ids[labels != IGNORED]
-        assert learnt[-1] == tokenizer.eos_token_id  # also where it is the padding token
+        learned = ids[labels != IGNORED]
+        assert learned[-1] == tokenizer.eos_token_id  # also where it is the padding token
         if train_on_prompt:
-            assert len(learnt) == dataset.lengths[row]
+            assert len(learned) == dataset.lengths[row]
         else:
-            assert text(tokenizer, learnt) == record.output
+            assert text(tokenizer, learned) == record.output
 
 
 def test_evaluation_batch(tokenizer):

@@ -469,17 +469,17 @@ def test_each_process_has_its_own_examples_and_little_padding(tmp_path, weights)
     assert real / padded > 0.9
 
 
-def test_a_large_training_set_is_tokenised_once_before_setup_and_then_found(directory, tmp_path, monkeypatch):
-    tokenised, original = [], dataset._tokenize
-    monkeypatch.setattr(dataset, "_tokenize", lambda *words: tokenised.append(len(words[0])) or original(*words))
+def test_a_large_training_set_is_tokenized_once_before_setup_and_then_found(directory, tmp_path, monkeypatch):
+    tokenized, original = [], dataset._tokenize
+    monkeypatch.setattr(dataset, "_tokenize", lambda *words: tokenized.append(len(words[0])) or original(*words))
     monkeypatch.setattr(instructions, "_WORTH_CACHING", 15)
     data = module(directory, cache_directory=str(tmp_path / "cache"), validation_size=5)
     data.trainer = SimpleNamespace(state=SimpleNamespace(fn="fit"), distributed_sampler_kwargs=None, world_size=1)
     data.prepare_data()
-    assert tokenised == [15]
+    assert tokenized == [15]
     assert len(list((tmp_path / "cache/tokens").iterdir())) == 1
     data.setup("fit")
-    assert tokenised == [15, 5]  # the held-out ones are few
+    assert tokenized == [15, 5]  # the held-out ones are few
     alone = fitted(directory, validation_size=5)
     for ours, theirs in zip(data.train_dataloader(), alone.train_dataloader(), strict=True):
         assert ours["id"] == theirs["id"]

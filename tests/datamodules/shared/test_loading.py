@@ -112,7 +112,7 @@ def test_another_number_of_examples_a_batch_goes_on_near_by_and_says_so():
     assert [index for batch in start(resumed, 0) for index in batch[0]] == order[6:]
 
 
-class Signalled(Noisy):
+class Signaled(Noisy):
     def __getitem__(self, item):
         if item[0] == 5:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -121,5 +121,5 @@ class Signalled(Noisy):
 
 
 def test_workers_survive_the_signals_that_a_scheduler_sends_to_every_process():
-    loader = make(dataset=Signalled(), num_workers=1, worker_init_fn=leave_signals_to_main_process)
+    loader = make(dataset=Signaled(), num_workers=1, worker_init_fn=leave_signals_to_main_process)
     assert list(start(loader, 0)) == list(start(make(), 0))

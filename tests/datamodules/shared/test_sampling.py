@@ -74,7 +74,7 @@ def test_short_and_long_batches_are_mixed_and_differ_from_epoch_to_epoch():
     first, second = epoch(sampler, 0), epoch(sampler, 1)
     longest = [max(LENGTHS[index] for index in batch) for batch in batches(first)]
     assert sorted(longest) != longest
-    # In order of length within chunks, neighbours would be about 4 apart.
+    # In order of length within chunks, neighbors would be about 4 apart.
     assert sum(abs(a - b) for a, b in pairwise(longest)) / len(longest) > 40
     sets = [{frozenset(batch) for batch in batches(order)} for order in (first, second)]
     assert len(sets[0] & sets[1]) < 5

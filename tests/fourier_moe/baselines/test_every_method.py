@@ -285,7 +285,7 @@ class Quantized(nn.Linear):
 
 
 @of_each(but={*map(type, PEFT_LIBRARY)} - {PiSSAConfig, PEANuTConfig})  # peft knows bitsandbytes by its classes
-def test_quantised_weight_is_refused_where_it_is_read(method):
+def test_quantized_weight_is_refused_where_it_is_read(method):
     model = nn.ModuleDict({"other": nn.Linear(16, 16), "q_proj": Quantized()})
     method = replace(method, targets=["other", "q_proj"], head=[])
     if method.reads_weights:

@@ -48,7 +48,7 @@ def steps_of(module):
 
 
 @pytest.mark.parametrize(("accumulate", "steps"), [(1, 6), (3, 2)])
-def test_lora_dash_counts_optimiser_steps_and_no_batches_nor_evaluations(tmp_path, accumulate, steps):
+def test_lora_dash_counts_optimizer_steps_and_no_batches_nor_evaluations(tmp_path, accumulate, steps):
     module = token_module(DASH, RATES)
     trainer = token_trainer(tmp_path, max_epochs=2, accumulate_grad_batches=accumulate)  # three batches, one of validation
     trainer.fit(module, TokenData())

@@ -45,7 +45,7 @@ def test_lora_dash_is_lora_and_then_scales_the_directions_that_change_most(M, N)
     for _ in range(2):
         layer.after_step()
     assert_equal(layer(tokens(N)), lora)
-    layer.after_step()  # the third optimiser step
+    layer.after_step()  # the third optimizer step
 
     U, S, Vh = torch.linalg.svd(W, full_matrices=False)
     change = [abs(float(U[:, i] @ (2 * B @ A) @ Vh[i])) / float(S[i]) for i in range(len(S))]

@@ -131,9 +131,9 @@ def test_long_names(tmp_path, name):
 
 
 def test_new_directory_appears_whole_and_deletes_nothing_of_others(tmp_path):
-    target, neighbour = tmp_path / "x" / "export", tmp_path / "x" / "export.part"
-    neighbour.mkdir(parents=True)
-    (neighbour / "notes").write_text("mine")
+    target, neighbor = tmp_path / "x" / "export", tmp_path / "x" / "export.part"
+    neighbor.mkdir(parents=True)
+    (neighbor / "notes").write_text("mine")
     with new_directory(target) as directory:
         (directory / "a").write_text("b")
         assert not target.exists()
@@ -144,7 +144,7 @@ def test_new_directory_appears_whole_and_deletes_nothing_of_others(tmp_path):
         raise RuntimeError
     assert (target / "a").read_text() == "b"
     assert names(tmp_path / "x") == ["export", "export.part"]
-    assert (neighbour / "notes").read_text() == "mine"
+    assert (neighbor / "notes").read_text() == "mine"
 
 
 def test_adapter_saved_over_a_link_to_another_directory_stays_there(tmp_path):

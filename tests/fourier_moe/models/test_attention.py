@@ -18,7 +18,7 @@ from support.attention_modules import (
     make_mha,
     mask_of,
     mha_inputs,
-    randomise,
+    randomize,
     split_of,
 )
 from torch import nn
@@ -223,7 +223,7 @@ def test_projections_are_called_with_batch_first_tokens(layout):
 
 
 def encoder_layer(**options):
-    return randomise(nn.TransformerEncoderLayer(E, H, 32, batch_first=True, dtype=torch.float64, **options)).eval()
+    return randomize(nn.TransformerEncoderLayer(E, H, 32, batch_first=True, dtype=torch.float64, **options)).eval()
 
 
 @pytest.mark.parametrize("grad", [True, False], ids=["grad", "no_grad"])
@@ -267,7 +267,7 @@ def test_fused_weight_of_a_split_module_is_an_error():
         split(nested, nested, nested)
 
 
-# What is recognised, and what is refused
+# What is recognized, and what is refused
 
 
 class Subclass(nn.MultiheadAttention):

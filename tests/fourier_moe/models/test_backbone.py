@@ -34,7 +34,7 @@ class LanguageModel(nn.Module):
 
 
 class Int8Linear(nn.Module):
-    """A projection as quantised bases have it: whole numbers and scales, and the bias as it was."""
+    """A projection as quantized bases have it: whole numbers and scales, and the bias as it was."""
 
     def __init__(self, linear):
         super().__init__()
@@ -48,7 +48,7 @@ class Int8Linear(nn.Module):
         return nn.functional.linear(x, self.weight * self.scale, self.bias)
 
 
-def quantised(model):
+def quantized(model):
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, nn.Linear):
@@ -84,7 +84,7 @@ def test_numbers_below_the_normal_range_of_float16_may_be_rounded():
 
 
 def test_constant_parameters_may_be_rounded_to_bfloat16():
-    """1 + 2^-8 lies as far from its neighbours in bfloat16 as a number can; in a constant parameter nothing averages it out."""
+    """1 + 2^-8 lies as far from its neighbors in bfloat16 as a number can; in a constant parameter nothing averages it out."""
     models = [Transformer() for _ in range(2)]
     for model in models:
         for block in model.layers:
@@ -93,8 +93,8 @@ def test_constant_parameters_may_be_rounded_to_bfloat16():
     check_backbone(adapted(models[1].to(torch.bfloat16)), "x", prints_of(models[0]), "adapter")
 
 
-def test_large_matrices_of_another_initialisation_are_another_backbone():
-    """Over a whole matrix of this size the root mean squares of two initialisations are equal to 0.1 %."""
+def test_large_matrices_of_another_initialization_are_another_backbone():
+    """Over a whole matrix of this size the root mean squares of two initializations are equal to 0.1 %."""
 
     def model(seed):
         torch.manual_seed(seed)
@@ -109,37 +109,37 @@ def test_large_matrices_of_another_initialisation_are_another_backbone():
         check_backbone(adapted(model(0), settings), "x", matrices[1], "adapter")
 
 
-@pytest.mark.parametrize("stored_quantised", [False, True])
-@pytest.mark.parametrize("present_quantised", [False, True])
-def test_quantised_and_full_precision_model_are_one_backbone_and_other_weights_are_not(stored_quantised, present_quantised):
-    def model(quantise, seed=0):
+@pytest.mark.parametrize("stored_quantized", [False, True])
+@pytest.mark.parametrize("present_quantized", [False, True])
+def test_quantized_and_full_precision_model_are_one_backbone_and_other_weights_are_not(stored_quantized, present_quantized):
+    def model(quantize, seed=0):
         fresh = LanguageModel(seed).to(torch.bfloat16)
-        return adapted(quantised(fresh) if quantise else fresh)
+        return adapted(quantized(fresh) if quantize else fresh)
 
-    stored = backbone_fingerprint(model(stored_quantised))
-    check_backbone(model(present_quantised), "lm", stored, "adapter")
+    stored = backbone_fingerprint(model(stored_quantized))
+    check_backbone(model(present_quantized), "lm", stored, "adapter")
     with pytest.raises(ValueError, match=rf"{OTHERS[:30]}.*with other weights"):
-        check_backbone(model(present_quantised, seed=1), "lm", stored, "adapter")
+        check_backbone(model(present_quantized, seed=1), "lm", stored, "adapter")
 
 
-def test_quantised_weights_without_biases_are_told_apart_by_the_embedding_behind_its_padding_row():
-    def model(seed, quantise):
+def test_quantized_weights_without_biases_are_told_apart_by_the_embedding_behind_its_padding_row():
+    def model(seed, quantize):
         fresh = LanguageModel(seed)
         for module in fresh.body.modules():
             if isinstance(module, nn.Linear):
                 module.bias = None
-        return adapted(quantised(fresh) if quantise else fresh)
+        return adapted(quantized(fresh) if quantize else fresh)
 
-    stored = backbone_fingerprint(model(0, quantise=False))
+    stored = backbone_fingerprint(model(0, quantize=False))
     assert stored["embedding.weight"] == 0
     assert stored["embedding.weight[25]"] > 0
-    check_backbone(model(0, quantise=True), "lm", stored, "adapter")
+    check_backbone(model(0, quantize=True), "lm", stored, "adapter")
     with pytest.raises(ValueError, match=OTHERS):
-        check_backbone(model(1, quantise=True), "lm", stored, "adapter")
+        check_backbone(model(1, quantize=True), "lm", stored, "adapter")
 
 
 def test_parameter_of_a_type_of_its_own_is_not_measured():
-    """As quantisation libraries have them: they say that they are bfloat16 and hold something else."""
+    """As quantization libraries have them: they say that they are bfloat16 and hold something else."""
 
     class Packed(nn.Parameter):
         pass
@@ -209,13 +209,13 @@ def test_failed_injection_and_full_fine_tuning_keep_none():
 
 
 @pytest.mark.parametrize("settings", [config(), HeadOnly(head=["body.1"])])
-def test_adapter_of_a_full_precision_model_loads_on_the_quantised_one_and_the_other_way_round(tmp_path, settings):
-    first, second = LanguageModel(), quantised(LanguageModel())
+def test_adapter_of_a_full_precision_model_loads_on_the_quantized_one_and_the_other_way_round(tmp_path, settings):
+    first, second = LanguageModel(), quantized(LanguageModel())
     if isinstance(settings, HeadOnly):
-        second.body[1] = LanguageModel().body[1]  # what is trained is not quantised
+        second.body[1] = LanguageModel().body[1]  # what is trained is not quantized
     load_adapter(second, save_adapter(adapted(first, settings), tmp_path / "full"))
-    load_adapter(LanguageModel(), save_adapter(second, tmp_path / "quantised"))
-    other = quantised(LanguageModel(seed=1))
+    load_adapter(LanguageModel(), save_adapter(second, tmp_path / "quantized"))
+    other = quantized(LanguageModel(seed=1))
     if isinstance(settings, HeadOnly):
         other.body[1] = LanguageModel(seed=1).body[1]
     with pytest.raises(ValueError, match="trained on backbone 'lm', with other weights"):
@@ -230,15 +230,15 @@ def fingerprint_of_other_parameters(model):
     return {name: float(p.flatten()[:16].double().square().mean().sqrt()) for name, p in frozen[:: max(1, len(frozen) // 8)]}
 
 
-@pytest.mark.parametrize("quantise", [False, True])
-def test_fingerprints_of_other_parameters_are_compared_in_full(quantise):
+@pytest.mark.parametrize("quantize", [False, True])
+def test_fingerprints_of_other_parameters_are_compared_in_full(quantize):
     stored = fingerprint_of_other_parameters(adapted(LanguageModel()))
-    present = adapted(quantised(LanguageModel()) if quantise else LanguageModel())
-    assert quantise or stored.keys() <= kept_fingerprint(present).values.keys()
+    present = adapted(quantized(LanguageModel()) if quantize else LanguageModel())
+    assert quantize or stored.keys() <= kept_fingerprint(present).values.keys()
     check_backbone(present, "lm", stored, "adapter")
     other = LanguageModel(seed=1)
     with pytest.raises(ValueError, match=OTHERS):
-        check_backbone(adapted(quantised(other) if quantise else other), "lm", stored, "adapter")
+        check_backbone(adapted(quantized(other) if quantize else other), "lm", stored, "adapter")
 
 
 def test_parts_of_a_fused_attention_have_the_names_of_its_projections():

@@ -15,19 +15,19 @@ def warned(model, settings):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         inject(model, settings)
-    return [str(warning.message) for warning in caught if "newly initialised" in str(warning.message)]
+    return [str(warning.message) for warning in caught if "newly initialized" in str(warning.message)]
 
 
 def test_new_head_that_stays_frozen_is_named():
     (text,) = warned(Transformer(), config())
-    assert text.startswith("classifier looks newly initialised and is frozen now")
+    assert text.startswith("classifier looks newly initialized and is frozen now")
     assert "head=['classifier']" in text
     (text,) = warned(nn.ModuleDict({"model": Transformer()}), config())
     assert "head=['model.classifier']" in text
 
 
 def test_warning_points_at_the_call_of_inject():
-    with pytest.warns(UserWarning, match="newly initialised") as caught:
+    with pytest.warns(UserWarning, match="newly initialized") as caught:
         inject(Transformer(), config())
     assert caught[0].filename == __file__
 

@@ -16,7 +16,7 @@ from support.attention_modules import (
     assert_same,
     mask_of,
     mha_inputs,
-    randomise,
+    randomize,
     split_of,
 )
 from torch import nn
@@ -57,7 +57,7 @@ def open_clip_mask(mask, source, dtype):
 @OPEN_CLIP_MASKS
 def test_open_clip_3(options, mask, dtype):
     norm = {"norm_layer": nn.LayerNorm}  # its default computes in float32
-    module = randomise(OpenClip3(E, H, **options, **norm)).to(dtype)
+    module = randomize(OpenClip3(E, H, **options, **norm)).to(dtype)
     x, mask = torch.randn(N, L, E, dtype=dtype), open_clip_mask(mask, L, dtype)
     split = split_of(module)
     assert_same(split(x, attn_mask=mask), module(x, attn_mask=mask), dtype)
@@ -68,7 +68,7 @@ def test_open_clip_3(options, mask, dtype):
 @OPEN_CLIP_OPTIONS
 @OPEN_CLIP_MASKS
 def test_open_clip_4(options, mask, dtype):
-    module = randomise(OpenClip4(E, H, **options)).to(dtype)
+    module = randomize(OpenClip4(E, H, **options)).to(dtype)
     module.scale = 0.3
     split = split_of(module)
     x, k_x, v_x = mha_inputs("batch_first", dtype)
@@ -82,7 +82,7 @@ def test_open_clip_4(options, mask, dtype):
 
 @pytest.mark.parametrize("options", [{"kdim": 6}, {"vdim": 3, "qkv_bias": False}, {"kdim": 6, "vdim": 3}], ids=str)
 def test_open_clip_4_with_separate_widths(options):
-    module = randomise(OpenClip4(E, H, **options)).double()
+    module = randomize(OpenClip4(E, H, **options)).double()
     assert is_fused_attention(module)
     inputs = mha_inputs("batch_first", kdim=options.get("kdim", E), vdim=options.get("vdim", E))
     assert_same(split_of(module)(*inputs), module(*inputs), torch.float64)
@@ -96,7 +96,7 @@ OPEN_CLIP_CLASSES = pytest.mark.parametrize(
 @OPEN_CLIP_CLASSES
 def test_open_clip_gradients_and_state(attention):
     options = {"qk_norm": True, "scale_heads": True, "inner_norm": True}
-    module = randomise(attention(E, H, **options))
+    module = randomize(attention(E, H, **options))
     split = split_of(module)
     x = torch.randn(N, L, E)
     for each in (module, split):
@@ -115,7 +115,7 @@ def test_open_clip_gradients_and_state(attention):
 @OPEN_CLIP_CLASSES
 @pytest.mark.parametrize("option", ["attn_drop", "proj_drop"])
 def test_open_clip_dropout(attention, option):
-    module = randomise(attention(E, H, **{option: 0.5}))
+    module = randomize(attention(E, H, **{option: 0.5}))
     split, x = split_of(module), torch.randn(N, L, E)
     assert not torch.allclose(split(x), split(x))
     if option == "proj_drop":
@@ -155,7 +155,7 @@ def split_all(model):
 def test_open_clip_model(vision, text, expected_splits):
     vision_cfg = CLIPVisionCfg(layers=2, width=32, head_width=8, patch_size=4, image_size=8, **vision)
     text_cfg = CLIPTextCfg(context_length=6, vocab_size=20, width=32, heads=4, layers=2, **text)
-    model = randomise(CLIP(24, vision_cfg, text_cfg)).eval()
+    model = randomize(CLIP(24, vision_cfg, text_cfg)).eval()
     inputs = torch.randn(N, 3, 8, 8), torch.randint(20, (N, 6))
     expected, expected_without_grad = model(*inputs)[:2], torch.no_grad()(model)(*inputs)[:2]
     num_parameters = sum(parameter.numel() for parameter in model.parameters())

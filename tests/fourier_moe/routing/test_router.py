@@ -19,7 +19,7 @@ def test_gates_sum_to_one_with_exactly_k_active(top_k):
     assert (gates >= 0).all()
 
 
-def test_gates_are_the_renormalised_softmax_of_the_most_probable_experts():
+def test_gates_are_the_renormalized_softmax_of_the_most_probable_experts():
     p = torch.tensor([[0.5, 0.1, 0.3, 0.1]])
     torch.testing.assert_close(transparent_router(2, 4)(p.log()), torch.tensor([[0.625, 0, 0.375, 0]]))
     layer = transparent_router(2, 4)

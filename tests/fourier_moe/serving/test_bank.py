@@ -270,15 +270,15 @@ class Int8Linear(nn.Module):
         return nn.functional.linear(x, self.weight.to(x.dtype) * self.scale.to(x.dtype), self.bias)
 
 
-def test_quantised_base(directories, alone):
-    def quantised():
+def test_quantized_base(directories, alone):
+    def quantized():
         model = roberta().eval().requires_grad_(False)
         for layer in model.roberta.encoder.layer:
             layer.attention.self.query = Int8Linear(layer.attention.self.query)
             layer.attention.self.value = Int8Linear(layer.attention.self.value)
         return model
 
-    bank, expected = AdapterBank(quantised()), quantised()
+    bank, expected = AdapterBank(quantized()), quantized()
     bank.load("moe", directories["moe"])
     load_adapter(expected, directories["moe"])
     bank.model.double()
@@ -286,7 +286,7 @@ def test_quantised_base(directories, alone):
     with torch.no_grad(), bank.per_example(["moe", None, "moe"]):
         logits = bank.model(ids).logits
     same(logits[[0, 2]], expected.double().eval()(ids).logits[[0, 2]])
-    same(logits[1], quantised()(ids).logits[1])
+    same(logits[1], quantized()(ids).logits[1])
     assert not torch.allclose(logits[0], alone["moe"](ids).logits[0], atol=1e-6)
 
 

@@ -93,7 +93,7 @@ class Packed(torch.Tensor):
 @pytest.mark.parametrize(
     ("weight", "message"),
     [
-        (torch.zeros(12, 10, dtype=torch.int8), r"0: .*Linear with a weight of Tensor, torch\.int8.*quantised"),
+        (torch.zeros(12, 10, dtype=torch.int8), r"0: .*Linear with a weight of Tensor, torch\.int8.*quantized"),
         (torch.zeros(12, 10).as_subclass(Packed), r"0: .*Packed, torch\.float32"),
     ],
 )

@@ -96,7 +96,7 @@ def test_autocast_keeps_float32_coefficients_and_result_within_bf16_tolerance():
 
 
 class Int8Projection(nn.Module):
-    """Quantised, with its weight hidden: whoever reads `weight` fails."""
+    """Quantized, with its weight hidden: whoever reads `weight` fails."""
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()

@@ -193,7 +193,7 @@ def test_validation_within_an_interval_is_left_out_too(tmp_path, monkeypatch):
     assert measured(tmp_path, monkeypatch, **options)["step_seconds"] == pytest.approx([1])
 
 
-def test_a_step_is_one_of_the_optimiser(tmp_path, monkeypatch):
+def test_a_step_is_one_of_the_optimizer(tmp_path, monkeypatch):
     options = {"accumulate_grad_batches": 3, "arguments": {"every_n_steps": 1}, "log_every_n_steps": 50}
     speed = measured(tmp_path, monkeypatch, max_epochs=2, **options)
     assert speed["step_seconds"] == pytest.approx([3, 3])

@@ -185,7 +185,7 @@ def test_nothing_is_counted_after_training(tmp_path, interrupted):
             router.statistics()
 
 
-def test_intervals_count_optimiser_steps_and_each_its_own_tokens(tmp_path):
+def test_intervals_count_optimizer_steps_and_each_its_own_tokens(tmp_path):
     counted, logger = Loads(), CSVLogger(tmp_path, name="", version="")
     options = {"accumulate_grad_batches": 2, "max_epochs": 2, "limit_train_batches": 2}
     fit(tmp_path, counted, RouterLoad(every_n_steps=1), logger=logger, log_every_n_steps=50, **options)

@@ -130,7 +130,7 @@ def test_run_directory(finished):
             assert min(Image.open(directory / name).size) > 500
 
 
-def test_intervals_count_optimiser_steps(tmp_path):
+def test_intervals_count_optimizer_steps(tmp_path):
     callback = SpectralOccupancy(every_n_steps=2, images_every_n_steps=3)
     logger = TensorBoardLogger(tmp_path, name="", version="")
     fit(tmp_path, callback, logger=logger, max_epochs=4, accumulate_grad_batches=2, limit_train_batches=2)  # 4 steps

@@ -19,7 +19,7 @@ from lightning_modules.interruption import GracefulStop, read_checkpoint
 from lightning_modules.strategies.sharding import ShardedBaseStrategy
 
 
-def signalled(number):
+def signaled(number):
     return lambda: os.kill(os.getpid(), number)
 
 
@@ -35,7 +35,7 @@ def signalled(number):
 def test_signal_ends_the_run_with_a_checkpoint_from_which_it_goes_on_to_the_same_bits(
     tmp_path, straight, hook, count, number, step
 ):
-    status, outcome = in_process(tmp_path, At(hook, count, signalled(number)))
+    status, outcome = in_process(tmp_path, At(hook, count, signaled(number)))
     log = (tmp_path / "log.txt").read_text()
     assert status == 128 + number, log
     assert f"{number.name} ended the run at step {step}. Checkpoint: {tmp_path / 'interrupted.ckpt'}" in log
@@ -48,8 +48,8 @@ def test_signal_ends_the_run_with_a_checkpoint_from_which_it_goes_on_to_the_same
 
 def test_second_ctrl_c_ends_at_once(tmp_path):
     def twice():
-        signalled(signal.SIGINT)()
-        signalled(signal.SIGINT)()
+        signaled(signal.SIGINT)()
+        signaled(signal.SIGINT)()
         pytest.fail("it went on")
 
     status, _ = in_process(tmp_path, At("on_after_backward", 2, twice))
@@ -60,7 +60,7 @@ def test_second_ctrl_c_ends_at_once(tmp_path):
 def test_hang_up_that_nohup_ignores_stays_ignored(tmp_path):
     def child():
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        fit(tmp_path, At("on_after_backward", 2, signalled(signal.SIGHUP)), max_steps=2)
+        fit(tmp_path, At("on_after_backward", 2, signaled(signal.SIGHUP)), max_steps=2)
 
     assert forked(child, tmp_path / "log.txt") == 0, (tmp_path / "log.txt").read_text()
     assert not (tmp_path / "interrupted.ckpt").exists()
@@ -77,7 +77,7 @@ def test_run_whose_terminal_has_gone_writes_its_checkpoint_though_it_cannot_prin
 
         def hang_up():
             os.close(master)  # from now on the terminal answers EIO
-            signalled(signal.SIGHUP)()
+            signaled(signal.SIGHUP)()
 
         fit(tmp_path, At("on_after_backward", 3, hang_up), enable_progress_bar=True)
 
@@ -105,7 +105,7 @@ def test_command_line_names_the_command_that_resumes_and_it_works(tmp_path, monk
     monkeypatch.chdir(REPOSITORY)
     words = ["fit", "--config", "configs/demo.yaml", "--trainer.max_steps", "4", "--trainer.enable_progress_bar", "false"]
     words += ["--trainer.logger.init_args.save_dir", str(tmp_path), "--trainer.limit_val_batches", "0"]
-    hook = At("on_before_backward", 2, signalled(signal.SIGTERM))
+    hook = At("on_before_backward", 2, signaled(signal.SIGTERM))
 
     def child():
         configure = AdaptationModule.configure_callbacks
@@ -138,7 +138,7 @@ def test_slurm_s_signal_checkpoints_and_requeues_the_job(tmp_path, monkeypatch):
     monkeypatch.setenv("CALLS", str(tmp_path / "calls"))
     for name, value in {"NTASKS": "1", "JOB_NAME": "job", "JOB_ID": "77", "PROCID": "0", "LOCALID": "0", "NODEID": "0"}.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
-    status, _ = in_process(tmp_path / "run", At("on_after_backward", 3, signalled(signal.SIGUSR1)), devices=1)
+    status, _ = in_process(tmp_path / "run", At("on_after_backward", 3, signaled(signal.SIGUSR1)), devices=1)
     assert status == 128 + signal.SIGUSR1, (tmp_path / "run/log.txt").read_text()
     assert (tmp_path / "calls").read_text() == "requeue 77\n"
     assert (tmp_path / "run/interrupted.ckpt").is_file()
@@ -149,7 +149,7 @@ def test_run_without_checkpoints_says_that_none_was_written(tmp_path):
         def setup(self, trainer, *_, **__):
             trainer.callbacks = [one for one in trainer.callbacks if not isinstance(one, L.pytorch.callbacks.Checkpoint)]
 
-    status, _ = in_process(tmp_path, NoCheckpoints(), At("on_after_backward", 2, signalled(signal.SIGTERM)))
+    status, _ = in_process(tmp_path, NoCheckpoints(), At("on_after_backward", 2, signaled(signal.SIGTERM)))
     assert status == 128 + signal.SIGTERM
     assert list(tmp_path.glob("*.ckpt")) == []
 
@@ -159,7 +159,7 @@ def test_signal_to_one_of_two_processes_ends_both_at_one_step_and_both_go_on_wit
     statuses, outcome = in_two_processes(tmp_path / "straight", max_epochs=1)
     assert statuses == [0, 0], (tmp_path / "straight/log_0.txt").read_text()
     straight = torch.load(outcome)
-    run, hook = tmp_path / "run", At("on_after_backward", 3, signalled(signal.SIGTERM))
+    run, hook = tmp_path / "run", At("on_after_backward", 3, signaled(signal.SIGTERM))
     statuses, outcome = in_two_processes(run, hook, max_epochs=1, strategy=ShardedBaseStrategy())
     assert statuses == [128 + signal.SIGTERM] * 2, (run / "log_0.txt").read_text()
     states = read_checkpoint(run / "interrupted.ckpt")["random_states"]["states"]

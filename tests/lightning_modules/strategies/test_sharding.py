@@ -200,7 +200,7 @@ def test_a_method_without_a_backbone_to_train_is_taken_by_the_sharded_base():
     check_strategy(ShardedBaseStrategy(), HeadOnly(head=["head"]))
 
 
-def test_quantised_weights_are_refused_with_the_sharded_base_alone():
+def test_quantized_weights_are_refused_with_the_sharded_base_alone():
     with pytest.raises(ValueError, match=r"cannot shard weights with quantization='nf4'; use .*ddp"):
         check_strategy(ShardedBaseStrategy(), ADAPTER, "nf4")
     check_strategy(DDPStrategy(), ADAPTER, "nf4")

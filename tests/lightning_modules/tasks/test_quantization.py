@@ -117,7 +117,7 @@ def gradients(model):
 
 @pytest.mark.parametrize("quantization", KINDS)
 @pytest.mark.parametrize(("kind", "outside"), [("llama", "lm_head"), ("bert", "classifier"), ("roberta", "classifier.dense")])
-def test_linear_layers_of_the_body_are_quantised_and_head_or_output_layer_are_not(root, kind, outside, quantization):
+def test_linear_layers_of_the_body_are_quantized_and_head_or_output_layer_are_not(root, kind, outside, quantization):
     model = loaded(root, kind, quantization, dtype="bfloat16")
     layer = {"int8": bnb.nn.Linear8bitLt, "nf4": bnb.nn.Linear4bit}[quantization]
     kinds = {name: type(module) for name, module in model.named_modules() if isinstance(module, nn.Linear)}
@@ -184,7 +184,7 @@ def test_outputs_and_gradients_are_those_over_plain_layers_of_the_same_numbers(r
 
 @pytest.mark.parametrize("quantization", KINDS)
 @pytest.mark.parametrize("config", [LLAMA, LoRAConfig(targets=["q_proj", "down_proj"], r=4)], ids=["fourier_moe", "lora"])
-def test_adapter_only_adds_to_what_the_quantised_projection_gives(root, quantization, config):
+def test_adapter_only_adds_to_what_the_quantized_projection_gives(root, quantization, config):
     model = adapted(loaded(root, "llama", quantization, dtype="bfloat16"), config)
     x = torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(2)).bfloat16()
     adapter = adapters(model)["model.layers.1.self_attn.q_proj"]
@@ -277,7 +277,7 @@ def test_training_leaves_the_base_as_it_was_and_checkpoint_and_file_hold_the_ada
             "^PiSSAConfig computes with the pretrained weights, and those of 'model.layers.0.",
         ),
         (PEANuTConfig(targets=["q_proj"], r=2), "^PEANuTConfig computes with the pretrained weights"),
-        (FullFineTuning(), "^FullFineTuning trains the pretrained weights, and these are quantised"),
+        (FullFineTuning(), "^FullFineTuning trains the pretrained weights, and these are quantized"),
     ],
     ids=lambda value: type(value).__name__,
 )
@@ -309,7 +309,7 @@ def test_unknown_quantization_and_missing_package_are_named_before_anything_is_l
 
 
 @pytest.mark.parametrize(("config", "quantization"), [("commonsense_llama2_7b", "nf4"), ("glue_cola", "int8")])
-def test_smoke_overlay_quantises_the_tiny_model_without_a_line_per_layer(run, caplog, tmp_path, config, quantization):
+def test_smoke_overlay_quantizes_the_tiny_model_without_a_line_per_layer(run, caplog, tmp_path, config, quantization):
     words = ("--config", f"configs/{config}.yaml", "--config", "configs/smoke.yaml", "--trainer.callbacks", "null")
     words += ("--trainer.limit_train_batches", "2", "--trainer.limit_val_batches", "1")
     quantized = ("--model.task.init_args.quantization", quantization)
