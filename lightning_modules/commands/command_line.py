@@ -69,16 +69,16 @@ def split_command_line(words: Sequence[str], options: Collection[str]) -> tuple[
 
 
 def _next(rest: Any) -> list[str]:
-    """The next word, if there is one; jsonargparse says what is missing otherwise."""
+    """Return the next word, if there is one; otherwise jsonargparse reports what is missing."""
     return [word for word in (next(rest, None),) if word is not None]
 
 
 def _divide(file: str, options: Collection[str]) -> tuple[str, str]:
-    """A config file without own options, and these, as YAML; the file as it is if it has none or does not read."""
+    """Return a config without own options, and these, as YAML; the file's name if it has none or is not readable."""
     try:
         content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
-        return file, ""  # fit says what is wrong
+        return file, ""  # fit raises the error
     if not isinstance(content, dict) or not content.keys() & set(options):
         return file, ""
     own = {name: content.pop(name) for name in options if name in content}

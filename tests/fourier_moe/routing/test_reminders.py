@@ -43,8 +43,8 @@ def adapted(settings):
     return model
 
 
-def said(run, times=3):
-    """What reminders say while `run` is called some times."""
+def reminders(run, times=3):
+    """Return the reminders while `run` is called some times."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(times):
@@ -56,11 +56,11 @@ def said(run, times=3):
 @pytest.mark.parametrize("settings", BALANCED, ids=lambda settings: type(settings).__name__)
 def test_training_without_balance_loss_is_said_once_with_what_to_add(settings):
     model = adapted(settings)
-    (text,) = said(lambda: model(X).sum().backward())
+    (text,) = reminders(lambda: model(X).sum().backward())
     assert "with recording(model):\n        loss = compute_loss(model, batch) + balance_loss(model)" in text
     assert "balance_weight=0" in text
-    assert said(lambda: model(X)) == []
-    assert len(said(lambda: adapted(settings)(X))) == 3  # once a model
+    assert reminders(lambda: model(X)) == []
+    assert len(reminders(lambda: adapted(settings)(X))) == 3  # once a model
 
 
 def test_recording_whose_balance_loss_is_not_read_is_said_too():
@@ -72,7 +72,7 @@ def test_recording_whose_balance_loss_is_not_read_is_said_too():
             loss = model(X).sum()
         loss.backward()
 
-    assert len(said(step)) == 1
+    assert len(reminders(step)) == 1
     assert reader.read()
 
 
@@ -86,9 +86,9 @@ def step_with_balance_loss(model):
 def test_nothing_is_said_of_loops_that_need_no_balance_loss_here(settings):
     model = adapted(settings)
     with torch.no_grad():
-        assert said(lambda: model(X)) == []
-    assert said(lambda: model.eval()(X).sum().backward()) == []
-    assert said(lambda: step_with_balance_loss(model.train())) == []
+        assert reminders(lambda: model(X)) == []
+    assert reminders(lambda: model.eval()(X).sum().backward()) == []
+    assert reminders(lambda: step_with_balance_loss(model.train())) == []
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -108,26 +108,26 @@ def test_recomputation_in_backward_is_no_forward_outside_of_recording(reentrant)
             loss = model(X.clone().requires_grad_()).sum() + (0 if reentrant else balance_loss(model))
         loss.backward()
 
-    assert said(step) == []
+    assert reminders(step) == []
 
 
 def test_weight_0_and_methods_without_routing_need_none():
     for settings in (config(balance_weight=0.0), HydraLoRAConfig(**COMMON, num_experts=4)):
         model = adapted(settings)
-        assert said(lambda model=model: model(X).sum().backward()) == []
+        assert reminders(lambda model=model: model(X).sum().backward()) == []
 
 
 def test_compiled_model_is_one_graph_and_says_nothing():
     model = adapted(BALANCED[0]).layers
     compiled = torch.compile(model, fullgraph=True, backend="eager")
-    assert said(lambda: compiled(X).sum().backward()) == []
+    assert reminders(lambda: compiled(X).sum().backward()) == []
 
 
 def test_copies_and_pickles_remind_of_their_own():
     model = adapted(BALANCED[0])
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert len(said(lambda other=other: other(X))) == 1
-    assert len(said(lambda: model(X))) == 1
+        assert len(reminders(lambda other=other: other(X))) == 1
+    assert len(reminders(lambda: model(X))) == 1
 
 
 @pytest.mark.parametrize(
@@ -144,9 +144,9 @@ def test_penalty_and_after_step_are_missed_after_a_while(settings, does, text):
     def step():
         model(X)
 
-    assert said(step, 100) == []
-    (message,) = said(step, 300)
+    assert reminders(step, 100) == []
+    (message,) = reminders(step, 300)
     assert text in message
     heeding = adapted(settings).layers
     does(heeding)
-    assert said(lambda: heeding(X), 300) == []
+    assert reminders(lambda: heeding(X), 300) == []

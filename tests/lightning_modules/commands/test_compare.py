@@ -210,9 +210,9 @@ def test_damaged_run_is_named_and_run_again(compare, output, trained, capsys):
     results = compare(*words)
     assert trained == [("lora", 0), ("head_only", 0)] * 2
     assert [result.metrics["test/accuracy"] for result in results] == [0.53, 0.54]
-    said = capsys.readouterr().out
-    assert f"{output}/cells/lora/seed_0.json is damaged (JSONDecodeError" in said
-    assert f"{output}/cells/head_only/seed_0.json is damaged (the checksum of seed_0.npz differs): run again" in said
+    printed = capsys.readouterr().out
+    assert f"{output}/cells/lora/seed_0.json is damaged (JSONDecodeError" in printed
+    assert f"{output}/cells/head_only/seed_0.json is damaged (the checksum of seed_0.npz differs): run again" in printed
     compare(*words)
     assert len(trained) == 4
 

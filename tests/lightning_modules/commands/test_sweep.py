@@ -320,9 +320,9 @@ def test_differences_are_taken_seed_by_seed():
     assert "-5.5 ± 0.7" in text  # of -5 and -6, whatever the seeds have in common
 
 
-@pytest.mark.parametrize(("second", "said"), [([0.5, 0.6], "(mean of 2)"), ([0.5], "(mean of 1 to 2)")])
-def test_header_says_over_how_many_seeds_the_means_are(second, said):
-    assert said in table("experts", [row("4", [0.4, 0.6]), row("8", second)]).splitlines()[0]
+@pytest.mark.parametrize(("second", "expected"), [([0.5, 0.6], "(mean of 2)"), ([0.5], "(mean of 1 to 2)")])
+def test_header_says_over_how_many_seeds_the_means_are(second, expected):
+    assert expected in table("experts", [row("4", [0.4, 0.6]), row("8", second)]).splitlines()[0]
 
 
 def test_unknown_load_and_best_are_dashes():

@@ -122,10 +122,10 @@ def test_method_without_a_size_stays_as_it_is():
 
 
 @pytest.mark.parametrize(
-    ("budget", "said"), [("20", r"asks for 20 .*no nearer than 208 \(r=1\)"), ("99999", r"9,984 \(r=48\)")]
+    ("budget", "message"), [("20", r"asks for 20 .*no nearer than 208 \(r=1\)"), ("99999", r"9,984 \(r=48\)")]
 )
-def test_impossible_budget_names_the_nearest(budget, said):
-    with pytest.raises(ValueError, match=said):
+def test_impossible_budget_names_the_nearest(budget, message):
+    with pytest.raises(ValueError, match=message):
         match(variant(LoRAConfig(targets=["q_proj", "v_proj"])), Budget.parse(budget))
 
 

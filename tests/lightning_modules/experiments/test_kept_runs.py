@@ -38,8 +38,8 @@ def test_no_changed_byte_of_a_run_is_believed(kept, capsys):
         assert found in (None, RESULT)
         num_refused += found is None
     assert num_refused > 0.7 * len(content)  # the others are spaces
-    said = capsys.readouterr().out.splitlines()
-    assert all(line.startswith((f"{kept} is ", f"kept: {kept}")) for line in said)
+    printed = capsys.readouterr().out.splitlines()
+    assert all(line.startswith((f"{kept} is ", f"kept: {kept}")) for line in printed)
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe", b"null", b'{"format": 3}', b"[" * 5000])

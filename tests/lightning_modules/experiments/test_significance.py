@@ -279,7 +279,7 @@ def test_one_of_several_test_sets_is_tested_by_itself(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("metric", "change", "said"),
+    ("metric", "change", "message"),
     [
         ("test/loss", {}, "test/loss is not computed from single answers"),
         ("test/accuracy", {"value": 0.123}, "b, seed 0: its answers do not give its test/accuracy"),
@@ -287,7 +287,7 @@ def test_one_of_several_test_sets_is_tested_by_itself(tmp_path):
         ("test/accuracy", {"missing": True}, "b, seed 0: its answers do not give its test/accuracy"),
     ],
 )
-def test_where_answers_cannot_be_paired_the_intervals_are_over_seeds_and_it_is_said(tmp_path, metric, change, said):
+def test_where_answers_cannot_be_paired_the_intervals_are_over_seeds_with_a_note(tmp_path, metric, change, message):
     correct = np.array([True, True, False, True])
     runs = [store(tmp_path, "a", 0, correct), store(tmp_path, "b", 0, ~correct, change.get("ids"))]
     if "value" in change:
@@ -298,7 +298,7 @@ def test_where_answers_cannot_be_paired_the_intervals_are_over_seeds_and_it_is_s
         run.metrics["test/loss"] = 1.0
     found, problems = differences(result_frame(runs, metric), "a", tmp_path)
     assert len(problems) == 1
-    assert said in problems[0]
+    assert message in problems[0]
     assert "intervals are over seeds alone" in problems[0]
     assert math.isnan(found["b"].p)
     assert format_differences(found, {"a": "A", "b": "B"}, "a").splitlines()[2].count(" - ") == 3

@@ -164,7 +164,7 @@ def test_every_example_weighs_the_same_in_batches_of_different_sizes(tmp_path, t
 
 
 def test_penalty_counts_once_however_many_batches_and_balance_as_the_mean_by_weight(tmp_path):
-    """The rest of the loss: what is said of it in docs/reference/method.md."""
+    """The rest of the loss: see docs/reference/method.md."""
     batches = [token_batch(8, seed=0), token_batch(2, seed=1)]
     rates = Optimization(experts=STILL, head=STILL)
 
