@@ -184,7 +184,7 @@ TASKS: dict[str, GlueTask] = {
 
 
 def find_task(name: str) -> tuple[str, GlueTask]:
-    """Key and row of a task; SST-2 and sst2 are the same.
+    """Return the key and row of a task; SST-2 and sst2 are the same.
 
     Raises:
         UserError: there is no such row; names like it are suggested.

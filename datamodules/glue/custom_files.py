@@ -60,7 +60,7 @@ def _header(text: str, delimiter: str, path: Path) -> Sequence[str]:
 
 
 def _records(text: str, delimiter: str, path: Path) -> Iterator[tuple[int, list[str]]]:
-    """Number of the line, from 1, where each row that is not blank begins, and its fields."""
+    """Yield the number of the line, from 1, where each row that is not blank begins, and its fields."""
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     line = 1
     try:

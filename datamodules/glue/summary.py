@@ -53,7 +53,7 @@ def summarize(
     origin: str,
     incomplete: Sequence[str] = (),
 ) -> str:
-    """Sizes, classes, what was cut, left out or is missing, and where all is from."""
+    """Return a summary of sizes, classes, cut, left-out and missing examples, and origins."""
     total, cut = sum(len(examples) for examples, _ in splits), sum(tokens.num_truncated for _, tokens in splits)
     notes = [f"{cut:,} of {total:,} longer than {max_length} tokens, cut" if cut else f"none over {max_length} tokens"]
     if skipped := sum(examples.skipped for examples, _ in splits):

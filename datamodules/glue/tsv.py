@@ -109,7 +109,7 @@ def _read_header(
 
 
 def _read_fields(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """Line number, from 1, and fields of each line that is not blank."""
+    """Yield line number, from 1, and fields of each line that is not blank."""
     with path.open(encoding="utf-8-sig") as file:
         try:
             for number, line in enumerate(file, start=1):

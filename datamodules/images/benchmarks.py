@@ -45,7 +45,7 @@ class ImageBenchmark(ABC):
     write_synthetic: Callable[[Path, tuple[int, int], str, Iterable[str]], None] = write_parquet_files
 
     def download(self, name: str, revision: str | None) -> None:
-        """Fetches the newest version of what `open` needs. By default there is nothing to fetch.
+        """Fetch the newest version of what `open` needs. By default does nothing.
 
         Args:
             name: the set's key in the table.

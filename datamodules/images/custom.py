@@ -72,7 +72,7 @@ def _list_class_folders(folder: Path) -> dict[str, FoundFiles]:
 
 
 def _describe_strays(directory: Path, folders: dict[str, Path]) -> list[str]:
-    """Sentences on folders that are no splits, and on files of splits outside of class folders."""
+    """Return sentences on folders that are no splits, and on files of splits outside of class folders."""
     strange = sorted(
         path.name for path in directory.iterdir() if path.is_dir() and not is_hidden(path) and path not in folders.values()
     )

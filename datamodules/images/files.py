@@ -43,7 +43,7 @@ def is_image_name(path: Path) -> bool:
 
 
 def find_files(directory: Path) -> FoundFiles:
-    """Everything under `directory`, at any depth, also behind links to folders.
+    """Return all files under `directory`, at any depth, also behind links to folders.
 
     A link is not followed to a folder inside of `directory` or that holds `directory`, and no folder is read twice.
 

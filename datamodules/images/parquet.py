@@ -195,7 +195,7 @@ def _holds_integers(feature: object) -> bool:
 def _index_classes(
     values: Mapping[str, Sequence[int]], columns: Mapping[str, _Columns], origin: str
 ) -> tuple[list[str], dict[str, list[int]]]:
-    """Class names and each row's index into them.
+    """Return the class names and each row's index into them.
 
     With named labels the classes are train's names, and other splits are matched by name. With bare integers they are
     the values that occur in train, so labels need not start at 0.

@@ -50,7 +50,7 @@ def write_class_folders(directory: Path, size: tuple[int, int], file_format: str
 
 
 def _generate(split: str, name: str, size: tuple[int, int], file_format: str) -> list[bytes]:
-    """Encoded images of one class: its color with noise, the same bytes in every process."""
+    """Return encoded images of one class: its color with noise, the same bytes in every process."""
     seed = (list(IMAGES_PER_CLASS).index(split), list(COLORS).index(name))
     random = np.random.default_rng(seed)
     contents = []

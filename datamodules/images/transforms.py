@@ -13,7 +13,7 @@ _MAX_ASPECT = 32  # of an image that is resized as a whole
 
 
 def train_transform(image_size: int) -> v2.Compose:
-    """Random crop of 90 to 100 % of the area, bicubic, without flips (mirrored digits and signs change their class).
+    """Return a random crop of 90 to 100 % of the area, bicubic, without flips (mirrored digits and signs change their class).
 
     Returns:
         From a PIL image to a uint8 tensor (3, image_size, image_size).
@@ -23,7 +23,7 @@ def train_transform(image_size: int) -> v2.Compose:
 
 
 def eval_transform(image_size: int) -> v2.Compose:
-    """Shorter side to `image_size`, bicubic, then the central square.
+    """Resize the shorter side to `image_size`, bicubic, then crop the central square.
 
     Returns:
         From a PIL image to a uint8 tensor (3, image_size, image_size).
@@ -41,7 +41,7 @@ def normalization(mean: Sequence[float], std: Sequence[float]) -> v2.Compose:
 
 
 class CentralSquare:
-    """Shorter side to `image_size`, bicubic, then the central square.
+    """Resize the shorter side to `image_size`, bicubic, then crop the central square.
 
     An image of 2 x 8000 pixels would have 200 million when it is resized. Where one side is longer than 32 times the other, the
     crop therefore comes first; the pixels are the same but for rounding.

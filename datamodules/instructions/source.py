@@ -120,7 +120,7 @@ class PinnedFiles(Files):
 
 
 def blob_id(path: Path) -> str:
-    """Git's name for the content of a file."""
+    """Return Git's name for the content of a file."""
     digest = hashlib.sha1(f"blob {path.stat().st_size}\0".encode(), usedforsecurity=False)
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK_BYTES):

@@ -65,7 +65,7 @@ class InstructionTokenizer:
         self._suffix = [] if eos is None else [eos]
 
     def examples(self, records: Sequence[Record]) -> Iterator[TokenizedExample]:
-        """Training prompts with responses, at most `max_length` tokens each.
+        """Yield the training prompts with responses, at most `max_length` tokens each.
 
         Raises:
             UserError: `max_length` has no room beside the style's own words.
@@ -75,7 +75,7 @@ class InstructionTokenizer:
                 yield self._fit(head, question, tail, response)
 
     def prompts(self, records: Sequence[Record]) -> Iterator[tuple[Prompt, list[int]]]:
-        """Evaluation prompts and their token ids."""
+        """Yield the evaluation prompts and their token ids."""
         prompts = [self.style.evaluation(record) for record in records]
         for prompt, parts in zip(prompts, self._tokenize(prompts), strict=True):
             yield prompt, self._prefix + [token for part in parts for token in part]
@@ -88,7 +88,7 @@ class InstructionTokenizer:
         )
 
     def _batches(self, records: Sequence[Record]) -> Iterator[list[tuple[str, str, str, str]]]:
-        """Head, question, tail and response of some records at a time."""
+        """Yield the head, question, tail and response of some records at a time."""
         for start in range(0, len(records), _CHUNK):
             yield [
                 (*self.style.training(record), self.style.response(record.output)) for record in records[start : start + _CHUNK]
@@ -109,7 +109,7 @@ class InstructionTokenizer:
         return TokenizedExample(ids, len(ids) - len(answered), len(question) - len(kept), len(response) - len(answered))
 
     def _tokenize(self, texts: Sequence[Sequence[str]]) -> Iterator[list[list[int]]]:
-        """Token ids of each part of each text, without special tokens."""
+        """Yield the token ids of each part of each text, without special tokens."""
         if not self._tokenizer.is_fast:  # in Python, without offsets: bytes, for which the parts are the same alone
             for parts in texts:
                 yield [self._tokenizer(part, add_special_tokens=False)["input_ids"] if part else [] for part in parts]

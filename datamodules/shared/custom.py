@@ -21,7 +21,7 @@ def data_files(directory: Path, suffixes: Sequence[str]) -> list[Path]:
 
 
 def files_of_split(files: Iterable[Path], split: str) -> list[Path]:
-    """Those that are called like a split, in upper or lower case."""
+    """Return the files that are named like a split, in upper or lower case."""
     return [path for path in files if path.stem.lower() in _FILE_NAMES[split]]
 
 

@@ -136,7 +136,7 @@ class BaseDataModule(L.LightningDataModule):
         weights: Sequence[float] | None = None,
         with_seeds: bool = False,
     ) -> DataLoader[Any]:
-        """Shuffled batches of the training set; for `lengths`, `weights` and `with_seeds` see `ShuffledSampler`."""
+        """Return shuffled batches of the training set; for `lengths`, `weights` and `with_seeds` see `ShuffledSampler`."""
         sampler = ShuffledSampler(
             dataset,  # type: ignore[arg-type]  # torch declares no length
             run_seed(self.trainer),  # not what a model has drawn before: all methods see one order under one seed

@@ -47,7 +47,7 @@ class TrainLoader(DataLoader[Any]):
             yield batch
 
     def state_dict(self) -> dict[str, int | None]:
-        """`epoch`, `batches` of it that were handed out, and `batch_size`: examples a batch, of all processes."""
+        """Return `epoch`, `batches` of it that were handed out, and `batch_size`: examples a batch, of all processes."""
         epoch = self._epoch if self._resumes_in is None else self._resumes_in
         return {"epoch": epoch, "batches": self._num_given, "batch_size": self._step_size}
 

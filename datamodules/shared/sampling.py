@@ -144,7 +144,7 @@ def run_seed(trainer: Trainer | None) -> int:
 
 
 def num_shares(trainer: Trainer | None) -> int:
-    """Among how many processes the training examples are divided."""
+    """Return the number of processes that share the training examples."""
     return 1 if trainer is None else (trainer.distributed_sampler_kwargs or {}).get("num_replicas", 1)
 
 
@@ -168,7 +168,7 @@ class TrainShare(DistributedSamplerWrapper):
 
 
 def evaluation_sampler(dataset: Sized, trainer: Trainer | None) -> Sampler[int] | None:
-    """On several processes, a share of the examples for each without the usual repetition, which would count some twice.
+    """Return a share of the examples for each of several processes, without the usual repetition, which counts some twice.
 
     Where the model is sharded every forward needs all processes, so that they get equally many batches, repetition included.
     """
@@ -180,7 +180,7 @@ def evaluation_sampler(dataset: Sized, trainer: Trainer | None) -> Sampler[int] 
 
 
 def hold_out(labels: Sequence[int], fraction: float, seed: int) -> tuple[list[int], list[int]]:
-    """Divides examples into train and validation, class by class.
+    """Divide examples into train and validation, class by class.
 
     Each class gives its share of `fraction`. Shares are rounded so that the total is right: with few examples a class,
     the classes that give one more are drawn at random. Every class keeps at least one train example.

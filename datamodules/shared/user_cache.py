@@ -7,5 +7,5 @@ from pathlib import Path
 
 
 def default_cache_directory() -> Path:
-    """`fourier_moe` in the user's cache directory."""
+    """Return `fourier_moe` in the user's cache directory."""
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fourier_moe"

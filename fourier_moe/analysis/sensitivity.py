@@ -97,7 +97,7 @@ def dense_gradients(
     loss: Callable[[Any], Tensor],
     batches: Iterable[tuple[Any, float]],
 ) -> dict[str, Tensor]:
-    """Exact gradient of sum_k weight_k loss(batch_k) with respect to each projection's dense update.
+    """Return the exact gradient of sum_k weight_k loss(batch_k) with respect to each projection's dense update.
 
     It is summed from what goes in and what comes back, dW = sum over tokens of dy x^T, so that frozen, quantized and sharded
     weights do. No parameter's `.grad` is touched. Tokens that the loss does not depend on (padding) add exactly 0.
@@ -196,7 +196,7 @@ def _strongest_share(energy: Tensor, counts: Tensor, strongest: int) -> float:
 
 
 def white_share(fraction: float) -> float:
-    """Share of the energy that white noise has in the strongest `fraction` of its positions: p (1 + ln(1/p)).
+    """Return the share of the energy that white noise has in the strongest `fraction` of its positions: p (1 + ln(1/p)).
 
     Its energies are exponentially distributed; the strongest p of them are those above ln(1/p) times their mean.
     """

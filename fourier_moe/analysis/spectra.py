@@ -88,7 +88,7 @@ class ExpertSpectra:
         return (self._share * (self.radius - self.center.unsqueeze(-1)).square()).sum(-1).sqrt()
 
     def in_band(self, centers: list[float], bandwidth: float) -> Tensor:
-        """Share of the energy inside the expert's band (E,); `band_edges` says where a band begins and ends."""
+        """Return the share of the energy inside the expert's band (E,); `band_edges` says where a band begins and ends."""
         weight_EP = torch.stack([band_weight(r, f, bandwidth) for r, f in zip(self.radius, centers, strict=True)])
         return (self._share * (weight_EP >= math.exp(-1))).sum(-1)
 
@@ -103,12 +103,12 @@ class ExpertSpectra:
         return torch.stack([effective_number(self.singular_values(expert)) for expert in range(len(self.coefficients))])
 
     def radial_occupancy(self, num_bins: int) -> Tensor:
-        """Energy by radius (E, R): histogram over bins of equal width from rho = 0 to 1."""
+        """Return the energy by radius (E, R): histogram over bins of equal width from rho = 0 to 1."""
         bin_EP = (self.radius * num_bins).long().clamp(max=num_bins - 1)
         return self.pair_energy.new_zeros(len(self.coefficients), num_bins).scatter_add_(1, bin_EP, self.pair_energy)
 
     def update_overlap(self) -> Tensor:
-        """Cosine between the experts' updates, <dW_e, dW_f> / (||dW_e|| ||dW_f||) (E, E); 0 where one has no energy.
+        """Return the cosine between the experts' updates, <dW_e, dW_f> / (||dW_e|| ||dW_f||) (E, E); 0 where one has no energy.
 
         By Parseval's theorem only positions that two experts have in common count.
         """
@@ -163,7 +163,7 @@ class ExpertSpectra:
 
 
 def band_edges(center: float, bandwidth: float) -> tuple[float, float]:
-    """Radii between which a band's weight is at least 1/e: sqrt(f^2 + B^2/4) -+ B/2, which are B apart.
+    """Return the radii between which a band's weight is at least 1/e: sqrt(f^2 + B^2/4) -+ B/2, which are B apart.
 
     A draw in proportion to the weight has erf(1) = 84 % of its positions there, if the plane had equally many at all radii.
     """
@@ -184,12 +184,12 @@ def radial_overlap(occupancy_ER: Tensor) -> Tensor:
 
 
 def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """0 where the denominator is 0."""
+    """Return the ratio, 0 where the denominator is 0."""
     return torch.where(denominator > 0, numerator / torch.where(denominator > 0, denominator, 1), 0)
 
 
 def _wave_norms(frequency_P: Tensor, size: int) -> Tensor:
-    """Norms of cos and sin of 2 pi f p/size over p = 0..size-1: (P, 2). At f = 0 and size/2 there is no sine."""
+    """Return the norms of cos and sin of 2 pi f p/size over p = 0..size-1: (P, 2). At f = 0 and size/2 there is no sine."""
     edge_P = (2 * frequency_P) % size == 0
     cosine_P = torch.where(edge_P, size, size / 2).double().sqrt()
     return torch.stack([cosine_P, torch.where(edge_P, 0, cosine_P)], -1)
@@ -208,7 +208,7 @@ def _connected_parts(row_P: Tensor, column_P: Tensor) -> Tensor:
 
 
 def _local_index(index: Tensor) -> Tensor:
-    """Numbers (parts, n) counted separately in each part: equal ones get the same number, from 0 without gaps."""
+    """Return numbers (parts, n) counted separately in each part: equal ones get the same number, from 0 without gaps."""
     first = (index.unsqueeze(2) == index.unsqueeze(1)).int().argmax(-1)
     is_first = first == torch.arange(index.shape[1])
     return (is_first.long().cumsum(-1) - 1).gather(1, first)

@@ -48,7 +48,7 @@ class ThresholdRouter(Router):
         self.threshold_bias = nn.Parameter(start[-1:].clone().to(device))  # b (1,)
 
     def route(self, x: Tensor) -> Routing:
-        """Gates (..., E) of all experts, 0 for those that do not pass."""
+        """Return the gates (..., E) of all experts, 0 for those that do not pass."""
         probabilities = self.probabilities(x)
         threshold = self.max_threshold * torch.sigmoid(logits(x, self.threshold_weight) + self.threshold_bias)
         margin = probabilities - threshold

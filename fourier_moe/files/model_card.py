@@ -17,7 +17,7 @@ _MARK = re.compile(rb"<!-- written by save_adapter, replaced with the adapter un
 
 
 def model_card(description: AdapterDescription, code: str) -> str:
-    """Front matter for the hub, how to use the adapter, and what is known of it.
+    """Return the front matter for the hub, how to use the adapter, and what is known of it.
 
     Args:
         code: Python that makes the pretrained model as `model`.
@@ -37,7 +37,7 @@ def is_edited(path: Path) -> bool:
 
 
 def loading_code(model: nn.Module) -> str:
-    """Python that loads a transformers model again by its name; of another model it can only say the name."""
+    """Return Python code that loads a transformers model again by its name; of another model it can only say the name."""
     name, kind = backbone_name(model), type(model)
     if name is None or not kind.__module__.startswith("transformers."):
         return f"model = ...  # the pretrained model: {name or kind.__name__}"
@@ -46,7 +46,7 @@ def loading_code(model: nn.Module) -> str:
 
 
 def _front_matter(description: AdapterDescription) -> list[str]:
-    """YAML; every value is written as JSON, which YAML contains."""
+    """Return the front matter as YAML; every value is written as JSON, which YAML contains."""
     fields: dict[str, object] = {"library_name": "fourier_moe"}
     if description.backbone_revision is not None:  # else the name is none of the hub's
         fields["base_model"] = description.backbone

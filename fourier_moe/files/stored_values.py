@@ -21,7 +21,7 @@ _short.maxstring = _short.maxother = 100
 
 
 def parse_json(text: str | bytes) -> Any:
-    """JSON without duplicate keys and unpaired surrogates.
+    """Parse JSON without duplicate keys and unpaired surrogates.
 
     Raises:
         UserError: in one line, for whatever is wrong.

@@ -57,7 +57,7 @@ class _SplitAttention(nn.Module):
         self.train(module.training)
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
-        """(N, L, E), (N, S, kdim), (N, S, vdim) to (N, H, L, D), (N, H, S, D), (N, H, S, D)."""
+        """Project (N, L, E), (N, S, kdim), (N, S, vdim) to (N, H, L, D), (N, H, S, D), (N, H, S, D)."""
         shapes = [tuple(x.shape) for x in (query, key, value)]
         same_batch = query.shape[:1] == key.shape[:1] and key.shape[:2] == value.shape[:2]
         if not same_batch or any(len(shape) != 3 for shape in shapes):
@@ -334,7 +334,7 @@ def _kind(module: nn.Module) -> type[_SplitAttention] | None:
 
 
 def _input_projections(module: Any, width: int) -> tuple[list[nn.Parameter], list[nn.Parameter | None]]:
-    """Weights and biases of q, k and v. Parts of fused parameters are copies that share no memory."""
+    """Return the weights and biases of q, k and v. Parts of fused parameters are copies that share no memory."""
 
     def split(fused: nn.Parameter) -> list[nn.Parameter]:
         assert fused.shape[0] == 3 * width
@@ -355,7 +355,7 @@ def _linear(weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Linear:
 
 
 def _score_mask(mask: Tensor, q: Tensor, k: Tensor) -> Tensor:
-    """``attn_mask`` for q (N, H, L, D) and k (N, H, S, D), as an additive mask that broadcasts to (N, H, L, S)."""
+    """Return ``attn_mask`` for q (N, H, L, D) and k (N, H, S, D), as an additive mask that broadcasts to (N, H, L, S)."""
     (n, h, length, _), source = q.shape, k.shape[2]
     mask = _additive(mask, "attn_mask", q.dtype, (length, source), (n * h, length, source), (n, h, length, source))
     return mask.unflatten(0, (n, h)) if mask.dim() == 3 else mask

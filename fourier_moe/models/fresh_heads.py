@@ -16,7 +16,7 @@ _DEPTH = 2  # a head stands in the model, or in the model inside a wrapper
 
 
 def fresh_heads(model: nn.Module) -> dict[str, nn.Module]:
-    """Trainable modules that are called like a head and whose values are those of an initialization, by name."""
+    """Return the trainable modules that are called like a head and whose values are those of an initialization, by name."""
     return {
         name: module
         for name, module in model.named_modules()

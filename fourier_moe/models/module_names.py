@@ -39,7 +39,7 @@ def keep_module_names(model: nn.Module, names: ModuleNames) -> None:
 
 
 def kept_module_names(model: nn.Module) -> ModuleNames | None:
-    """Those that the model was adapted with, or None."""
+    """Return the names that the model was adapted with, or None."""
     return getattr(model, _ATTRIBUTE, None)
 
 

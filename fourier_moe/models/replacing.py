@@ -48,7 +48,7 @@ def split_fused(model: nn.Module, matches: Collection[str]) -> dict[nn.Module, n
 
 
 def projection_sizes(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[int, int]]:
-    """(in_features, out_features) of projections, also of those inside of a fused attention.
+    """Return (in_features, out_features) of projections, also of those inside of a fused attention.
 
     Raises:
         UserError: naming what is no linear projection.

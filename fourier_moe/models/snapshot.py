@@ -38,7 +38,7 @@ def unchanged_on_error(model: nn.Module) -> Iterator[None]:
 
 
 def structure_copy(model: nn.Module, instead: Mapping[nn.Module, nn.Module] | None = None) -> nn.Module:
-    """New modules around the same tensors: what is adapted in the copy leaves the model as it is.
+    """Return new modules around the same tensors: what is adapted in the copy leaves the model as it is.
 
     Args:
         instead: modules to copy in the place of others of the model.

@@ -37,7 +37,7 @@ class StatisticsReader:
         self._closing = weakref.finalize(self, _release, records)
 
     def read(self) -> dict[str, RouterStatistics]:
-        """Statistics by projection of the tokens since the last `read`, or since the reader was made.
+        """Return the statistics by projection of the tokens since the last `read`, or since the reader was made.
 
         Without padding; of this process, on its device.
 

@@ -47,12 +47,12 @@ class Routing(NamedTuple):
         return cls(gates, experts, gates if probabilities is None else probabilities)
 
     def dense(self, num_experts: int) -> Tensor:
-        """Gates (..., E) of all experts, 0 for the inactive ones."""
+        """Return the gates (..., E) of all experts, 0 for the inactive ones."""
         return dense_gates(self.gates, self.experts, num_experts)
 
 
 def dense_gates(gates: Tensor, experts: Tensor, num_experts: int) -> Tensor:
-    """Gates (..., E) of all experts from those of the active ones (..., K), 0 for the others."""
+    """Return the gates (..., E) of all experts from those of the active ones (..., K), 0 for the others."""
     return gates.new_zeros(*gates.shape[:-1], num_experts).scatter_add(-1, experts, gates)
 
 

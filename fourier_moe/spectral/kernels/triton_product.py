@@ -77,7 +77,7 @@ def product_backward(
 
 
 def _all_gates(gates_TK: Tensor, experts_TK: Tensor, num_experts: int) -> Tensor:
-    """(T, E): the kernels look a gate up by its expert and skip those that are 0."""
+    """Return (T, E): the kernels look a gate up by its expert and skip those that are 0."""
     return dense_gates(gates_TK.detach().float(), experts_TK, num_experts)
 
 
@@ -90,7 +90,7 @@ def _inverse(spectrum_TFC: Tensor, size: int, scale: float) -> Tensor:
 
 
 def _coefficients(coefficients_EPC: Tensor, lists: _Lists) -> Tensor:
-    """(R, 2), contiguous, conjugated where the position was replaced by its partner."""
+    """Return (R, 2), contiguous, conjugated where the position was replaced by its partner."""
     real_R, imaginary_R = coefficients_EPC.detach().reshape(-1, 2).unbind(-1)
     return torch.stack([real_R, imaginary_R * lists.signs_R], -1)
 
