@@ -98,7 +98,7 @@ def replace_projections(model: nn.Module, config: ProjectionAdapterConfig, names
 
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """PyTorch's generator of the CPU is seeded; afterwards it goes on as before: dropout and data must not depend on layers."""
+    """Seed PyTorch's CPU generator, and restore it afterwards: dropout and data must not depend on the layers."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         yield

@@ -206,10 +206,10 @@ def check_fit(
 
 
 def check_values(source: str, state: Mapping[str, Tensor]) -> None:
-    """Refuse tensors that are no adapter's, whatever it is.
+    """Refuse tensors that cannot belong to an adapter of any kind.
 
     Raises:
-        UserError: naming the first that is not finite, or of a type that adapters never have.
+        UserError: naming the first that is not finite, or of a type that adapters do not have.
     """
     for key, value in state.items():
         if value.dtype not in (*_FLOATS, *_INTEGERS):

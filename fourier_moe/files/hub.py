@@ -47,10 +47,10 @@ def local_directory(path: str | os.PathLike[str]) -> Path:
 
 
 def check_repo_id(repo_id: str) -> None:
-    """Refuse what is no name of a repository.
+    """Refuse invalid names of repositories.
 
     Raises:
-        UserError: with its form.
+        UserError: with the valid form.
     """
     if not re.fullmatch(_ID, repo_id):
         raise UserError(f"repo_id={repo_id!r} must be owner/name")

@@ -135,7 +135,7 @@ def _lock(file: BinaryIO) -> bool | None:
 
 
 def _after_replacing(paths: Sequence[Path]) -> None:
-    """Remove what killed processes left, and bring the new names to the disk. The files are in place: no error any more."""
+    """Remove what killed processes left, and sync the new names. Errors are ignored, since the files are in place."""
     with contextlib.suppress(OSError):
         for path in paths:
             _remove_abandoned(path)

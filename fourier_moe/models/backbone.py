@@ -72,30 +72,31 @@ def measure_backbone(model: nn.Module, own: Collection[int] = ()) -> Fingerprint
 
 
 def keep_fingerprint(model: nn.Module, fingerprint: Fingerprint) -> None:
-    """Remember it on the model, whatever becomes of the weights. `inject` does; where the weights are on the meta device, hand
-    over what `kept_fingerprint` gives in the process that has them.
+    """Store a fingerprint on the model, as `inject` does.
+
+    If the weights are on the meta device, pass the `kept_fingerprint` of the process that has them.
     """
     setattr(model, _ATTRIBUTE, fingerprint)
 
 
 def kept_fingerprint(model: nn.Module) -> Fingerprint:
-    """Return what `inject` measured, empty if the model is not adapted."""
+    """Return the fingerprint that `inject` measured; empty if the model is not adapted."""
     return getattr(model, _ATTRIBUTE, Fingerprint())
 
 
 def backbone_fingerprint(model: nn.Module) -> dict[str, float]:
     """Return the part of the kept fingerprint that goes into files.
 
-    Empty on the meta device, and where the pretrained weights themselves are trained.
+    It is empty on the meta device, and if the pretrained weights themselves are trained.
     """
     kept = kept_fingerprint(model)
     return {name: kept.values[name] for name in kept.sample}
 
 
 def check_backbone(model: nn.Module, name: str | None, fingerprint: Mapping[str, float], source: str) -> None:
-    """Refuse what was trained on other weights than `model` has, whatever these are called.
+    """Refuse an adapter that was trained on other weights than the model's, whatever their names.
 
-    Parameters that only one of the two has unquantized are not compared. Where nothing can be compared, or only constants of
+    Parameters that only one of the two has unquantized are not compared. If nothing can be compared, or only constants of
     initialization, names must be equal.
 
     Args:

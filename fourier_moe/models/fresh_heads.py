@@ -1,4 +1,4 @@
-"""Classification heads that nobody has trained yet and that an injection would freeze."""
+"""Untrained classification heads that an injection would freeze."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ class ModuleNames:
 
 
 def keep_module_names(model: nn.Module, names: ModuleNames) -> None:
-    """Remember them on the model; `inject` does."""
+    """Store the names on the model, as `inject` does."""
     setattr(model, _ATTRIBUTE, names)
 
 

@@ -16,7 +16,7 @@ _PRODUCTS = (
     *("inner", "tensordot", "einsum", "chain_matmul", "conv1d", "conv2d", "multi_head_attention_forward"),
     *("_native_multi_head_attention", "_transformer_encoder_layer_fwd"),
 )
-# What returns parts of a weight, or several weights side by side; whatever keeps the number of elements counts too.
+# Functions that return parts of a weight or several weights side by side, and those that keep the number of elements.
 _PARTS = (
     *("cat", "concat", "stack", "chunk", "split", "tensor_split", "unbind", "narrow", "select", "index_select"),
     "__getitem__",

@@ -205,7 +205,7 @@ class AdapterBank:
         return originals
 
     def _check_nesting(self, name: str, new: _Loaded) -> None:
-        """A head that is trained in full must not hold a projection that another adapter adapts, or another's head."""
+        """Refuse a head trained in full that contains a projection or a head of another adapter."""
         for other, old in self._loaded.items():
             for (owner, one), (guest, two) in (((name, new), (other, old)), ((other, old), (name, new))):
                 for head in one.heads:

@@ -30,10 +30,10 @@ def named_generator(seed: int, name: str) -> torch.Generator:
 
 
 def band_centers(num_experts: int, bandwidth: float, layout: str) -> list[float]:
-    """Center f_e of each expert's band, in units of the normalized radius.
+    """Return the center f_e of each expert's band, in units of the normalized radius.
 
     `cover` spreads the centers evenly over the radius, f_e = (e + 1/2) / E. `stack` puts bands of the given width side by
-    side from DC outwards, f_e = (e + 1/2) B, so that a small B leaves the high frequencies to nobody.
+    side from DC outwards, f_e = (e + 1/2) B, so with a small B no band covers the high frequencies.
     """
     spacing = {"cover": 1.0 / num_experts, "stack": bandwidth}[layout]
     return [(expert + 0.5) * spacing for expert in range(num_experts)]
