@@ -61,7 +61,7 @@ def test_old_command_lines(main, calls):
     main("analyze", *DEMO, "--memory", "2", "--data.init_args.seed", "1")
     main("export", "--format", "lora", *DEMO, "--model.adapter_path", "adapter")
     quiet = ["--trainer.enable_progress_bar", "false"]
-    compare = {"adapters": "lora,config", "seeds": 2, "match_parameters": "0.42%", "metric": None, "output": None}
+    compare = {"adapters": "lora,config", "seeds": 2, "match_parameters": "0.42%", "tune": None, "metric": None, "output": None}
     assert calls == [
         (CommandLine(FIT.files, FIT.configs, ["--trainer.max_epochs", "5", *quiet]), compare),
         (
