@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from numbers import Integral, Real
+from types import NoneType, UnionType
+from typing import Any, ClassVar, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 from torch import Tensor
 
@@ -36,7 +38,8 @@ class AdapterConfig:
 
     def __post_init__(self) -> None:
         _set_names(self, "head")
-        problems = self.problems()
+        check_types(self)
+        problems = [*_unknown_choices(self), *self.problems()]
         if problems:
             raise UserError(f"{type(self).__name__}: {'; '.join(problems)}")
 
@@ -138,6 +141,62 @@ def _set_names(config: AdapterConfig, field: str) -> None:
         except (re.error, OverflowError, RecursionError) as error:
             raise UserError(f"{field} holds {entry!r}, which is no valid regular expression: {error}") from error
     object.__setattr__(config, field, tuple(value))
+
+
+_KINDS: dict[Any, tuple[type, str]] = {
+    bool: (bool, "true or false"),
+    int: (Integral, "a whole number"),
+    float: (Real, "a number"),
+    str: (str, "text"),
+    NoneType: (NoneType, "null"),
+}
+
+
+def check_types(config: Any) -> None:
+    """Refuse values of another type than a dataclass's annotations say; numbers are no strings, and true is no number.
+
+    Checks numbers, strings, booleans and choices (Literal); a whole number also fits `float`.
+
+    Raises:
+        UserError: naming each field, its value, and what would be valid.
+    """
+    problems = []
+    for name, value, options in _annotated(config):
+        if all(get_origin(option) is Literal or option in _KINDS for option in options) and not any(
+            _fits(value, option) for option in options
+        ):
+            expected = " or ".join(_KINDS[option][1] if option in _KINDS else _choices(option) for option in options)
+            problems.append(f"{name}={value!r} must be {expected}")
+    if problems:
+        raise UserError(f"{type(config).__name__}: {'; '.join(problems)}")
+
+
+def _annotated(config: Any) -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
+    """Yield name, value and possible types of every field."""
+    hints = get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        hint = hints[field.name]
+        yield field.name, getattr(config, field.name), get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+
+
+def _fits(value: Any, option: Any) -> bool:
+    if get_origin(option) is Literal:
+        return isinstance(value, str)  # `_unknown_choices` and a config's own checks look at which
+    return isinstance(value, _KINDS[option][0]) and (option is bool or not isinstance(value, bool))
+
+
+def _choices(option: Any) -> str:
+    names = get_args(option)
+    return f"one of {', '.join(names)}" if len(names) > 1 else repr(names[0])
+
+
+def _unknown_choices(config: Any) -> list[str]:
+    """Return the problems of fields that are one of several words."""
+    return [
+        f"{name}={value!r} must be {_choices(options[0])}"
+        for name, value, options in _annotated(config)
+        if len(options) == 1 and get_origin(options[0]) is Literal and value not in get_args(options[0])
+    ]
 
 
 # Checks that several methods share, for `problems`.

@@ -13,6 +13,7 @@ from torch.optim import SGD, AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 from fourier_moe import AdapterConfig, adapters
+from fourier_moe.config import check_types
 from fourier_moe.errors import UserError
 from fourier_moe.inject import after_step
 from fourier_moe.models.module_names import head_modules
@@ -33,6 +34,7 @@ class ParameterGroup:
     weight_decay: float = 0.0
 
     def __post_init__(self) -> None:
+        check_types(self)
         for field in fields(self):
             value = getattr(self, field.name)
             if not (value >= 0 and math.isfinite(value)):

@@ -81,15 +81,7 @@ class FourierMoEConfig(ProjectionAdapterConfig):
                 problems.append(f"scaling={self.scaling!r} must be a positive number or 'relative'")
         elif not (self.scaling > 0 and math.isfinite(self.scaling)):
             problems.append(f"scaling={self.scaling} must be a positive number or 'relative'")
-        problems += [*dropout(self), *not_negative(self, "balance_weight")]
-        for field, choices in (
-            ("band_layout", ("cover", "stack")),
-            ("coefficients", ("complex", "real", "imaginary")),
-            ("router_scope", ("projection", "input", "block")),
-        ):
-            if getattr(self, field) not in choices:
-                problems.append(f"{field}={getattr(self, field)!r} must be one of {', '.join(choices)}")
-        return problems
+        return [*problems, *dropout(self), *not_negative(self, "balance_weight")]
 
     @property
     def size_step(self) -> int:

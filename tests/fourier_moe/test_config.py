@@ -5,11 +5,23 @@ import json
 import re
 
 import pytest
+from support.method_configs import LORA_RELATIVES, PEFT_LIBRARY
 from support.models import config
 
-from fourier_moe import FourierMoEConfig, FullFineTuning, HeadOnly
+from fourier_moe import (
+    AdaMoLEConfig,
+    FFTMoEConfig,
+    FourierMoEConfig,
+    FullFineTuning,
+    GOATConfig,
+    HeadOnly,
+    HydraLoRAConfig,
+    MoLoRAConfig,
+)
 from fourier_moe.files.format import config_of
 
+ROUTED = [method(targets=["q_proj"]) for method in (MoLoRAConfig, GOATConfig, AdaMoLEConfig, HydraLoRAConfig)]
+ROUTED += [config(), FFTMoEConfig(targets=["q_proj"])]
 NAN, INF = float("nan"), float("inf")
 
 
@@ -38,11 +50,27 @@ NAN, INF = float("nan"), float("inf")
         ({"band_layout": [0.1, 0.3, 0.5, 0.9]}, r"band_layout=\[0.1, .*\] must be one of cover, stack"),
         ({"coefficients": "phase"}, r"coefficients='phase' must be one of complex, real, imaginary"),
         ({"targets": []}, r"targets is empty; name at least one projection"),
+        ({"top_k": 1.5}, r"top_k=1.5 must be a whole number"),
+        ({"top_k": True}, r"top_k=True must be a whole number"),
+        ({"num_experts": "4"}, r"num_experts='4' must be a whole number"),
+        ({"num_coefficients": None}, r"num_coefficients=None must be a whole number"),
+        ({"seed": 1.0}, r"seed=1.0 must be a whole number or null|seed=1.0 must be null or a whole number"),
+        ({"scaling": True}, r"scaling=True must be a number or 'relative'"),
+        ({"scaling": None, "dropout": "0"}, r"scaling=None must be a number or 'relative'; dropout='0' must be a number"),
+        ({"normalize_gates": 1}, r"normalize_gates=1 must be true or false"),
     ],
 )
 def test_impossible_value_is_named_with_what_would_be_valid(changes, message):
     with pytest.raises(ValueError, match=message):
         config(**changes)
+
+
+@pytest.mark.parametrize("settings", [*LORA_RELATIVES, *PEFT_LIBRARY, *ROUTED], ids=lambda each: type(each).__name__)
+def test_every_method_refuses_values_of_another_type(settings):
+    for field in dataclasses.fields(settings):
+        if field.name not in ("targets", "head"):
+            with pytest.raises(ValueError, match=rf"{type(settings).__name__}: {field.name}=\(1,\) must be "):
+                dataclasses.replace(settings, **{field.name: (1,)})
 
 
 @pytest.mark.parametrize("num_experts", [1, 3, 8])
