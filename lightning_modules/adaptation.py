@@ -54,7 +54,7 @@ from lightning_modules.tasks.building_code import building_code
 from lightning_modules.tasks.generation import is_sharded
 from lightning_modules.training.planned_schedule import PlannedSchedule, accumulated_batches
 from lightning_modules.training.step_mean import StepMean
-from lightning_modules.training.supported_callbacks import check_callbacks
+from lightning_modules.training.supported_callbacks import check_callbacks, check_monitors
 from lightning_modules.training.unused_adapters import UnusedAdapters
 from lightning_modules.training.weight_averaging import WeightAverage, attach_weight_average, check_resumed
 
@@ -180,6 +180,8 @@ class AdaptationModule(L.LightningModule):
         self.val_sets = self._start("val", self.val_sets, self.trainer.val_dataloaders)
 
     def on_validation_end(self) -> None:
+        if self.trainer.sanity_checking:
+            check_monitors(self.trainer)
         if self.average is not None and self.trainer.state.fn == "fit":
             self.average.put_current_back()  # after all callbacks have seen the validated weights
 

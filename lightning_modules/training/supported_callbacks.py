@@ -42,6 +42,23 @@ def check_callbacks(trainer: L.Trainer) -> None:
                 raise UserError(f"trainer.callbacks has {type(callback).__name__}, which {reason}")
 
 
+def check_monitors(trainer: L.Trainer) -> None:
+    """Refuse callbacks that monitor a value of validation that nothing logs; called at the end of the sanity check.
+
+    Values of training, and those of a user's callbacks, may come later.
+
+    Raises:
+        UserError: naming the callback, the value, and what is logged.
+    """
+    logged = sorted(trainer.callback_metrics)
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        monitor = getattr(callback, "monitor", None)
+        if monitor is None or monitor in logged:
+            continue
+        if monitor.startswith(("val", "test")) or any(name.endswith(f"/{monitor}") for name in logged):
+            raise UserError(f"{_name(callback)}: monitor={monitor!r} is not logged by validation; logged: {', '.join(logged)}")
+
+
 def without_use(callbacks: list[Callback], logger: bool, checkpointing: bool) -> list[Callback]:
     """Return the callbacks without those that need a logger or checkpoints, if the run has none; log which are left out."""
     needless = [

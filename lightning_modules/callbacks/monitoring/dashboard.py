@@ -4,28 +4,35 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
+from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
+from tensorboard.compat.proto.tensor_pb2 import TensorProto
+from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
+from tensorboard.plugins.custom_scalar import layout_pb2
 from torch.utils.tensorboard.summary import hparams
 
 from lightning_modules.adaptation import AdaptationModule
 from lightning_modules.callbacks.monitoring.hyperparameters import hyperparameters
 from lightning_modules.callbacks.monitoring.logged import log_now, tensorboards
+from lightning_modules.tasks import Task
 
-# Section -> chart -> pattern of the tags in the chart.
+# Section -> chart -> pattern of the tags in the chart, or BANDS.
+BANDS = "bands"
 CHARTS = {
     "Are my experts alive and balanced?": {
+        "DEAD EXPERTS: layers in which an expert is dead (0 is healthy)": r"router/dead_layers/expert_\d+",
         "load: share of the tokens per expert": r"router/load/expert_\d+",
-        "dead experts (share of all experts)": r"router/dead_experts",
         "load imbalance (1 is even) and entropy (1 is even)": r"router/load_(imbalance|entropy)",
         "mean gate per expert": r"router/gate/expert_\d+",
         "balance loss (top_k is even)": r"router/balance_loss_unscaled",
     },
     "Are they specialized?": {
         "energy of the update": r"spectrum/energy/expert_\d+",
+        "bands: where each expert's energy lies (line) in the band that it owns (shade)": BANDS,
         "center: mean radius of the spectrum": r"spectrum/center/expert_\d+",
         "share of the energy inside the expert's band": r"spectrum/in_band/expert_\d+",
         "effective number of coefficients": r"spectrum/effective_coefficients/expert_\d+",
@@ -49,7 +56,8 @@ class Dashboard(L.Callback):
     """Lay out the values of a run.
 
     - TensorBoard's CUSTOM SCALARS: one page that shows whether the experts are alive, balanced and specialized, whether the
-      model learns and how fast (`CHARTS`). Charts without data are left out.
+      model learns and how fast (`CHARTS`). Charts without data are left out; sections are not, since TensorBoard puts them in
+      the order of the first run in the directory.
     - HPARAMS, for every logger that takes hyperparameters: adapter, optimization, task, data and trainer by the names of the
       command line. TensorBoard shows them beside the last `val/...` and `test/...` metrics and the best values that
       ModelCheckpoint monitors, logged as `best/{monitor}`.
@@ -100,7 +108,7 @@ class Dashboard(L.Callback):
         if page != self._layout:
             self._layout = page
             for board in tensorboards(trainer):
-                board.add_custom_scalars(page)
+                board._get_file_writer().add_summary(layout_summary(page))
 
     def _log_best(self, trainer: L.Trainer) -> None:
         scores = {
@@ -120,8 +128,7 @@ class Dashboard(L.Callback):
         self._described.add(trainer.log_dir)
         values = hyperparameters(trainer, pl_module)
         monitors = [callback.monitor for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
-        names = [f"{split}/{name}" for split in ("val", "test") for name in pl_module.task.new_metrics()]
-        columns = [*names, *(f"best/{monitor}" for monitor in monitors if monitor)]
+        columns = [*_metric_names(pl_module.task), *(f"best/{monitor}" for monitor in monitors if monitor)]
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 # log_hyperparams needs the values of the metrics now, or writes placeholders.
@@ -133,11 +140,46 @@ class Dashboard(L.Callback):
                 board._get_file_writer().add_summary(summary)
 
 
-def layout(tags: Iterable[str]) -> Mapping[str, Any]:
-    """Return the page for `SummaryWriter.add_custom_scalars`, without charts that no tag belongs to."""
+def _metric_names(task: Task) -> list[str]:
+    """Return what validation and test log; a language model measures something else in each."""
+    names, current = [], task.split
+    splits: tuple[Literal["val", "test"], ...] = ("val", "test")
+    for split in splits:
+        task.split = split
+        names += [f"{split}/{name}" for name in task.new_metrics()]
+    task.split = current
+    return names
+
+
+def layout(tags: Iterable[str]) -> Mapping[str, Mapping[str, list[Any]]]:
+    """Return the page: by section and chart, patterns of tags, or (center, inner edge, outer edge) of each expert's band."""
     tags = list(tags)
-    page = {
-        section: {title: ["Multiline", [f"{tag}$"]] for title, tag in charts.items() if any(re.fullmatch(tag, t) for t in tags)}
-        for section, charts in CHARTS.items()
-    }
-    return {section: charts for section, charts in page.items() if charts}
+    experts = sorted({tag.rpartition("_")[2] for tag in tags if tag.startswith("spectrum/band_inner/")}, key=int)
+    bands = [tuple(f"spectrum/{name}/expert_{e}" for name in ("center", "band_inner", "band_outer")) for e in experts]
+    page: dict[str, dict[str, list[Any]]] = {}
+    for section, charts in CHARTS.items():
+        page[section] = {}
+        for title, pattern in charts.items():
+            if pattern == BANDS and bands:
+                page[section][title] = bands
+            elif any(re.fullmatch(pattern, tag) for tag in tags):
+                page[section][title] = [f"{pattern}$"]
+    return page
+
+
+def layout_summary(page: Mapping[str, Mapping[str, list[Any]]]) -> Summary:
+    """Return the page for TensorBoard. `SummaryWriter.add_custom_scalars` knows no chart of several bands."""
+
+    def chart(title: str, content: list[Any]) -> layout_pb2.Chart:
+        if isinstance(content[0], str):
+            return layout_pb2.Chart(title=title, multiline=layout_pb2.MultilineChartContent(tag=content))
+        series = [layout_pb2.MarginChartContent.Series(value=v, lower=low, upper=up) for v, low, up in content]
+        return layout_pb2.Chart(title=title, margin=layout_pb2.MarginChartContent(series=series))
+
+    categories = [
+        layout_pb2.Category(title=title, chart=[chart(*each) for each in charts.items()]) for title, charts in page.items()
+    ]
+    content = layout_pb2.Layout(category=categories).SerializeToString()
+    tensor = TensorProto(dtype="DT_STRING", string_val=[content], tensor_shape=TensorShapeProto())
+    metadata = SummaryMetadata(plugin_data=SummaryMetadata.PluginData(plugin_name="custom_scalars"))
+    return Summary(value=[Summary.Value(tag="custom_scalars__config__", tensor=tensor, metadata=metadata)])

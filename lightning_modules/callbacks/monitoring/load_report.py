@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from lightning_modules.callbacks.monitoring.load_sums import LoadSums
@@ -18,10 +19,22 @@ if TYPE_CHECKING:
 
 MAX_NUMBERS = 30  # rows up to which every cell shows its number
 MAX_LABELS = 64  # rows up to which every row has its name
+MAX_TASK_LAYERS = 4  # layers in the map of tasks
 
 
-def load_map(load: Tensor, rows: Sequence[str], even: float, title: str) -> Figure:
-    """Draw a heat map of loads (rows, E) in percent of the tokens: white is even, red is more, blue is less."""
+def load_map(
+    load: Tensor, rows: Sequence[str], even: float, title: str, dead: Tensor | None = None, group: int | None = None
+) -> Figure:
+    """Draw a heat map of loads (rows, E) in percent of the tokens: white is even, red is more, blue is less.
+
+    Args:
+        load: loads (rows, E).
+        rows: names of the rows.
+        even: an even load.
+        title: the title.
+        dead: cells to cross out (rows, E).
+        group: number of rows between two lines.
+    """
     from matplotlib.colors import TwoSlopeNorm  # here: it takes as long to import as a small run
     from matplotlib.figure import Figure
 
@@ -41,8 +54,30 @@ def load_map(load: Tensor, rows: Sequence[str], even: float, title: str) -> Figu
         for (row, expert), value in np.ndenumerate(percent):
             dark = value > 0.8 * top or value < 20 * even
             color = "white" if dark else "black"
-            axes.text(expert, row, f"{value:.0f}", ha="center", va="center", fontsize=7, color=color)
+            if dead is None or not dead[row, expert]:
+                axes.text(expert, row, f"{value:.0f}", ha="center", va="center", fontsize=7, color=color)
+    if dead is not None:
+        y, x = dead.nonzero().T.numpy()
+        axes.scatter(x, y, marker="x", s=60 if num_rows <= MAX_NUMBERS else 8, color="black", linewidth=1.5)
+    for line in range(group or num_rows, num_rows, group or num_rows):
+        axes.axhline(line - 0.5, color="black", linewidth=1.5)
     return figure
+
+
+def task_map(sums: LoadSums, layers: Sequence[str], even: float, title: str) -> Figure:
+    """Draw the loads of every task in the layers where tasks differ most."""
+    widest = _widest_layers(sums)[:MAX_TASK_LAYERS]
+    names = short_names(layers)
+    load = torch.stack([task.load[layer] for layer in widest for task in sums.tasks.values()])
+    rows = [f"{names[layer]}: {task}" for layer in widest for task in sums.tasks]
+    return load_map(load, rows, even, f"load by task, layers where tasks differ most\n{title}", group=len(sums.tasks))
+
+
+def _widest_layers(sums: LoadSums) -> list[int]:
+    """Return the layers in the order of the largest difference between two tasks' loads of an expert."""
+    loads = torch.stack([task.load for task in sums.tasks.values()])
+    spread = (loads.amax(0) - loads.amin(0)).amax(-1)
+    return spread.argsort(descending=True, stable=True).tolist()
 
 
 def write_layers(path: Path, layers: Sequence[str], sums: LoadSums) -> None:
@@ -72,12 +107,16 @@ def write_tasks(path: Path, layers: Sequence[str], sums: LoadSums) -> None:
     write_table(path, header, rows, digits=6)
 
 
-def task_table(sums: LoadSums) -> str:
-    """Return task x expert: the percentage of a task's tokens that the expert serves, mean over the layers."""
+def task_table(sums: LoadSums, layers: Sequence[str]) -> str:
+    """Return task x expert: the percentage of a task's tokens that each expert serves, in the layer where tasks differ most."""
+    layer = _widest_layers(sums)[0]
     rows = []
     for task, statistics in sums.tasks.items():
-        percent = (f"{100 * value:.0f}" for value in statistics.load.mean(0).tolist())
-        rows.append([task, f"{statistics.tokens.mean():,.0f}", *percent])
-    even = 100 * float(sums.layers.even_load.mean())
-    title = f"Percent of a task's tokens that each expert serves, mean over the layers (even: {even:.3g})"
+        percent = (f"{100 * value:.0f}" for value in statistics.load[layer].tolist())
+        rows.append([task, f"{statistics.tokens[layer]:,.0f}", *percent])
+    even = 100 * float(sums.layers.even_load[layer])
+    title = (
+        f"Percent of a task's tokens that each expert serves in {layers[layer]}, where tasks differ most (even: {even:.3g}); "
+        "task_load.csv has every layer"
+    )
     return f"{title}\n\n{markdown_table(['task', 'tokens', *map(str, range(sums.layers.num_experts))], rows)}"

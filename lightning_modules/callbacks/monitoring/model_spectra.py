@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fourier_moe import FourierMoEConfig, SpectralExperts
-from fourier_moe.analysis.spectra import ExpertSpectra, radial_overlap
+from fourier_moe.analysis.spectra import ExpertSpectra, band_edges, radial_overlap
 from fourier_moe.spectral.frequencies import band_centers
 from lightning_modules.tables import write_table
 
@@ -42,6 +42,13 @@ class ModelSpectra:
     def centers(self) -> list[float]:
         """f_e of every expert, even without frequency bias."""
         return band_centers(self.config.num_experts, self.config.bandwidth, self.config.band_layout)
+
+    @property
+    def bands(self) -> list[tuple[float, float]]:
+        """Inner and outer radius of each expert's band; none without frequency bias."""
+        if not self.config.frequency_bias:
+            return []
+        return [band_edges(center, self.config.bandwidth) for center in self.centers]
 
     @cached_property
     def measures(self) -> dict[str, Tensor]:

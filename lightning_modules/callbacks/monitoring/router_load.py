@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -14,7 +15,7 @@ from fourier_moe import RouterStatistics, StatisticsReader
 from fourier_moe.errors import UserError, shorten
 from fourier_moe.inject import adapter_config
 from lightning_modules.adaptation import AdaptationModule
-from lightning_modules.callbacks.monitoring.load_report import load_map, task_table, write_layers, write_tasks
+from lightning_modules.callbacks.monitoring.load_report import load_map, task_map, task_table, write_layers, write_tasks
 from lightning_modules.callbacks.monitoring.load_sums import LoadSums
 from lightning_modules.callbacks.monitoring.logged import log_now, show_figures, tensorboards
 from lightning_modules.run_directory import run_directory
@@ -29,14 +30,16 @@ class RouterLoad(L.Callback):
 
     - `router/active_experts`, experts that serve a token: K, or those above a threshold;
     - `router/load_imbalance` (1 is even), `router/load_entropy` (1 is even), `router/dead_experts` (share of all experts);
-    - `router/load/expert_{e}`, share of the tokens that expert e serves, and `router/gate/expert_{e}`, its mean gate there;
+    - `router/load/expert_{e}`, share of the tokens that expert e serves, `router/gate/expert_{e}`, its mean gate there, and
+      `router/dead_layers/expert_{e}`, the number of layers in which it is dead;
     - `router/balance_loss_unscaled`, K when even: the loss's formula over all tokens of the interval;
     - `router/balance_loss`, the balance term of the loss: mean over the interval's optimizer steps, in each over its batches
       and processes by their weight in the step. A batch's term is the formula over its own tokens, summed over the routers,
       each times its projection's `balance_weight`. Few tokens are less balanced than many, so it exceeds the unscaled loss.
 
-    TensorBoard also shows a map of the load per layer and expert (`router/load_map`) and, where batches name their `task`, per
-    task and expert (`router/task_load_map`, mean over the layers). At the end of training the maps of the last epoch are in the
+    TensorBoard also shows a map of the load per layer and expert (`router/load_map`, dead experts are crossed out) and, where
+    batches name their `task`, the load per task and expert in the layers where tasks differ most (`router/task_load_map`; a
+    mean over the layers would hide it). At the end of training the maps of the last epoch are in the
     run directory: router_load.png, router_load.csv, task_load.png, task_load.csv (every layer). Models without routers are
     ignored.
 
@@ -45,7 +48,8 @@ class RouterLoad(L.Callback):
         detailed: also log `router_layers/{layer}/...` for every layer.
         heat_map_every_n_steps: optimizer steps between two maps in TensorBoard; null for ten intervals, or more if drawing
             would take more than a hundredth of the time.
-        dead_below: an expert is dead if its load in an interval is less than this share of an even load.
+        dead_below: an expert is dead if its load in an interval is less than this share of an even load. No warning comes
+            before so many examples that an expert with an even load would hardly ever look dead (`enough_examples`).
         collapse_below: a layer has collapsed if its `RouterStatistics.balance` (1 even, 0 collapsed) is less.
     """
 
@@ -73,6 +77,8 @@ class RouterLoad(L.Callback):
         self._interval: LoadSums | None = None
         self._map: LoadSums | None = None  # since the last map
         self._epoch: LoadSums | None = None
+        self._unjudged: LoadSums | None = None  # since the last check for dead experts
+        self._examples = 0  # in it
         self._in_step: list[torch.Tensor] = []  # weight, and weight times balance loss (2,), of each batch in a step
         self._in_interval: list[torch.Tensor] = []  # their sums (2,) over each step, on this process
         self._last_step = 0
@@ -85,7 +91,8 @@ class RouterLoad(L.Callback):
         assert isinstance(pl_module, AdaptationModule)
         self._reader = StatisticsReader(pl_module.model)
         self._layers = list(self._reader.routers)
-        self._interval = self._map = self._epoch = None
+        self._interval = self._map = self._epoch = self._unjudged = None
+        self._examples = 0
         self._in_step, self._in_interval = [], []
         self._last_step, self._no_map_before, self._warned = trainer.global_step, 0.0, set()
         if not self._layers:
@@ -105,6 +112,7 @@ class RouterLoad(L.Callback):
         assert pl_module.batch_losses is not None
         weight, balance = pl_module.batch_losses.weight, pl_module.batch_losses.balance
         self._in_step.append(torch.stack([weight, weight * balance]))
+        self._examples += len(batch["id"]) * trainer.world_size
         if step == self._last_step:  # gradients are being accumulated
             return
         self._last_step = step
@@ -132,7 +140,7 @@ class RouterLoad(L.Callback):
         title = "last epoch"
         self._show_maps(trainer, self._epoch, title)
         if len(self._epoch.tasks) > 1:
-            rank_zero_info(f"\n{task_table(self._epoch)}\n")
+            rank_zero_info(f"\n{task_table(self._epoch, self._layers)}\n")
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         directory = run_directory(trainer)  # asks all processes
@@ -165,16 +173,22 @@ class RouterLoad(L.Callback):
     def _log(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, AdaptationModule)
         assert self._interval is not None
-        layers, self._interval = self._interval.layers, None
+        interval, self._interval = self._interval, None
+        layers = interval.layers
+        self._unjudged = interval if self._unjudged is None else self._unjudged + interval
         metrics = {f"router/{name}": float(value.mean()) for name, value in self._measures(layers).items()}
         metrics["router/balance_loss"] = self._balance_loss(trainer)
         for expert, (load, gate) in enumerate(zip(layers.load.mean(0), layers.over(0).gate, strict=True)):
             metrics |= {f"router/load/expert_{expert}": float(load), f"router/gate/expert_{expert}": float(gate)}
+        for expert, count in enumerate(layers.dead(self.dead_below).sum(0).tolist()):
+            metrics[f"router/dead_layers/expert_{expert}"] = float(count)
         if self.detailed:
             for name, value in self._measures(layers).items():
                 metrics |= {f"router_layers/{layer}/{name}": float(v) for layer, v in zip(self._layers, value, strict=True)}
         log_now(trainer, metrics)
-        self._warn(layers, pl_module, trainer.global_step)
+        if enough_examples(self._examples, self._unjudged.layers, self.dead_below):
+            self._warn(self._unjudged.layers, pl_module, trainer.global_step)
+            self._unjudged, self._examples = None, 0
 
     def _balance_loss(self, trainer: L.Trainer) -> float:
         """Return the mean over the steps of the interval; all processes have the same number of steps."""
@@ -196,13 +210,14 @@ class RouterLoad(L.Callback):
 
     def _draw(self, sums: LoadSums, title: str) -> Mapping[str, Any]:
         """Draw figures by tag."""
-        even = float(sums.layers.even_load.mean())
-        figures = {"router/load_map": load_map(sums.layers.load, self._layers, even, f"router load, {title}")}
+        layers = sums.layers
+        dead = layers.dead(self.dead_below)
+        names = ", ".join(f"{expert} ({count} layers)" for expert, count in enumerate(dead.sum(0).tolist()) if count)
+        subtitle = f"dead experts, crossed out: {names}" if names else "no dead expert"
+        even = float(layers.even_load.mean())
+        figures = {"router/load_map": load_map(layers.load, self._layers, even, f"router load, {title}\n{subtitle}", dead)}
         if sums.tasks:
-            load = torch.stack([task.load.mean(0) for task in sums.tasks.values()])
-            figures["router/task_load_map"] = load_map(
-                load, list(sums.tasks), even, f"router load by task (mean of layers), {title}"
-            )
+            figures["router/task_load_map"] = task_map(sums, self._layers, even, title)
         return figures
 
     def _show_maps(self, trainer: L.Trainer, sums: LoadSums | None, title: str) -> None:
@@ -232,6 +247,28 @@ class RouterLoad(L.Callback):
                 f"RouterLoad, step {step}: experts died, they serve less than {100 * self.dead_below:g} % of an even load and "
                 f"learn next to nothing: {shorten((f'{name} expert {expert}' for name, expert in new_dead), 4)}. {advice}"
             )
+
+
+def enough_examples(count: int, layers: RouterStatistics, below: float, chance: float = 0.01) -> bool:
+    """Return whether `count` examples suffice to call an expert dead whose load is less than `below` times an even load q.
+
+    The tokens of an example are alike, so it counts as one draw, whatever its length. An expert with an even load then serves
+    a Binomial(count, q) number of examples, and looks dead with a probability of at most exp(-count KL(below q, q)) (Chernoff;
+    for below = 0 this is (1 - q)^count). That any of the experts of all layers does has at most the probability `chance`.
+    With 8 experts, 2 of them active, in 24 layers this takes 35 examples.
+
+    Args:
+        count: number of examples.
+        layers: their statistics (layers,).
+        below: see RouterLoad's `dead_below`.
+        chance: largest probability of a false alarm.
+    """
+    even = float(layers.even_load.mean())
+    if even >= 1:
+        return count > 0
+    low = below * even
+    divergence = (1 - low) * math.log((1 - low) / (1 - even)) + (low * math.log(below) if low > 0 else 0)
+    return layers.counts.numel() * math.exp(-count * divergence) <= chance
 
 
 def _advice(module: AdaptationModule, num_experts: int) -> str:

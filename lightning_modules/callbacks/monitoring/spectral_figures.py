@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from fourier_moe.analysis.spectra import ExpertSpectra, band_edges
+from fourier_moe.analysis.spectra import ExpertSpectra
 from lightning_modules.callbacks.monitoring.logged import short_names
 from lightning_modules.callbacks.monitoring.model_spectra import NUM_BINS, ModelSpectra
 
@@ -110,9 +110,9 @@ def _draw_matrix(axes: Axes, values: torch.Tensor, title: str, **options: Any) -
 def _draw_bands(axes: Axes, spectra: ModelSpectra, colors: np.ndarray) -> None:
     from matplotlib.patches import Annulus
 
-    if not spectra.config.frequency_bias:
+    bands = spectra.bands
+    if not bands:
         return
-    bands = [band_edges(center, spectra.config.bandwidth) for center in spectra.centers]
     depth = max(1.0, sum(min(outer, 1) - inner for inner, outer in bands if inner < 1))  # mean number of bands that overlap
     for (inner, outer), color in zip(bands, colors, strict=True):
         width = math.sqrt(2) * (outer - inner)

@@ -38,7 +38,7 @@ class SpectralOccupancy(L.Callback):
 
     - `energy`, the squared Frobenius norm of the update; `center` and `radius_std`, mean and standard deviation of its
       radius;
-    - `in_band`, share of the energy inside the expert's band;
+    - `in_band`, share of the energy inside the expert's band, and `band_inner` and `band_outer`, the radii at its edges;
     - `effective_coefficients`, 1 to P complex coefficients in use, and `effective_rank`, 1 to 2P, with every picture.
 
     TensorBoard also shows histograms of the coefficients' moduli (`spectrum/magnitude/expert_{e}`) and pictures: coefficients
@@ -168,6 +168,10 @@ class SpectralOccupancy(L.Callback):
             self._measured, self._num_measured = trainer.global_step, self._num_measured + 1
             for name, values in spectra.measures.items():
                 metrics |= self._by_expert(name, values)
+            for expert, edges in enumerate(spectra.bands):
+                metrics |= {
+                    f"spectrum/band_{side}/expert_{expert}": e for side, e in zip(("inner", "outer"), edges, strict=True)
+                }
             self._show_histograms(trainer, spectra)
         if draw:
             self._drawn = trainer.global_step

@@ -10,7 +10,7 @@ import torch
 import yaml
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from support.token_task import TokenData, token_batch, token_module, token_trainer
+from support.token_task import ADAPTER, TokenData, token_batch, token_module, token_trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from tensorboard.plugins.hparams.metadata import EXPERIMENT_TAG, SESSION_START_INFO_TAG, parse_session_start_info_plugin_data
@@ -18,7 +18,7 @@ from tensorboard.plugins.hparams.metadata import parse_experiment_plugin_data as
 from torch.utils.data import DataLoader
 
 from fourier_moe import HeadOnly
-from lightning_modules.callbacks import Dashboard, RouterLoad, Throughput
+from lightning_modules.callbacks import Dashboard, RouterLoad, SpectralOccupancy, Throughput
 from lightning_modules.callbacks.monitoring.dashboard import CHARTS, layout
 from lightning_modules.optimization import Optimization, ParameterGroup
 
@@ -44,28 +44,37 @@ def events_in(directory):
 
 
 def shown(events):
-    """The page as TensorBoard reads it: {section: {chart: pattern}}."""
+    """The page as TensorBoard reads it: {section: {chart: patterns}}, for bands {chart: series}."""
     text = events.Tensors("custom_scalars__config__")[-1].tensor_proto.string_val[0]
     page = Layout.FromString(text)
-    return {section.title: {chart.title: list(chart.multiline.tag) for chart in section.chart} for section in page.category}
+    return {
+        section.title: {chart.title: list(chart.multiline.tag) or list(chart.margin.series) for chart in section.chart}
+        for section in page.category
+    }
 
 
 def test_every_chart_of_the_page_shows_tags_that_are_logged(tmp_path):
-    callbacks = [RouterLoad(), Throughput(), Dashboard(), LearningRateMonitor()]
+    callbacks = [RouterLoad(), SpectralOccupancy(), Throughput(), Dashboard(), LearningRateMonitor()]
     fit(tmp_path, *callbacks, logger=board(tmp_path))
-    page = shown(events_in(tmp_path))
-    assert list(page) == [section for section in CHARTS if "specialized" not in section]
-    for section, charts in page.items():
-        assert list(charts) == list(CHARTS[section])
+    events = events_in(tmp_path)
+    page = shown(events)
+    assert {section: list(charts) for section, charts in page.items()} == {s: list(charts) for s, charts in CHARTS.items()}
+    (bands,) = [charts[title] for section, charts in page.items() for title in charts if title.startswith("bands")]
+    assert [series.value for series in bands] == [f"spectrum/center/expert_{e}" for e in range(4)]
+    for series in bands:
+        inner, outer = (events.Scalars(tag)[-1].value for tag in (series.lower, series.upper))
+        assert outer - inner == pytest.approx(ADAPTER.bandwidth, abs=1e-5)
     tags = ["router/load/expert_0", "router/load_map", "router/load/expert_10", "router/load_imbalance"]
-    (charts,) = layout(tags).values()
-    assert [pattern for _, (pattern,) in charts.values()] == [r"router/load/expert_\d+$", "router/load_(imbalance|entropy)$"]
+    charts = layout(tags)["Are my experts alive and balanced?"]
+    assert [pattern for (pattern,) in charts.values()] == [r"router/load/expert_\d+$", "router/load_(imbalance|entropy)$"]
 
 
-def test_page_of_a_model_without_experts_asks_nothing_about_them(tmp_path):
+def test_page_of_a_model_without_experts_shows_nothing_of_them_and_keeps_the_order_of_the_sections(tmp_path):
     module = token_module(HeadOnly(), Optimization(head=ParameterGroup(0.01)))
     fit(tmp_path, RouterLoad(), Dashboard(), logger=board(tmp_path), module=module)
-    assert shown(events_in(tmp_path)) == {
+    page = shown(events_in(tmp_path))
+    assert list(page) == list(CHARTS)  # TensorBoard puts the sections of all runs in the order of the first one's
+    assert {section: charts for section, charts in page.items() if charts} == {
         "Does the model learn?": {"loss": ["(train|val)/loss$"], "validation": ["val/(?!loss$)[^/]+$"]}
     }
 

@@ -1,11 +1,13 @@
 """RouterLoad: what is logged, drawn, written and warned of."""
 
 import csv
+import math
 import warnings
 from contextlib import nullcontext
 
 import lightning as L
 import pytest
+import scipy.stats
 import torch
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from PIL import Image
@@ -14,10 +16,11 @@ from support.token_task import ADAPTER, TokenData, token_batch, token_module, to
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import DataLoader
 
-from fourier_moe import AdaMoLEConfig, HeadOnly, StatisticsReader, adapters, routers
+from fourier_moe import AdaMoLEConfig, HeadOnly, RouterStatistics, StatisticsReader, adapters, routers
 from lightning_modules.callbacks import RouterLoad
 from lightning_modules.callbacks.monitoring.load_report import load_map
 from lightning_modules.callbacks.monitoring.logged import pixels
+from lightning_modules.callbacks.monitoring.router_load import enough_examples
 from lightning_modules.optimization import Optimization, ParameterGroup
 
 E, K, LAYERS = ADAPTER.num_experts, ADAPTER.top_k, ["q_proj", "v_proj"]
@@ -225,8 +228,12 @@ def test_load_by_task(tmp_path, capsys, caplog):
         assert numbers(table[task, "all"]) == pytest.approx(mean, rel=1e-5)
     printed = capsys.readouterr().out + capsys.readouterr().err + caplog.text
     line = next(line for line in printed.splitlines() if line.startswith("| piqa"))
-    own = [round(100 * value) for value in numbers(table["piqa", "all"])]
-    assert line.replace("|", "").split() == ["piqa", table["piqa", "all"]["tokens"], *map(str, own)]
+    tasks = ("arc", "boolq", "piqa")
+    loads = {layer: torch.tensor([numbers(table[task, layer]) for task in tasks]) for layer in LAYERS}
+    widest = max(LAYERS, key=lambda layer: float((loads[layer].amax(0) - loads[layer].amin(0)).amax()))
+    own = [round(100 * value) for value in numbers(table["piqa", widest])]
+    assert f"that each expert serves in {widest}, where tasks differ most" in printed
+    assert line.replace("|", "").split() == ["piqa", table["piqa", widest]["tokens"], *map(str, own)]
     assert Image.open(tmp_path / "task_load.png").width > 300
 
 
@@ -265,10 +272,12 @@ def force(module):
         router.weight[:2], router.weight[2:] = 5, -5
 
 
+FROZEN = Optimization(ParameterGroup(1e-3), router=ParameterGroup(1e-6), head=ParameterGroup(1e-3), schedule="constant")
+
+
 def warnings_of_forced(directory, callback):
     """What is warned of in two epochs with a forced router."""
-    rates = Optimization(ParameterGroup(1e-3), router=ParameterGroup(1e-6), head=ParameterGroup(1e-3), schedule="constant")
-    module = token_module(optimization=rates)
+    module = token_module(optimization=FROZEN)
     module.configure_model()
     force(module)
     trainer = token_trainer(directory, callback, max_epochs=2, log_every_n_steps=3)
@@ -276,6 +285,8 @@ def warnings_of_forced(directory, callback):
         warnings.simplefilter("always")
         trainer.fit(module, TokenData())
     assert float(trainer.callback_metrics["router/dead_experts"]) == (2 / 8 if callback.dead_below else 0)
+    dead = [float(trainer.callback_metrics[f"router/dead_layers/expert_{e}"]) for e in range(E)]
+    assert dead == ([0, 0, 1, 1] if callback.dead_below else [0] * E)
     return [str(warning.message) for warning in record if str(warning.message).startswith("RouterLoad")]
 
 
@@ -300,13 +311,39 @@ def test_threshold_router_is_measured_and_warned_of_as_any_other(tmp_path, bias,
     module.configure_model()
     for router in routers(module.model).values():
         router.threshold_bias.data.fill_(bias)
-    trainer = token_trainer(tmp_path, RouterLoad(), log_every_n_steps=3)
+    trainer = token_trainer(tmp_path, RouterLoad(), max_epochs=2, log_every_n_steps=3)
     with pytest.warns(UserWarning, match="experts died.* q_proj expert 0, ") if dead else nullcontext():
         trainer.fit(module, TokenData())
     metrics = trainer.callback_metrics
     assert float(metrics["router/active_experts"]) == active
     assert float(metrics["router/dead_experts"]) == dead
     assert float(metrics["router/load/expert_2"]) == active / 4
+
+
+@pytest.mark.parametrize("below", [0.0, 0.01, 0.3])
+def test_healthy_experts_rarely_look_dead_among_enough_examples(below):
+    """Judged from the exact binomial distribution of the examples that an expert with an even load serves."""
+    layers = RouterStatistics(torch.tensor([[1.0, 1.0, 1.0, 1.0, 0, 0, 0, 0, 0, 0, 0, 0, 2.0]] * 6))  # K = 2 of E = 4
+    least = next(count for count in range(1, 1000) if enough_examples(count, layers, below))
+    looks_dead = scipy.stats.binom.cdf(math.ceil(below * least / 2) - 1, least, 0.5) if below else 0.5**least
+    assert 6 * 4 * looks_dead <= 0.01
+    assert not enough_examples(least - 1, layers, below)
+    assert enough_examples(2 * least, layers, below)
+
+
+def test_few_examples_raise_no_alarm_until_their_intervals_add_up(tmp_path):
+    """Three examples an interval say nothing; four intervals do."""
+
+    class Small(TokenData):
+        def train_dataloader(self):
+            return DataLoader([token_batch(3, seed=seed) for seed in range(10)], batch_size=None)
+
+    module = token_module(optimization=FROZEN)
+    module.configure_model()
+    force(module)
+    trainer = token_trainer(tmp_path, RouterLoad(collapse_below=0), max_epochs=1, log_every_n_steps=1)
+    with pytest.warns(UserWarning, match="step 4: experts died"):
+        trainer.fit(module, Small())
 
 
 def test_thresholds_of_0_never_warn(tmp_path):
