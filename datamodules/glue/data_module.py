@@ -261,7 +261,8 @@ class GlueDataModule(TextDataModule):
             assert examples.labels is not None
             fraction = min(self.selection_fraction, MAX_SELECTION / len(examples))
             indices = hold_out(examples.labels, fraction, self.seed)[part == SELECTION]
-        return TextDataset(examples, tokens, indices)
+        sentences = self._open().load(split).sentences if part == PREDICT else ()  # predictions show what they are of
+        return TextDataset(examples, tokens, indices, sentences)
 
     def _summary(self, parts: list[str]) -> str:
         """Return a summary of the data, for the log."""

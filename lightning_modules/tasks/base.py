@@ -139,8 +139,8 @@ class Task(nn.Module, ABC):
         head_names: modules in `model` that are trained in full, in addition to the adapters; known after `build`.
         main_metric: the metric that progress bars and tables show.
         pipeline_tag: the Hugging Face hub's name of this kind of task.
-        prediction_columns: keys of `predict`'s rows that become columns of the predictions file; None for a classifier, whose
-            rows have `id`, `label` and `probabilities`.
+        prediction_columns: keys of `predict`'s rows that become columns of the predictions file; None for all of them, and for
+            a classifier, whose rows have `id`, `label`, `probabilities` and perhaps `text`.
         model: None until `build`.
         split: the current split, `val`, `test` or `predict`; a task may do less in validation.
     """

@@ -34,7 +34,12 @@ def evaluate_classes(logits: Tensor, batch: Batch) -> Evaluation:
 
 
 def class_rows(logits: Tensor, batch: Batch) -> list[dict[str, Any]]:
-    """Return the rows of `Task.predict` for logits (B, classes): `id`, `label` (None if unknown) and `probabilities`."""
+    """Return the rows of `Task.predict` for logits (B, classes).
+
+    They have `id`, `text` if the batch has it, `label` (None if unknown) and `probabilities`.
+    """
     labels = batch["label"].tolist() if "label" in batch else [None] * len(logits)
-    rows = zip(batch["id"], labels, logits.softmax(-1).tolist(), strict=True)
-    return [{"id": id_, "label": label, "probabilities": probabilities} for id_, label, probabilities in rows]
+    names = [name for name in ("id", "text") if name in batch]
+    inputs = [dict(zip(names, values, strict=True)) for values in zip(*(batch[name] for name in names), strict=True)]
+    results = zip(labels, logits.softmax(-1).tolist(), strict=True)
+    return [{**row, "label": label, "probabilities": p} for row, (label, p) in zip(inputs, results, strict=True)]

@@ -53,13 +53,13 @@ def test_task(page, run, tmp_path, monkeypatch):
         rows = list(csv.DictReader(file))
     assert list(rows[0]) == ["id", "value"]
     assert len(rows) == 899
-    for columns, message in (
-        (None, "DigitValue predicts id, value, but no probabilities; set the columns"),
-        (("id", "score"), r"DigitValue\.prediction_columns names score, but its predictions have id, value"),
-    ):
-        monkeypatch.setattr(type(cli.model.task), "prediction_columns", columns)
-        with pytest.raises(UserError, match=message):
-            run(*predict)
+    path.unlink()
+    monkeypatch.setattr(type(cli.model.task), "prediction_columns", None)  # all entries
+    run(*predict)
+    assert next(tmp_path.rglob("predictions.csv")).read_text(encoding="utf-8").startswith("id,value\n")
+    monkeypatch.setattr(type(cli.model.task), "prediction_columns", ("id", "score"))
+    with pytest.raises(UserError, match=r"DigitValue\.prediction_columns names score, but its predictions have id, value"):
+        run(*predict)
 
 
 @pytest.mark.parametrize("page", ["callback"], indirect=True)

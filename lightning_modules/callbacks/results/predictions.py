@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import csv
 import hmac
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,8 @@ UNFINISHED = "unfinished_predictions"
 class PredictionsWriter(L.Callback):
     """Write one CSV row per example: the task's `prediction_columns`.
 
-    A classifier has id, label (if known), prediction, its probability, and the probability of every class.
+    A classifier has id, text (of sentences), label (if known), prediction, its probability, and the probability of every
+    class. Other rows are written as they are, unless `prediction_columns` chooses.
 
     Rows are written batch by batch to a directory `unfinished_predictions` and become the CSV file at the end; memory holds one
     batch. An interrupted prediction resumes when the same user repeats the command: batches are not computed again if weights,
@@ -103,7 +103,7 @@ class PredictionsWriter(L.Callback):
             loader = each_loader(trainer.predict_dataloaders)[dataloader_idx]
             own = outputs[: num_own(loader, batch_idx, len(outputs))]
             try:
-                self._rows.append(dataloader_idx, self._inputs, [_line(row, pl_module) for row in own])
+                self._rows.append(dataloader_idx, self._inputs, _lines(own, pl_module))
             except OSError as error:
                 raise UserError(
                     f"predictions cannot be written ({error.strerror}); free some space and repeat the command"
@@ -126,7 +126,7 @@ class PredictionsWriter(L.Callback):
             count, problem = 0, None
             if trainer.is_global_zero:
                 try:
-                    count = _write(path, _header(first, pl_module), first, lines)
+                    count = _write(path, first, lines)
                 except OSError as error:
                     problem = f"predictions cannot be written to '{path}' ({error.strerror})"
             for _ in lines:  # other processes only pass on their lines
@@ -146,7 +146,9 @@ class PredictionsWriter(L.Callback):
 
     def _open(self, trainer: L.Trainer, module: AdaptationModule) -> UnfinishedPredictions:
         """Open the rows that this process has on disk. The name of their file depends on all that they depend on."""
-        description = json.dumps({**about(trainer, module, {}), "data": describe_data(trainer)}, sort_keys=True)
+        description = json.dumps(
+            {**about(trainer, module, {}), "data": describe_data(trainer), "rows": "with a header"}, sort_keys=True
+        )
         key, description = trainer.strategy.broadcast((user_key() if trainer.is_global_zero else b"", description))
         name = hmac.new(key, description.encode(), "sha256").hexdigest()[:16]
         rows, problem = None, None
@@ -175,54 +177,57 @@ class PredictionsWriter(L.Callback):
         return own
 
     def _all_lines(self, trainer: L.Trainer) -> Iterator[str]:
-        """Yield the lines of all processes, set by set in the order of the data: processes take examples in turn.
+        """Yield the header, then the lines of all processes, set by set in the data's order: processes take examples in turn.
 
         All processes must read it to its end.
         """
+        header: str | None = None
         for index in range(len(each_loader(trainer.predict_dataloaders))):
             batches = self._rows.batches_of(index)
             rounds = max(of_all_processes(trainer, self._rows.count(index)))
             for _ in range(rounds):
                 shares = of_all_processes(trainer, next(batches, []))
-                yield from (line for turn in zip_longest(*shares) for line in turn if line is not None)
+                for own_header, *_ in filter(None, shares):
+                    if header is None:
+                        yield own_header
+                    elif own_header != header:
+                        raise UserError(f"predictions have the columns {header.strip()} and also {own_header.strip()}")
+                    header = own_header
+                yield from (line for turn in zip_longest(*(share[1:] for share in shares)) for line in turn if line is not None)
 
 
-def _write(path: Path, header: str, first: str, lines: Iterator[str]) -> int:
+def _write(path: Path, header: str, lines: Iterator[str]) -> int:
     """Write a file of lines; return the number of lines below the header."""
-    count = 1
+    count = 0
     with replacing(path) as file:
-        file.write((header + first).encode())
+        file.write(header.encode())
         for line in lines:
             file.write(line.encode())
             count += 1
     return count
 
 
-def _line(row: Mapping[str, Any], module: AdaptationModule) -> str:
+def _lines(rows: Sequence[Mapping[str, Any]], module: AdaptationModule) -> list[str]:
+    """Return the names of the columns and the rows as lines; nothing without rows."""
+    cells = [_cells(row, module) for row in rows]
+    return [csv_line(list(cells[0])), *(csv_line(list(row.values())) for row in cells)] if cells else []
+
+
+def _cells(row: Mapping[str, Any], module: AdaptationModule) -> Mapping[str, Any]:
+    """Return a row by column."""
     if (columns := module.task.prediction_columns) is not None:
         if missing := [column for column in columns if column not in row]:
             raise UserError(
                 f"{type(module.task).__name__}.prediction_columns names {', '.join(missing)}, but its predictions have "
                 f"{', '.join(row)}"
             )
-        return csv_line([row[column] for column in columns])
+        return {column: row[column] for column in columns}
     if "probabilities" not in row:
-        raise UserError(
-            f"{type(module.task).__name__} predicts {', '.join(row)}, but no probabilities; set the columns of its predictions "
-            "file in the task's prediction_columns"
-        )
+        return row
     probabilities = row["probabilities"]
     names = module.class_names or [str(index) for index in range(len(probabilities))]
     best = max(range(len(names)), key=probabilities.__getitem__)
     label = "" if row.get("label") is None else names[row["label"]]
-    values = (f"{p:.6g}" for p in (probabilities[best], *probabilities))
-    return csv_line([row["id"], label, names[best], *values])
-
-
-def _header(line: str, module: AdaptationModule) -> str:
-    """Return the names of the columns of `line`."""
-    if module.task.prediction_columns is not None:
-        return csv_line(module.task.prediction_columns)
-    columns = ["id", "label", "prediction", "probability"]
-    num_classes = len(next(csv.reader([line]))) - len(columns)
-    return csv_line([*columns, *(f"p({name})" for name in module.class_names or range(num_classes))])
+    inputs = {name: row[name] for name in ("id", "text") if name in row}
+    result = {"label": label, "prediction": names[best], "probability": f"{probabilities[best]:.6g}"}
+    return {**inputs, **result, **{f"p({name})": f"{p:.6g}" for name, p in zip(names, probabilities, strict=True)}}
