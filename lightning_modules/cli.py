@@ -9,12 +9,14 @@ import lightning as L
 from jsonargparse import set_parsing_settings
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities import rank_zero_info
 
 from fourier_moe import AdapterConfig
 from fourier_moe.errors import UserError
 from lightning_modules.adaptation import AdaptationModule, untrained
 from lightning_modules.callbacks import EvaluationReport
 from lightning_modules.callbacks.monitoring.cpu_time import StepTime, bound_cpu_time
+from lightning_modules.callbacks.results.next_commands import next_commands
 from lightning_modules.interruption import (
     CheckedCheckpointIO,
     checkpoint_directories,
@@ -115,6 +117,11 @@ class AdaptationCLI(LightningCLI):
         if not options.ckpt_path and self.trainer.is_global_zero:
             require_no_run(directory)
         require_nothing_ahead(checkpoint_directories(self.trainer), options.ckpt_path)
+
+    def after_fit(self) -> None:
+        """Log the commands that come next, with this run's paths."""
+        if commands := next_commands(self.trainer):
+            rank_zero_info("\n".join(["Next:", *(f"  {command}" for command in commands)]))
 
     def before_test(self) -> None:
         """Refuse to evaluate an untrained head before data and weights are fetched, and print one table of results only."""

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from PIL import Image
 from support import REPOSITORY
 
 from fourier_moe import FourierMoEConfig
@@ -120,9 +121,11 @@ def test_smoke_overlay_fits_and_the_adapter_file_alone_tests_and_predicts(run, p
     with open(Path(predicted.trainer.log_dir) / "predictions_partial.csv", newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     names = json.loads((directory / "adapter/adapter.json").read_text(encoding="utf-8"))["class_names"]
-    assert list(rows[0]) == ["id", "label", "prediction", "probability", *(f"p({name})" for name in names)]
+    text = ["text"] if path.stem.startswith("glue_") else []
+    assert list(rows[0]) == ["id", *text, "label", "prediction", "probability", *(f"p({name})" for name in names)]
     assert len({row["id"] for row in rows}) == len(rows) == 8 * {"glue_mnli": 2, "glue_mixture": 3}.get(path.stem, 1)  # sets
     for row in rows:
+        assert all(row[name] for name in text)
         probabilities = {name: float(row[f"p({name})"]) for name in names}
         assert sum(probabilities.values()) == pytest.approx(1, abs=1e-5)
         assert row["label"] in names
@@ -199,11 +202,52 @@ def test_adapter_overlay_command_runs_in_smoke_size(run, path):
     assert run(*words[:after_the_config], *SMOKE, *words[after_the_config:]).trainer.global_step == 4
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=ids(RECIPES))
-def test_recipe_s_command_runs_in_smoke_size(run, path):
-    words = command(path)
+def test_recipe_s_command_runs_in_smoke_size(run):
+    words = command(Path("configs/recipes/small_encoder.yaml"))
     configs = words[: words.index("--model.task.model")]  # a name that does not say the architecture
     assert run(*configs, *SMOKE).trainer.global_step == 4
+
+
+def write_custom(directory, kind):
+    """Labeled files of train and test, as a user has them: images in folders, sentences as CSV, JSON lines named .json."""
+    directory.mkdir()
+    for split, count in (("train", 40), ("test", 8)):
+        if kind == "images":
+            for name in ("cat", "dog"):
+                folder = directory / split / name
+                folder.mkdir(parents=True)
+                for index in range(count // 2):
+                    Image.new("RGB", (20, 20), (index, 0, 200 * (name == "dog"))).save(folder / f"{index}.png")
+        elif kind == "sentences":
+            lines = [f'"Film {index}, a good one",good\nA dull film {index},bad' for index in range(count // 2)]
+            (directory / f"{split}.csv").write_text("\n".join(["sentence,label", *lines]), encoding="utf-8")
+        else:
+            items = [{"instruction": f"Add 1 to {index}.", "output": f"It is {index + 1}"} for index in range(count)]
+            (directory / f"{split}.json").write_text("\n".join(map(json.dumps, items)), encoding="utf-8")
+
+
+@pytest.mark.parametrize("kind", ["images", "sentences", "instructions"])
+def test_recipe_for_custom_data_trains_tests_and_says_what_comes_next(run, tmp_path, capsys, caplog, kind):
+    write_custom(tmp_path / "my data", kind)
+    *words, placeholder = command(Path(f"configs/recipes/custom_{kind}.yaml"))
+    assert placeholder == "DIR"
+    words = [word for word in words if word != "--data.directory"]
+    words += [*SMOKE, "--data.synthetic", "false", "--data.directory", str(tmp_path / "my data")]
+    words += ["--trainer.logger.init_args.name", f"custom_{kind}"]
+    if kind == "instructions":
+        words += ["--data.validation_size", "8", "--model.task.evaluation.max_new_tokens", "2"]
+    with caplog.at_level("INFO"):
+        fitted = run("fit", *words)
+    assert fitted.model.adapter.scaling == "relative"
+    directory = tmp_path / f"custom_{kind}/version_0"
+    (next_words,) = {line for line in caplog.text.splitlines() if line.startswith("  python train.py test")}
+    test = shlex.split(next_words)[2:]
+    assert test == ["test", "--config", str(directory / "config.yaml"), "--model.adapter_path", str(directory / "adapter")]
+    assert "test/accuracy" in run(*test).trainer.callback_metrics
+    if kind == "sentences":
+        predicted = run("predict", *test[1:])
+        with open(Path(predicted.trainer.log_dir) / "predictions_partial.csv", newline="", encoding="utf-8") as file:
+            assert next(csv.DictReader(file))["text"] == "Film 0, a good one"
 
 
 @pytest.mark.parametrize("path", ADAPTERS, ids=ids(ADAPTERS))

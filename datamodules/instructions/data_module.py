@@ -12,7 +12,15 @@ from torch.utils.data import DataLoader
 from datamodules.instructions.benchmarks import Benchmark, TrainSet
 from datamodules.instructions.dataset import Collator, EvaluationDataset, Example, TrainDataset
 from datamodules.instructions.mixture.inventory import Inventory
-from datamodules.instructions.mixture.mixing import HELD_OUT, Source, choices, evaluation_sources, hold_out, train_sources
+from datamodules.instructions.mixture.mixing import (
+    HELD_OUT,
+    Source,
+    choices,
+    custom_tests,
+    evaluation_sources,
+    hold_out,
+    train_sources,
+)
 from datamodules.instructions.prompts import STYLES
 from datamodules.instructions.source import Files, LocalFiles, PinnedFiles
 from datamodules.instructions.synthetic import write_synthetic
@@ -39,7 +47,7 @@ class InstructionDataModule(TextDataModule):
             files (lists or lines, with instruction, output, perhaps input and answer); one, a list, or each with its
             weight, the number of times that each of its examples comes in an epoch (on average; 0.5 is every other epoch).
         test: which sets to test on: names from the table, custom (test.json in `directory`), or paths; null for all of the
-            table. Training on files of your own
+            table, and without a table for custom if there is such a file. Training on files of your own
             alone fetches none of them: they are fetched when they are tested.
         tokenizer: name or directory of a Hugging Face tokenizer, or bytes. The command line takes the model's own.
         directory: local directory with LLM-Adapters' files, dataset/<set>/test.json and ft-training_set/<name>.json, or with
@@ -107,9 +115,9 @@ class InstructionDataModule(TextDataModule):
         if test is not None and not test:
             raise UserError(f"test is empty; {choices(self.benchmarks)}")
         self._sources = train_sources(train, self.train_sets, self._directory)
-        self._test_sources = evaluation_sources(
-            "test", list(self.benchmarks) if test is None else test, self.benchmarks, self._directory
-        )
+        if test is None:
+            test = list(self.benchmarks) or custom_tests(self._directory)
+        self._test_sources = evaluation_sources("test", test, self.benchmarks, self._directory)
         self._validation_sources = evaluation_sources(
             "validation_sets", validation_sets or [], self.benchmarks, self._directory
         )

@@ -104,6 +104,12 @@ def evaluation_sources(
     return sources
 
 
+def custom_tests(directory: Path | None) -> list[str]:
+    """Return `custom` if the directory has a test file, else nothing."""
+    found = files_of_split(data_files(directory, SUFFIXES), TEST) if directory is not None else []
+    return [CUSTOM] if found else []
+
+
 def hold_out(examples: Sequence[Example], size: int, seed: int) -> tuple[list[Example], list[Example]]:
     """Divide training examples at random into those to train on and `size` held out for validation, both in file order.
 
