@@ -56,7 +56,7 @@ def check_monitors(trainer: L.Trainer) -> None:
         if monitor is None or monitor in logged:
             continue
         if monitor.startswith(("val", "test")) or any(name.endswith(f"/{monitor}") for name in logged):
-            raise UserError(f"{_name(callback)}: monitor={monitor!r} is not logged by validation; logged: {', '.join(logged)}")
+            raise UserError(f"{_name(callback)}: monitor={monitor!r} is not logged; logged: {', '.join(logged)}")
 
 
 def without_use(callbacks: list[Callback], logger: bool, checkpointing: bool) -> list[Callback]:

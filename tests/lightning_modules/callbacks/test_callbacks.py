@@ -7,7 +7,7 @@ import os
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from support.language_models import SumsData, TinyLanguageModel, language_module, language_trainer
 from support.token_task import TokenData, token_batch, token_module, token_trainer
 from torch.utils.data import DataLoader
@@ -81,10 +81,24 @@ def test_without_validation_only_the_last_adapter_is_written(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith("adapter")) == ["adapter_last"]
 
 
-def test_monitor_that_is_not_logged_is_an_error_that_lists_what_is(tmp_path):
-    trainer = token_trainer(tmp_path, AdapterCheckpoint("val/f1"))
+@pytest.mark.parametrize("monitor", ["val/f1", "val_accuracy", "accuracy", "test/accuracy"])
+@pytest.mark.parametrize("callback", [AdapterCheckpoint, lambda monitor: ModelCheckpoint(monitor=monitor), EarlyStopping])
+def test_monitor_that_is_not_logged_is_refused_before_training(tmp_path, no_training, monitor, callback):
+    trainer = token_trainer(tmp_path, callback(monitor), enable_checkpointing=True)
+    with pytest.raises(ValueError, match=rf"monitor='{monitor}' is not logged; logged: .*val/accuracy.*val/loss"):
+        trainer.fit(token_module(), TokenData())
+
+
+def test_without_a_sanity_check_such_a_monitor_is_refused_after_the_first_validation(tmp_path):
+    trainer = token_trainer(tmp_path, AdapterCheckpoint("val/f1"), num_sanity_val_steps=0)
     with pytest.raises(ValueError, match=r"monitor='val/f1' is not logged; logged: .*val/accuracy.*val/loss"):
         trainer.fit(token_module(), TokenData())
+
+
+def test_monitors_of_what_training_logs_are_taken(tmp_path):
+    token_trainer(tmp_path, ModelCheckpoint(tmp_path, monitor="train/loss"), enable_checkpointing=True).fit(
+        token_module(), TokenData()
+    )
 
 
 def test_closing_line_says_the_best_value_and_that_of_the_last_weights(tmp_path, caplog):
