@@ -229,7 +229,7 @@ def write_custom(directory, kind):
 @pytest.mark.parametrize("kind", ["images", "sentences", "instructions"])
 def test_recipe_for_custom_data_trains_tests_and_says_what_comes_next(run, tmp_path, capsys, caplog, kind):
     write_custom(tmp_path / "my data", kind)
-    *words, placeholder = command(Path(f"configs/recipes/custom_{kind}.yaml"))
+    _, *words, placeholder = command(Path(f"configs/recipes/custom_{kind}.yaml"))
     assert placeholder == "DIR"
     words = [word for word in words if word != "--data.directory"]
     words += [*SMOKE, "--data.synthetic", "false", "--data.directory", str(tmp_path / "my data")]
@@ -246,7 +246,7 @@ def test_recipe_for_custom_data_trains_tests_and_says_what_comes_next(run, tmp_p
     assert "test/accuracy" in run(*test).trainer.callback_metrics
     if kind == "sentences":
         predicted = run("predict", *test[1:])
-        with open(Path(predicted.trainer.log_dir) / "predictions_partial.csv", newline="", encoding="utf-8") as file:
+        with open(Path(predicted.trainer.log_dir) / "predictions.csv", newline="", encoding="utf-8") as file:
             assert next(csv.DictReader(file))["text"] == "Film 0, a good one"
 
 
