@@ -35,10 +35,6 @@ class ParameterGroup:
 
     def __post_init__(self) -> None:
         check_types(self)
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if not (value >= 0 and math.isfinite(value)):
-                raise UserError(f"{field.name}={value} must be 0 or more")
 
 
 @dataclass(frozen=True)
@@ -70,6 +66,11 @@ class Optimization:
             raise UserError(f"schedule={self.schedule!r} must be one of {', '.join(_SCHEDULES)}")
         if not 0 <= self.warmup_ratio < 1:
             raise UserError(f"warmup_ratio={self.warmup_ratio} must be in [0, 1)")
+        groups = {field.name: getattr(self, field.name) for field in fields(self)}
+        for kind, group in groups.items():
+            for name, value in vars(group).items() if isinstance(group, ParameterGroup) else ():
+                if not (value >= 0 and math.isfinite(value)):
+                    raise UserError(f"optimization.{kind}.{name}={value} must be 0 or more")
 
     def build_optimizer(self, model: nn.Module, config: AdapterConfig) -> AdamW:
         """Return AdamW over an adapted model's parameters in groups named experts, router, adapter, head and backbone.

@@ -82,6 +82,10 @@ class FrontDoor(AdaptationCLI):
             self._line, own = split_command_line(words, self._subcommand_method_arguments[name])
             if not self._line.files and not self._asks:
                 own_parser.error("--config is missing: give a config, as for fit")
+            known = {"model", "data", "trainer", "seed_everything"}
+            for word in self._line.arguments:
+                if word.startswith("--") and "." not in word and word[2:].partition("=")[0].rstrip("+") not in known:
+                    own_parser.error(f"unrecognized arguments: {word}")
             args = [name, *(self._line.words if self._asks else []), *own]
         super().parse_arguments(parser, args)
 

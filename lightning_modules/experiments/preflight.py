@@ -8,7 +8,6 @@ import dataclasses
 import io
 import json
 import logging
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +17,7 @@ from torch import nn
 
 from fourier_moe import AdapterConfig, InjectionReport, inject
 from fourier_moe.errors import UserError
-from lightning_modules.cli import AdaptationCLI
+from lightning_modules.cli import AdaptationCLI, user_error
 from lightning_modules.experiments.grid import require_named_logger, resolved_config
 from lightning_modules.optimization import Optimization
 from lightning_modules.tasks.backbones.quiet import quiet
@@ -74,7 +73,7 @@ def parse_grid(grid: Mapping[str, Sequence[str]], metric: str | None = None) -> 
         try:
             variants[name] = _parse(words, metric, outlines)
         except ValueError as error:
-            problems.append(f"{name}: {error}")
+            problems.append(f"{name}: {user_error(error) or error}")
     raise_together(problems)
     return variants
 
@@ -92,8 +91,8 @@ def _parse(words: Sequence[str], metric: str | None, outlines: dict[str, tuple[n
         with contextlib.redirect_stderr(errors), quiet(logging.INFO):
             cli = AdaptationCLI([*words, "--seed_everything", "0"], run=False)
     except SystemExit as error:
-        message = " ".join(errors.getvalue().partition("error: ")[2].split())
-        raise UserError(re.sub(r" Trying to parse.*", "", message) or "the config does not parse") from error
+        message = errors.getvalue().partition("error: ")[2].strip()
+        raise UserError(message or "the config does not parse") from error
     model, config = cli.model, resolved_config(cli)
     require_named_logger(config)
     if model.optimization is None:

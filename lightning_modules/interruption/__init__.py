@@ -11,6 +11,7 @@ from lightning_modules.interruption.search import (
     find_checkpoint,
     last_checkpoint,
     require_nothing_ahead,
+    require_own_checkpoint,
 )
 from lightning_modules.interruption.write_errors import write_error
 
@@ -28,6 +29,7 @@ __all__ = [
     "require_finite_loss",
     "require_finite_weights",
     "require_nothing_ahead",
+    "require_own_checkpoint",
     "require_writable",
     "write_error",
 ]

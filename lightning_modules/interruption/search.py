@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from fourier_moe.errors import UserError
-from lightning_modules.interruption.checkpoints import is_intact, newest_intact, position, positions
+from lightning_modules.interruption.checkpoints import is_intact, newest_intact, position, positions, read_checkpoint
 
 
 def find_checkpoint(name: str, *others: Path, to_resume: bool = False) -> str:
@@ -46,6 +47,31 @@ def find_checkpoint(name: str, *others: Path, to_resume: bool = False) -> str:
         raise UserError(f"ckpt_path={name!r} has no intact checkpoint; it needs a {whole}.ckpt file in or below it")
     rank_zero_info(f"newest intact checkpoint of {path}: {newest}")
     return str(newest)
+
+
+def require_own_checkpoint(path: str, max_epochs: int | None) -> None:
+    """Refuse a checkpoint file of another program, or one that is beyond the end of the run, before anything is loaded.
+
+    Args:
+        path: a file, of which the weights are not read, or an address with `://`, which is not checked.
+        max_epochs: epochs of the run that resumes; None or -1 if they are not limited.
+
+    Raises:
+        UserError: naming the file.
+    """
+    if "://" in path:
+        return
+    try:
+        content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except Exception:  # torch and pickle raise errors of any kind for files that are no checkpoints
+        content = read_checkpoint(path)  # says what is wrong
+    if not isinstance(content, dict) or "adaptation" not in content:
+        raise UserError(
+            f"ckpt_path={path!r} was not written by this trainer; an adapter directory is given with --model.adapter_path"
+        )
+    epochs = content.get("loops", {}).get("fit_loop", {}).get("epoch_progress", {}).get("current", {}).get("processed", 0)
+    if max_epochs not in (None, -1) and epochs > max_epochs:
+        raise UserError(f"ckpt_path={path!r} has trained {epochs} epochs, more than trainer.max_epochs={max_epochs}")
 
 
 def checkpoint_directories(trainer: L.Trainer) -> list[Path]:

@@ -79,7 +79,12 @@ def planned_steps(trainer: L.Trainer) -> int:
     Raises:
         UserError: if the number is unknown (a training set without length, no max_epochs) and max_steps is not set.
     """
-    steps = trainer.estimated_stepping_batches  # loads the training set if it is not loaded yet
+    try:
+        steps = trainer.estimated_stepping_batches  # loads the training set if it is not loaded yet
+    except ValueError as error:
+        if "val_check_interval" not in str(error):
+            raise
+        raise UserError(f"trainer: {' '.join(str(error).split())}") from error
     if steps in (-1, float("inf")):
         raise UserError("the number of optimizer steps is unknown, and the schedule needs it; set trainer.max_steps")
     num_batches, max_epochs = trainer.num_training_batches, trainer.max_epochs

@@ -96,8 +96,8 @@ def test_rate_of_a_head_that_the_task_does_not_name_is_an_error_that_says_where_
 @pytest.mark.parametrize("field", ["lr", "weight_decay"])
 @pytest.mark.parametrize("value", [-0.1, float("nan"), float("inf")])
 def test_negative_or_infinite_rate_is_an_error(field, value):
-    with pytest.raises(ValueError, match=f"{field}={value} must be 0 or more"):
-        ParameterGroup(**{"lr": 0.1, field: value})
+    with pytest.raises(ValueError, match=rf"optimization\.head\.{field}={value} must be 0 or more"):
+        Optimization(head=ParameterGroup(**{"lr": 0.1, field: value}))
 
 
 @pytest.mark.parametrize(

@@ -105,7 +105,7 @@ def test_printed_config_runs(main, calls, capsys, tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("compare", *DEMO), "arguments are required: compare.adapters"),
+        (("compare", *DEMO), "--adapters is missing"),
         (("compare", "--adapters", "lora"), "--config is missing"),
         (("sweep", *DEMO), "study"),
         (("analyze", *DEMO, "--batches", "many"), "Not of type PositiveInt"),

@@ -195,7 +195,7 @@ def test_checkpoint_of_another_program_is_refused(run, trained, tmp_path, no_tra
     checkpoint = torch.load(run_directory(trained) / "checkpoints/last.ckpt", weights_only=True)
     del checkpoint["adaptation"]
     torch.save(checkpoint, tmp_path / "foreign.ckpt")
-    with pytest.raises(ValueError, match="not written by AdaptationModule"):
+    with pytest.raises(ValueError, match="was not written by this trainer"):
         run("fit", *DEMO, "--ckpt_path", str(tmp_path / "foreign.ckpt"))
 
 

@@ -384,7 +384,7 @@ def test_no_seed_is_a_wrong_command_line(compare, capsys):
     with pytest.raises(SystemExit) as stop:
         compare("--adapters", "config", "--seeds", "0")
     assert stop.value.code == 2
-    assert "PositiveInt: 0 does not conform to restriction v>0" in capsys.readouterr().err
+    assert "seeds=0 must be >0" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- the table

@@ -205,7 +205,7 @@ def test_no_value_fits():
 
 @pytest.mark.parametrize(
     ("words", "message"),
-    [(("lambda",), "Got value: lambda"), (("experts", "--seeds", "0"), "PositiveInt: 0 does not conform to restriction v>0")],
+    [(("lambda",), "study=lambda must be one of coefficients"), (("experts", "--seeds", "0"), "seeds=0 must be >0")],
 )
 @pytest.mark.usefixtures("_no_run")
 def test_wrong_command_line(sweep, capsys, words, message):

@@ -8,6 +8,7 @@ from typing import Any
 import lightning as L
 from jsonargparse import set_parsing_settings
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_info
 
@@ -17,17 +18,20 @@ from lightning_modules.adaptation import AdaptationModule, untrained
 from lightning_modules.callbacks import EvaluationReport
 from lightning_modules.callbacks.monitoring.cpu_time import StepTime, bound_cpu_time
 from lightning_modules.callbacks.results.next_commands import next_commands
+from lightning_modules.cli.argument_parser import ArgumentParser
 from lightning_modules.interruption import (
     CheckedCheckpointIO,
     checkpoint_directories,
     find_checkpoint,
     last_checkpoint,
     require_nothing_ahead,
+    require_own_checkpoint,
     write_error,
 )
 from lightning_modules.run_directory import attach_run_directory, require_no_run, run_directory
 from lightning_modules.tasks.backbones.hugging_face import tokenizer_name
 from lightning_modules.training.supported_callbacks import without_use
+from lightning_modules.training.trainer_arguments import MAX_SEED, check_trainer_arguments, refused_by_lightning
 
 set_parsing_settings(subclasses_enabled=[AdapterConfig])  # a dataclass, which jsonargparse otherwise takes as final
 warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")  # Lightning 2.6 on torch 2.15
@@ -50,7 +54,8 @@ class SaveConfig(SaveConfigCallback):
 class AdaptationCLI(LightningCLI):
     """AdaptationModule with any LightningDataModule; `commands/front_door.py` adds the other commands.
 
-    Overrides these private methods of LightningCLI: `_prepare_subcommand_kwargs`, `_parse_ckpt_path`; calls `_get`.
+    Overrides these private methods of LightningCLI: `_set_seed`, `_prepare_subcommand_kwargs`, `_parse_ckpt_path`; calls
+    `_get`.
 
     Args:
         args: the command line; None takes the process's own.
@@ -68,10 +73,17 @@ class AdaptationCLI(LightningCLI):
             save_config_kwargs={"overwrite": True, "save_to_log_dir": False},
             args=args,
             run=run,
+            parser_class=ArgumentParser,
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.link_arguments("data.num_classes", "model.num_classes", apply_on="instantiate")
+
+    def _set_seed(self) -> None:
+        seed = self._get(self.config, "seed_everything")
+        if not 0 <= int(seed) <= MAX_SEED:
+            raise UserError(f"seed_everything={seed} must be between 0 and {MAX_SEED}")
+        super()._set_seed()
 
     def before_instantiate_classes(self) -> None:
         """Give the adapter the run's seed and the data the model's tokenizer, unless they have their own.
@@ -85,9 +97,18 @@ class AdaptationCLI(LightningCLI):
         _agree_on_tokenizer(config.data.get("init_args", {}), config.model.task.get("init_args", {}))
         if config.get("weights_only") is False:
             raise UserError("weights_only=false would run code from a checkpoint; leave it out")
+        fits = self.subcommand in (None, "fit")
+        check_trainer_arguments(config.trainer, trains=fits)
         path = config.get("ckpt_path")
-        if path and path not in ("best", "last", "hpc"):
-            config.ckpt_path = find_checkpoint(path, to_resume=self.subcommand == "fit")
+        if path in ("best", "hpc"):
+            raise UserError(f"ckpt_path={path!r} is known only within a run; give a RUN directory, a FILE, or last")
+        if path and path != "last":
+            config.ckpt_path = find_checkpoint(path, to_resume=fits)
+            require_own_checkpoint(config.ckpt_path, config.trainer.max_epochs if fits else None)
+        if path and config.model.adapter_path:
+            if not fits:
+                raise UserError(f"ckpt_path={path!r} and model.adapter_path={config.model.adapter_path!r}: give one of them")
+            rank_zero_info(f"trained weights come from ckpt_path={path!r}, not from model.adapter_path")
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Build the trainer. Its checkpoint files are checked, unless a plugin replaces the CheckpointIO.
@@ -98,7 +119,8 @@ class AdaptationCLI(LightningCLI):
         callbacks = config.get("callbacks") or []
         callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
         logs, writes = config.get("logger") is not False, config.get("enable_checkpointing") is not False
-        trainer = super().instantiate_trainer(**kwargs | {"callbacks": without_use(callbacks, logs, writes)})
+        with refused_by_lightning(config):
+            trainer = super().instantiate_trainer(**kwargs | {"callbacks": without_use(callbacks, logs, writes)})
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = CheckedCheckpointIO()
         return trainer
@@ -109,11 +131,15 @@ class AdaptationCLI(LightningCLI):
         `--ckpt_path last` starts a new run if there is no checkpoint, so that a requeued job can repeat the same command.
         """
         options = self.config_init[self.subcommand]
+        if self.model.optimization is None:
+            raise UserError("model.optimization is missing; fit needs its learning rates")
         directory = attach_run_directory(self.trainer).claim(self.trainer, numbered=True)
         if directory is None:
             return
         if options.ckpt_path == "last":
             options.ckpt_path = last_checkpoint(self.trainer, to_resume=True)
+            if options.ckpt_path:
+                require_own_checkpoint(options.ckpt_path, self.trainer.max_epochs)
         if not options.ckpt_path and self.trainer.is_global_zero:
             require_no_run(directory)
         require_nothing_ahead(checkpoint_directories(self.trainer), options.ckpt_path)
@@ -179,9 +205,14 @@ def _agree_on_tokenizer(data: Any, task: Any) -> None:
 
 
 def user_error(error: BaseException | None) -> BaseException | None:
-    """Return the UserError in a chain of causes, or the error of a full disk; None for what may be a bug of ours."""
+    """Return the user's mistake in a chain of causes; None for what may be a bug of ours.
+
+    It is a UserError, the error of a full disk, Lightning's MisconfigurationException, or a package that is not installed.
+    """
     if isinstance(error, OSError):
         return write_error(error)
     while error is not None and not isinstance(error, UserError):
+        if isinstance(error, (MisconfigurationException, ModuleNotFoundError)):
+            return UserError(" ".join(str(error).split()))
         error = error.__cause__
     return error
