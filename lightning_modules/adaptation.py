@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 import lightning as L
 import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -378,10 +378,17 @@ class AdaptationModule(L.LightningModule):
 
 
 def _check_main_metric(task: Task) -> None:
-    """Refuse a main metric that nothing measures; progress bars and comparisons would have nothing to show."""
-    name, metrics = getattr(task, "main_metric", None), [*task.new_metrics(), "loss"]
-    if name not in metrics:
-        raise UserError(f"{type(task).__name__}.main_metric={name!r} must be one of the task's metrics: {', '.join(metrics)}")
+    """Refuse a task without a main metric, and warn of one that nothing seems to measure.
+
+    A metric may give several values under names of its own (ROUGE), so an unknown name is no error.
+    """
+    name, known = getattr(task, "main_metric", None), [*task.new_metrics(), "loss"]
+    if name is None:
+        raise UserError(
+            f"{type(task).__name__}.main_metric is missing; set it to one of the task's metrics: {', '.join(known)}"
+        )
+    if name not in known:
+        rank_zero_warn(f"{type(task).__name__}.main_metric={name!r} is none of the task's metrics: {', '.join(known)}")
 
 
 def untrained(command: str) -> UserError:

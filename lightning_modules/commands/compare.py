@@ -161,7 +161,7 @@ def _tables(frame: pd.DataFrame, labels: Mapping[str, str], reference: str, note
     parts = [format_table(frame, {name: {"method": label} for name, label in labels.items()}, kinds, ("seconds", "MiB"))]
     found, problems = differences(frame, reference, output)
     if found:
-        parts.append(format_differences(found, labels, reference))
+        parts.append(format_differences(found, labels, reference, is_share=frame.attrs["is_share"]))
     parts += [f"Note: {note}" for note in (*notes, *unfair_runs(frame), *partial_runs(frame), *problems)]
     first = frame[["commit", *frame.attrs["versions"]]].fillna("unknown").iloc[0]
     versions = ", ".join(f"{name} {first[name]}" for name in frame.attrs["versions"])

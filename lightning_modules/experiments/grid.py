@@ -24,6 +24,7 @@ from lightning_modules.experiments.kept_runs import kept_file, read_run, variant
 from lightning_modules.experiments.provenance import config_hash, repository_commit, versions
 from lightning_modules.experiments.results import Result
 from lightning_modules.interruption import read_checkpoint
+from lightning_modules.tasks.scores import lower_is_better, not_shares
 
 
 def run_grid(grid: Mapping[str, Sequence[str]], seeds: int, output: Path) -> tuple[list[Result], list[str]]:
@@ -164,6 +165,8 @@ def _train_and_test(cli: AdaptationCLI, variant: str, seed: int) -> tuple[Result
         commit=repository_commit(),
         versions=versions(trainer.strategy.root_device),
         partial=partial,
+        lower_is_better=lower_is_better(model.task.new_metrics()),
+        not_shares=not_shares(model.task.new_metrics()),
     )
     return result, graded
 

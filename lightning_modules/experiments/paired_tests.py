@@ -48,14 +48,22 @@ def differences(frame: pd.DataFrame, reference: str, output: Path) -> tuple[dict
     return found, [problem] if problem else []
 
 
-def format_differences(found: Mapping[str, Difference], labels: Mapping[str, str], reference: str) -> str:
-    """Return a Markdown table in percentage points, a row per variant, each less the reference."""
+def format_differences(
+    found: Mapping[str, Difference], labels: Mapping[str, str], reference: str, *, is_share: bool = True
+) -> str:
+    """Return a Markdown table, a row per variant, each less the reference; differences of shares are in percentage points."""
+    factor, digits = (100, "+.1f") if is_share else (1, "+.4g")
     corrected = holm([difference.p for difference in found.values()])
     rows = []
     for (name, difference), p in zip(found.items(), corrected, strict=True):
-        interval = "-" if math.isnan(difference.p) else f"{100 * difference.low:+.1f} to {100 * difference.high:+.1f}"
-        rows.append([labels[name], f"{100 * difference.mean:+.1f}", interval, _p(difference.p), _p(p), difference.sources])
-    return markdown_table([f"against {labels[reference]}", "points", "95 % interval", "p", "p (Holm)", "over"], rows)
+        interval = (
+            "-" if math.isnan(difference.p) else f"{factor * difference.low:{digits}} to {factor * difference.high:{digits}}"
+        )
+        rows.append(
+            [labels[name], f"{factor * difference.mean:{digits}}", interval, _p(difference.p), _p(p), difference.sources]
+        )
+    unit = "points" if is_share else "difference"
+    return markdown_table([f"against {labels[reference]}", unit, "95 % interval", "p", "p (Holm)", "over"], rows)
 
 
 def _p(value: float) -> str:

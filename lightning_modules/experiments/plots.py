@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from lightning_modules.experiments.report import scale_of
 from lightning_modules.experiments.studies import Study
 
 _MARKERS = "osD^v<>P"
@@ -30,9 +31,10 @@ def plot_comparison(path: Path, frame: pd.DataFrame, labels: Mapping[str, str]) 
         labels: names in the legend, by variant.
     """
     figure, left, right = _panels((12, 4.8), sharey=True)
-    runs = frame.assign(percent=100 * frame["last"]).groupby("variant")
-    mean, std = (statistic[["percent", "trained", "seconds"]] for statistic in (runs.mean(True), runs.std(numeric_only=True)))
-    names = list(mean.sort_values("percent", ascending=False, kind="stable").index)
+    runs = frame.assign(value=scale_of(frame)[0] * frame["last"]).groupby("variant")
+    minimizes = frame.attrs["minimizes"]
+    mean, std = (statistic[["value", "trained", "seconds"]] for statistic in (runs.mean(True), runs.std(numeric_only=True)))
+    names = list(mean.sort_values("value", ascending=minimizes, kind="stable").index)
     fronts = set()
     panels = ((left, "trained", "trained parameters, with the head"), (right, "seconds", "seconds of training"))
     for axes, price, title in panels:
@@ -40,12 +42,13 @@ def plot_comparison(path: Path, frame: pd.DataFrame, labels: Mapping[str, str]) 
             style = {"marker": _MARKERS[index // len(_COLORS) + index % 2 * 4], "color": _COLORS[index % len(_COLORS)]}
             whiskers = std.fillna(0).loc[name]
             axes.errorbar(
-                mean.loc[name, price], mean.loc[name, "percent"], whiskers["percent"], whiskers[price], label=labels[name],
+                mean.loc[name, price], mean.loc[name, "value"], whiskers["value"], whiskers[price], label=labels[name],
                 linestyle="none", capsize=2, alpha=0.8, **style,
             )  # fmt: skip
-        front = mean.loc[pareto_front({name: (mean.loc[name, price], mean.loc[name, "percent"]) for name in names})]
+        merit = -mean["value"] if minimizes else mean["value"]
+        front = mean.loc[pareto_front({name: (mean.loc[name, price], merit[name]) for name in names})]
         fronts.update(front.index)
-        axes.plot(front[price], front["percent"], ":", color="gray", zorder=0)
+        axes.plot(front[price], front["value"], ":", color="gray", zorder=0)
         axes.set_xlabel(title)
     left.set_xscale("log")
     right.set_xlim(left=0)
@@ -83,7 +86,7 @@ def plot_study(path: Path, study: Study, frame: pd.DataFrame, own: str | None) -
     figure, left, right = _panels((11, 4.2), width_ratios=(3, 2))
     varies = frame["trained"].nunique() > 1
     title, column = ("trained parameters", "trained") if varies else ("load imbalance (1: even)", "load_imbalance")
-    seeds = frame.assign(place=frame["value"].map(values.index), quantity=100 * frame["last"])
+    seeds = frame.assign(place=frame["value"].map(values.index), quantity=scale_of(frame)[0] * frame["last"])
     variants = seeds.drop_duplicates("variant").set_index("variant", drop=False)
     variants["quantity"] = frame.groupby("variant")[column].agg(lambda values: values.mean(skipna=False))
     for axes, label, runs in ((left, _metric(frame), seeds), (right, title, variants.dropna(subset="quantity"))):
@@ -132,4 +135,5 @@ def _panels(size: tuple[float, float], **options: Any) -> tuple[Figure, Axes, Ax
 
 
 def _metric(frame: pd.DataFrame) -> str:
-    return f"{frame['metric'].iat[0]} [%], seeds: {frame.groupby('variant').size().max()}"
+    unit = " [%]" if frame.attrs["is_share"] else ""
+    return f"{frame['metric'].iat[0]}{unit}, seeds: {frame.groupby('variant').size().max()}"

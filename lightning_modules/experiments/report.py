@@ -52,25 +52,36 @@ def format_table(
     seeds = frame.groupby("variant").size()
     count = f"{seeds.min()}" if seeds.min() == seeds.max() else f"{seeds.min()} to {seeds.max()}"
     groups = dict(list(frame.groupby("variant")))
-    percents = {name: 100 * runs.set_index("seed")["last"] for name, runs in groups.items()}
+    factor, digits, unit = scale_of(frame)
+    values = {name: factor * runs.set_index("seed")["last"] for name, runs in groups.items()}
     rows = []
     for name, runs in ((name, groups[name]) for name in labels if name in groups):
-        cells = [*labels[name].items(), (f"{frame['metric'].iat[0]} (mean of {count})", mean_and_std(percents[name]))]
-        cells.append(("best on validation", "-" if runs["best"].isna().any() else mean_and_std(100 * runs["best"])))
-        if reference is not None and reference in percents:
-            against = (percents[name] - percents[reference]).dropna()
-            text = "-" if name == reference or against.empty else mean_and_std(against, "{:+.1f}")
+        cells = [
+            *labels[name].items(),
+            (f"{frame['metric'].iat[0]} (mean of {count})", mean_and_std(values[name], digits, unit)),
+        ]
+        cells.append(
+            ("best on validation", "-" if runs["best"].isna().any() else mean_and_std(factor * runs["best"], digits, unit))
+        )
+        if reference is not None and reference in values:
+            against = (values[name] - values[reference]).dropna()
+            text = "-" if name == reference or against.empty else mean_and_std(against, digits, sign="+")
             cells.append((f"against {next(iter(labels[reference].values()))}", text))
-        cells.append(("each seed", " / ".join(f"{value:.1f}" for value in percents[name])))
+        cells.append(("each seed", " / ".join(f"{value:{digits}}" for value in values[name])))
         cells += [(kind, f"{runs[kind].iat[0]:,}") for kind in ("trained", *kinds)]
         rows.append([*cells, *((column, COLUMNS[column](runs)) for column in columns)])
     return markdown_table([title for title, _ in rows[0]], [[text for _, text in row] for row in rows])
 
 
-def mean_and_std(values: pd.Series, form: str = "{:.1f} %") -> str:
+def scale_of(frame: pd.DataFrame) -> tuple[int, str, str]:
+    """Return how a metric is shown: a factor, the format of a number, and the unit. Shares are shown in percent."""
+    return (100, ".1f", " %") if frame.attrs["is_share"] else (1, ".4g", "")
+
+
+def mean_and_std(values: pd.Series, digits: str, unit: str = "", sign: str = "") -> str:
     """Return the mean and, of several values, the sample standard deviation."""
-    std = f" ± {values.std():.1f}" if len(values) > 1 else ""
-    return f"{form.format(values.mean())}{std}"
+    std = f" ± {values.std():{digits}}" if len(values) > 1 else ""
+    return f"{values.mean():{sign}{digits}}{unit}{std}"
 
 
 def _mean(values: pd.Series, form: str) -> str:

@@ -31,6 +31,8 @@ class Result:
         commit: commit of this repository, with `+dirty` for uncommitted changes; None outside of it.
         versions: versions of Python, the libraries and the device.
         partial: the limit that left out a part of the test examples; None if all were tested.
+        lower_is_better: names of the metrics that are better when lower.
+        not_shares: names of the metrics that percent cannot express.
     """
 
     method: str
@@ -49,13 +51,24 @@ class Result:
     commit: str | None = None
     versions: dict[str, str] = field(default_factory=dict)
     partial: str | None = None
+    lower_is_better: list[str] = field(default_factory=lambda: ["loss"])
+    not_shares: list[str] = field(default_factory=lambda: ["loss"])
+
+    def minimizes(self, metric: str) -> bool:
+        """Say whether a metric, such as `test/mae` or `test/cola/loss`, is better when lower."""
+        return metric.rpartition("/")[2] in self.lower_is_better
+
+    def is_share(self, metric: str) -> bool:
+        """Say whether a metric is a share, which tables show in percent."""
+        return metric.rpartition("/")[2] not in self.not_shares
 
 
 def result_frame(results: Sequence[Result], metric: str | None = None) -> pd.DataFrame:
     """Return a frame with a row per run.
 
-    Metrics are shares, as they are logged, not percent. `last` is the metric of the last step's weights, `best` that of the
-    best checkpoint. `attrs["kinds"]` lists the columns of parameters by kind, `attrs["versions"]` those of versions.
+    Metrics are as they are logged, not in percent. `last` is the metric of the last step's weights, `best` that of the
+    best checkpoint. `attrs["kinds"]` lists the columns of parameters by kind, `attrs["versions"]` those of versions;
+    `attrs["minimizes"]` and `attrs["is_share"]` describe the metric.
 
     Args:
         results: at least one.
@@ -89,5 +102,7 @@ def result_frame(results: Sequence[Result], metric: str | None = None) -> pd.Dat
         )
     numbers = {"best": float, **dict.fromkeys(_LOAD, float), "peak_memory": "Int64"}
     frame = pd.DataFrame(rows).astype(numbers)
-    frame.attrs = {"kinds": kinds, "versions": versions}
+    first = results[0]
+    name = metric or first.main_metric
+    frame.attrs = {"kinds": kinds, "versions": versions, "minimizes": first.minimizes(name), "is_share": first.is_share(name)}
     return frame

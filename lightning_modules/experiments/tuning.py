@@ -18,6 +18,7 @@ from lightning_modules.experiments.kept_runs import variant_directory
 from lightning_modules.experiments.preflight import Variant
 from lightning_modules.experiments.results import Result
 from lightning_modules.tables import markdown_table, write_table
+from lightning_modules.tasks.scores import lower_is_better
 
 TRIAL_SEED = 1000  # the runs that are tested have the seeds 0, 1, ...
 GROUPS = ("experts", "adapter", "backbone", "head", "router")  # in the order in which their rates are varied
@@ -32,19 +33,23 @@ class Trial:
 
     Attributes:
         rates: learning rate of each parameter group.
-        score: the validation metric, larger is better; minus infinity if the run failed.
+        score: the validation metric; minus infinity if the run failed.
         loss: the validation loss; infinity if the run failed. It decides between equal scores.
         failure: why the run failed; "" if it did not.
+        minimizes: whether a lower score is better.
     """
 
     rates: Mapping[str, float]
     score: float = -math.inf
     loss: float = math.inf
     failure: str = ""
+    minimizes: bool = False
 
     @property
     def rank(self) -> tuple[float, float]:
-        score, loss = (-math.inf if math.isnan(value) else value for value in (self.score, -self.loss))
+        """What trials are compared by; larger is better."""
+        own = -self.score if self.minimizes else self.score
+        score, loss = (-math.inf if math.isnan(value) else value for value in (own, -self.loss))
         return score, loss
 
 
@@ -143,7 +148,8 @@ def tune(
             made.append(Trial(rates, failure=describe_error(error)))
             print(f"failed: {made[-1].failure}", flush=True)
         else:
-            made.append(Trial(rates, result.metrics[result.main_metric], result.metrics.get("val/loss", math.inf)))
+            score, loss = result.metrics[result.main_metric], result.metrics.get("val/loss", math.inf)
+            made.append(Trial(rates, score, loss, minimizes=result.minimizes(result.main_metric)))
         return made[-1].rank
 
     search(len(own), trials, evaluate)
@@ -175,6 +181,7 @@ def _train_and_validate(cli: AdaptationCLI, variant: str, seed: int, metric: str
         metrics=metrics,
         parameters=model.report.trained,
         seconds=timer.time_elapsed("train"),
+        lower_is_better=lower_is_better(model.task.new_metrics()),
     )
     return result, {}
 

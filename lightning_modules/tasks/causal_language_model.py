@@ -215,6 +215,8 @@ class CausalLanguageModel(Task):
 class Share(MeanMetric):
     """Mean of one of the metric inputs."""
 
+    plot_upper_bound = 1.0
+
     def __init__(self, name: str) -> None:
         super().__init__()
         self.name = name

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from torch import Tensor
+from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
 Score = Callable[[np.ndarray, np.ndarray, np.ndarray, int | None], float]
@@ -45,6 +46,16 @@ def matthews(predictions: np.ndarray, targets: np.ndarray, weights: np.ndarray, 
 SCORES: dict[str, Score] = {"accuracy": accuracy, "balanced_accuracy": balanced_accuracy, "f1": f1, "matthews": matthews}
 
 
+def lower_is_better(metrics: MetricCollection) -> list[str]:
+    """Return the names of the metrics that are better when lower, as `higher_is_better` declares; the loss is one."""
+    return ["loss", *(name for name, metric in metrics.items() if metric.higher_is_better is False)]
+
+
+def not_shares(metrics: MetricCollection) -> list[str]:
+    """Return the names of the metrics that percent cannot express: those whose `plot_upper_bound` is not 1, and the loss."""
+    return ["loss", *(name for name, metric in metrics.items() if metric.plot_upper_bound != 1)]
+
+
 class BalancedAccuracy(MulticlassAccuracy):
     """`balanced_accuracy` of all examples. torchmetrics' own counts a class that is predicted but never occurs as 0."""
 
@@ -60,6 +71,8 @@ class BalancedAccuracy(MulticlassAccuracy):
 class F1(MulticlassConfusionMatrix):
     """`f1` of all examples. Under a head shared with larger tasks, a task of two classes keeps its F1 of class 1."""
 
+    higher_is_better = True
+    plot_upper_bound = 1.0
     most_classes: Tensor
 
     def __init__(self, num_classes: int) -> None:
@@ -84,6 +97,9 @@ class F1(MulticlassConfusionMatrix):
 
 class Matthews(MulticlassConfusionMatrix):
     """`matthews` of all examples. torchmetrics' own is 0.03, not 0, on CoLA for a model that always predicts the same class."""
+
+    higher_is_better = True
+    plot_upper_bound = 1.0
 
     def compute(self) -> Tensor:
         return torch.tensor(_matthews(*_counts_of(super().compute())))

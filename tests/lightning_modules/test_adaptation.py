@@ -222,12 +222,13 @@ def test_head_of_the_adapter_is_the_tasks_to_say(tmp_path):
         fit(tmp_path, adapter=HeadOnly(head=["norm"]), optimization=HEAD_RATE)
 
 
-@pytest.mark.parametrize("name", ["f1", None])
-def test_main_metric_that_nothing_measures_is_refused(monkeypatch, name):
-    module = token_module()
-    monkeypatch.setattr(TokenTask, "main_metric", name)
-    with pytest.raises(ValueError, match=rf"TokenTask\.main_metric={name!r} must be one of the task's metrics: accuracy, loss"):
-        module.configure_model()
+def test_task_without_a_main_metric_is_refused_and_an_unknown_one_is_named(monkeypatch):
+    monkeypatch.setattr(TokenTask, "main_metric", "f1")
+    with pytest.warns(UserWarning, match=r"TokenTask\.main_metric='f1' is none of the task's metrics: accuracy, loss"):
+        token_module().configure_model()
+    monkeypatch.delattr(TokenTask, "main_metric")
+    with pytest.raises(ValueError, match=r"TokenTask\.main_metric is missing; set it to one of .*: accuracy, loss"):
+        token_module().configure_model()
 
 
 def test_model_is_built_once_per_module(tmp_path):

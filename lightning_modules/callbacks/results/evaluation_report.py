@@ -23,6 +23,7 @@ from lightning_modules.interruption.locks import locked
 from lightning_modules.run_directory import run_directory
 from lightning_modules.tasks import CausalLanguageModel
 from lightning_modules.tasks.base import run_data
+from lightning_modules.tasks.scores import not_shares
 
 UNFINISHED = "unfinished_evaluation"
 
@@ -173,7 +174,7 @@ class EvaluationReport(L.Callback):
             title += ", num_beams {num_beams}, at most {max_new_tokens} tokens".format(**settings["evaluation"])
         if self._partial:
             title += f"; on a part of the data ({self._partial})"
-        text = f"{title}\n\n{format_results(results)}\n"
+        text = f"{title}\n\n{format_results(results, not_shares(module.task.new_metrics()))}\n"
         rank_zero_info(f"\n{text}")
         record = {
             "command": _command(trainer),

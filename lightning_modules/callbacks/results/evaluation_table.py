@@ -34,22 +34,24 @@ def average(results: Results) -> dict[str, float]:
     }
 
 
-def format_results(results: Results) -> str:
-    """Return a Markdown table with a row per set, and an average below several sets."""
+def format_results(results: Results, plain: Sequence[str] = ()) -> str:
+    """Return a Markdown table with a row per set, and an average below several sets.
+
+    Args:
+        results: by set.
+        plain: metrics that are not shown in percent, beside the loss and correlations.
+    """
+    plain = ("loss", "matthews", *plain)
     names = metric_names(results)
-    rows = [[name, f"{r['count']:,}", *_cells(r, names), r["note"]] for name, r in results.items()]
+    rows = [[name, f"{r['count']:,}", *_cells(r, names, plain), r["note"]] for name, r in results.items()]
     if len(results) > 1:
         total = sum(result["count"] for result in results.values())
-        rows.append(["average", f"{total:,}", *_cells(average(results), names), ""])
+        rows.append(["average", f"{total:,}", *_cells(average(results), names, plain), ""])
     header = ["set", "count", *(name.replace("_", " ") for name in names), "note"]
     if not any(row[-1] for row in rows):
         header, rows = header[:-1], [row[:-1] for row in rows]
     return markdown_table(header, rows)
 
 
-def _cells(values: Mapping[str, Any], names: Sequence[str]) -> list[str]:
-    """Format shares in percent; losses and correlations are not shares."""
-    return [
-        "" if name not in values else f"{values[name]:.4f}" if name in ("loss", "matthews") else f"{values[name]:.1%}"
-        for name in names
-    ]
+def _cells(values: Mapping[str, Any], names: Sequence[str], plain: Sequence[str]) -> list[str]:
+    return ["" if name not in values else f"{values[name]:.4f}" if name in plain else f"{values[name]:.1%}" for name in names]

@@ -451,8 +451,9 @@ def test_metric_that_only_some_sets_have_leaves_a_gap():
 
 
 def test_correlations_are_no_percentages():
-    table = format_results({"dev": {"count": 1, "accuracy": 0.5, "matthews": -0.123, "note": ""}})
-    assert table.splitlines()[-1] == "| dev | 1     | 50.0%    | -0.1230  |"
+    values = {"accuracy": 0.5, "matthews": -0.123, "mae": 2.5}
+    table = format_results({"dev": {"count": 1, **values, "note": ""}}, ["loss", "mae"])
+    assert table.splitlines()[-1] == "| dev | 1     | 50.0%    | -0.1230  | 2.5000 |"
 
 
 @pytest.mark.parametrize("command", ["test", "predict"])

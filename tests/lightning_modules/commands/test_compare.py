@@ -409,6 +409,12 @@ def test_table_has_mean_and_spread_of_the_last_and_of_the_best_weights():
     assert row == ["HeadOnly", "55.0 % ± 7.1", "80.0 % ± 14.1", "50.0 / 60.0", "650", "650", "1.5", "3"]
 
 
+def test_table_shows_a_metric_that_is_no_share_as_a_number():
+    first = replace(RESULT, metrics={"test/mae": 2.5}, main_metric="test/mae", not_shares=["loss", "mae"])
+    row = rows_of([first, replace(first, seed=1, metrics={"test/mae": 3.5})])[2]
+    assert row[1:4] == ["3 ± 0.7071", "-", "2.5 / 3.5"]
+
+
 def test_table_names_the_overlay_where_a_method_comes_twice_and_leaves_out_a_best_that_not_all_have():
     best = replace(RESULT, best_metrics={"test/accuracy": 0.7})
     path = Path("elsewhere/other.yaml")

@@ -114,3 +114,11 @@ def test_plot_draws_many_methods_each_in_its_own_way(tmp_path, monkeypatch):
     plot_comparison(tmp_path / "plot.png", result_frame(results), names)
     assert len(drawn) == 40
     assert len(set(drawn)) == 20
+
+
+def test_front_of_an_error_has_the_lowest_values(tmp_path, monkeypatch):
+    lines = []
+    monkeypatch.setattr("matplotlib.axes.Axes.plot", lambda self, x, y, *_, **__: lines.append(list(y)))
+    results = [Result(name, name, 0, "test/loss", {"test/loss": float(name)}, {"head": 1}, 1.0) for name in ("2", "1", "3")]
+    plot_comparison(tmp_path / "plot.png", result_frame(results), {name: name for name in "123"})
+    assert lines == [[1.0], [1.0]]

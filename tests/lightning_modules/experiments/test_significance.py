@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
+from torchmetrics import MeanAbsoluteError, MetricCollection, PearsonCorrCoef
 from torchmetrics.classification import BinaryF1Score, MulticlassAccuracy, MulticlassF1Score, MulticlassMatthewsCorrCoef
 
 import lightning_modules.experiments.significance
@@ -15,7 +16,18 @@ from lightning_modules.experiments.graded_examples import GradedSet, load_exampl
 from lightning_modules.experiments.paired_tests import differences, format_differences
 from lightning_modules.experiments.results import Result, result_frame
 from lightning_modules.experiments.significance import Scores, holm, paired_difference, resample
-from lightning_modules.tasks.scores import F1, SCORES, BalancedAccuracy, Matthews, accuracy, f1, matthews
+from lightning_modules.tasks.causal_language_model import Share
+from lightning_modules.tasks.scores import (
+    F1,
+    SCORES,
+    BalancedAccuracy,
+    Matthews,
+    accuracy,
+    f1,
+    lower_is_better,
+    matthews,
+    not_shares,
+)
 
 
 def graded(correct):
@@ -259,6 +271,9 @@ def test_differences_are_against_the_named_method_on_common_seeds(tmp_path):
     lines = format_differences(found, {"a": "A", "b": "B", "c": "C"}, "a").splitlines()
     assert lines[0].startswith("| against A | points | 95 % interval")
     assert len(lines) == 4
+    as_numbers = format_differences(found, {"a": "A", "b": "B", "c": "C"}, "a", is_share=False).splitlines()
+    assert [cell.strip() for cell in as_numbers[0].split("|")[1:4]] == ["against A", "difference", "95 % interval"]
+    assert f"{found['b'].mean:+.4g} " in as_numbers[2]
     assert differences(result_frame(runs), "d", tmp_path) == ({}, ["d has no run to compare the others with"])
 
 
@@ -302,6 +317,14 @@ def test_where_answers_cannot_be_paired_the_intervals_are_over_seeds_with_a_note
     assert "intervals are over seeds alone" in problems[0]
     assert math.isnan(found["b"].p)
     assert format_differences(found, {"a": "A", "b": "B"}, "a").splitlines()[2].count(" - ") == 3
+
+
+def test_metrics_say_which_of_them_are_errors_and_which_are_shares():
+    shares = {"accuracy": MulticlassAccuracy(3), "f1": F1(3), "matthews": Matthews(3), "share": Share("x")}
+    others = {"balanced": BalancedAccuracy(3), "correlation": PearsonCorrCoef(), "mae": MeanAbsoluteError()}
+    metrics = MetricCollection(shares | others)
+    assert lower_is_better(metrics) == ["loss", "mae"]
+    assert not_shares(metrics) == ["loss", "mae"]
 
 
 def test_graded_examples_survive_the_file(tmp_path):

@@ -111,8 +111,20 @@ def test_a_real_trial_is_judged_by_the_last_weights_on_validation_data(compare, 
     (kept,) = (tmp_path / "trials/head_only/cells").rglob("*.json")
     result = json.loads(kept.read_text())["result"]
     assert result["main_metric"] == "val/accuracy"
+    assert result["lower_is_better"] == ["loss"]
     assert {name.partition("/")[0] for name in result["metrics"]} == {"val"}
     assert result["seconds"] > 0
+
+
+def test_an_error_is_minimized(monkeypatch, tmp_path):
+    def run_one(point, *_):
+        error = {"val/mae": abs(float(point.partition("=")[2]) - 0.004)}
+        return Result("LoRA", point, 0, "val/mae", error, {}, 1.0, lower_is_better=["loss", "mae"])
+
+    monkeypatch.setattr(tuning, "run_one", run_one)
+    trials = tuning.tune("lora", [], {"adapter": 0.001}, 5, None, tmp_path)
+    assert best_trial(trials).rates == {"adapter": 0.004}
+    assert best_trial([Trial({}, failure="no"), trials[0]]) is trials[0]
 
 
 def test_equal_scores_are_decided_by_the_loss(tmp_path):
