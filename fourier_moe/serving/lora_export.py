@@ -42,7 +42,7 @@ class ExpertLoRA:
     @classmethod
     @torch.no_grad()
     def of(cls, experts: SpectralExperts, expert: int) -> ExpertLoRA:
-        left, right = experts.low_rank(expert)
+        left, right = experts.factors(expert)
         lora_A, lora_B = right.float().contiguous(), left.float().contiguous()
         expected = experts.delta_weight(expert).to(lora_A.dtype)
         distance, norm = torch.linalg.norm(lora_B @ lora_A - expected), torch.linalg.norm(expected)
@@ -85,7 +85,7 @@ def export_loras(model: nn.Module, directory: Path) -> list[ProjectionExport]:
     layers = {name: layer for name, layer in adapters(model).items() if isinstance(layer, FourierMoELinear)}
     if not layers or len(layers) < len(adapters(model)):
         method = type(adapter_config(model)).__name__
-        raise UserError(f"{method} has no spectral experts that could be written as LoRA; FourierMoEConfig has")
+        raise UserError(f"{method} has no spectral experts to write as LoRAs; FourierMoEConfig has")
     exports = [ProjectionExport(name, layer.out_features, layer.in_features, [], []) for name, layer in layers.items()]
     num_experts = next(iter(layers.values())).router.num_experts
     for expert in range(num_experts):

@@ -39,7 +39,7 @@ def dense_delta_weight(
     return scaling * torch.fft.ifft2(spectrum_MN).real
 
 
-def low_rank_factors(
+def update_factors(
     coefficients_PC: Tensor, frequencies_PC: Tensor, out_features: int, in_features: int, scale: float
 ) -> tuple[Tensor, Tensor]:
     """left (M, r) and right (r, N), float64, with left @ right = scale * Re sum_j c_j a_j b_j^T: one expert's update.

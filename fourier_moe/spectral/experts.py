@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fourier_moe.routing.record import Routing
 from fourier_moe.spectral.config import FourierMoEConfig
-from fourier_moe.spectral.dense import dense_delta_weight, dense_spectrum, low_rank_factors
+from fourier_moe.spectral.dense import dense_delta_weight, dense_spectrum, update_factors
 from fourier_moe.spectral.frequencies import band_centers, draw_frequencies
 from fourier_moe.spectral.product import routed_spectral_product
 
@@ -133,11 +133,11 @@ class SpectralExperts(nn.Module):
         return self._permuted(delta_MN)
 
     @torch.no_grad()
-    def low_rank(self, expert: int) -> tuple[Tensor, Tensor]:
+    def factors(self, expert: int) -> tuple[Tensor, Tensor]:
         """Return the same as a product, left (M, r) @ right (r, N), float64, r <= 2P: the expert as an exact LoRA."""
         coefficients = self.complex_coefficients()[expert]
         M, N, frequencies = self.out_features, self.in_features, self.frequencies[expert]
-        left, right = low_rank_factors(coefficients, frequencies, M, N, self._scale)
+        left, right = update_factors(coefficients, frequencies, M, N, self._scale)
         if self.input_order is None or self.output_order is None:
             return left, right
         return left[self.output_order], right[:, self.input_order.argsort()]

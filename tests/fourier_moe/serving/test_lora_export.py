@@ -204,8 +204,8 @@ def test_another_method_is_refused_by_name(tmp_path):
 
 def test_a_lora_that_is_not_its_expert_is_refused(tmp_path, monkeypatch):
     _, model = adapted(llama, ["q_proj"])
-    exact = SpectralExperts.low_rank
-    monkeypatch.setattr(SpectralExperts, "low_rank", lambda *arguments: tuple(1.0001 * side for side in exact(*arguments)))
+    exact = SpectralExperts.factors
+    monkeypatch.setattr(SpectralExperts, "factors", lambda *arguments: tuple(1.0001 * side for side in exact(*arguments)))
     with pytest.raises(ValueError, match=r"layers\.0\.self_attn\.q_proj: expert 0 as LoRA differs from it by 2\.0e-04"):
         export_loras(model, tmp_path)
     monkeypatch.setattr(fourier_moe.serving.lora_export, "LARGEST_DIFFERENCE", 1e-3)
