@@ -28,7 +28,7 @@ from fourier_moe.models.module_names import ModuleNames
 from fourier_moe.version import __version__
 
 FORMAT_VERSION = 2
-LARGEST_HEADER = 2**23  # bytes; a hundred times that of a large model with a thousand classes
+LARGEST_HEADER = 2**23  # bytes; a hundred times what a large model with a thousand classes needs
 TENSORS, DESCRIPTION, CARD = "adapter.safetensors", "adapter.json", "README.md"
 
 _METADATA = "fourier_moe"  # the only entry, since several would be written in any order
@@ -138,7 +138,7 @@ def tensors(data: bytes, directory: Path) -> dict[str, Tensor]:
     """
     try:
         return parse_safetensors(data)
-    except (SafetensorError, AttributeError, KeyError, RuntimeError, TypeError) as error:  # of types that torch has not, too
+    except (SafetensorError, AttributeError, KeyError, RuntimeError, TypeError) as error:  # of unknown dtypes too
         raise UserError(f"{directory / TENSORS} is no valid safetensors file: {error}") from error
 
 

@@ -1,4 +1,4 @@
-"""Trying again what a network may have spoilt."""
+"""Retries of calls that fail because of the network."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ _NETWORK_LIBRARIES = ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "u
 
 
 def retry(call: Callable[[], T], what: str, say: Say, attempts: int = 4) -> T:
-    """Call again after what may pass: server errors, connections that are refused or break off, files that end too early.
+    """Call again after temporary errors: server errors, connections that are refused or break off, incomplete files.
 
     Args:
-        what: is being done, for the log.
-        say: takes a line for every attempt that failed.
-        attempts: in all.
+        what: what is being done, for the log.
+        say: called with one line for every failed attempt.
+        attempts: number of calls in all.
 
     Raises:
-        Exception: the last attempt's, or any that will not pass.
+        Exception: the last attempt's, or the first that is not temporary.
     """
     for attempt in range(attempts):
         try:

@@ -1,4 +1,4 @@
-"""Values from files of strangers: JSON that means one thing, and values of the types that code relies on."""
+"""Checked values from untrusted files: unambiguous JSON, and values of the expected types."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeVar
 
 from fourier_moe.errors import UserError
 
-LARGEST = 2**63  # no stored number is as large; Python's own have no end, and arithmetic with them may have none
+LARGEST = 2**63  # stored numbers stay below this; Python's integers are unbounded, and so may be arithmetic with them
 
 _T = TypeVar("_T")
 _short = reprlib.Repr()

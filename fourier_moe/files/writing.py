@@ -1,6 +1,6 @@
-"""The one way in which files are replaced: an interruption at any moment leaves the old file or the new one.
+"""Atomic writing of files: an interruption at any moment leaves the old file or the new one.
 
-What is written goes to a new file beside its place, `.NAME.<32 hex digits>.part`, which is created exclusively: a file or a
+The content goes to a new file in the same directory, `.NAME.<32 hex digits>.part`, which is created exclusively: a file or a
 link that is there already is neither followed nor deleted. It reaches the disk before it takes its place. A process that was
 killed leaves such a file; the next one that replaces NAME removes it, unless its writer still holds the lock on it.
 """

@@ -1,1 +1,1 @@
-"""What has to be known of other libraries' models."""
+"""What the package must know about other libraries' models."""

@@ -1,8 +1,8 @@
 """Fused attention modules, split into one nn.Linear per projection.
 
-``nn.MultiheadAttention`` and open_clip's ``Attention`` keep the query, key and value projections in one parameter,
-``in_proj_weight``, and the first reads ``out_proj.weight`` without calling ``out_proj``: an adapter finds nothing to
-replace, or is bypassed. ``split_attention`` returns a drop-in module that calls all four projections as modules, always
+`nn.MultiheadAttention` and open_clip's `Attention` keep the query, key and value projections in one parameter,
+`in_proj_weight`, and the first reads `out_proj.weight` without calling `out_proj`: an adapter finds nothing to
+replace, or is bypassed. `split_attention` returns a drop-in module that calls all four projections as modules, always
 on tensors of shape (N, tokens, features), whatever layout the caller uses.
 
 Shapes: N batch, L query tokens, S key tokens, E = H * D embedding width, H heads, D head width.
@@ -25,7 +25,7 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 
 class _FusedWeightIsGone:
-    """What a parent finds under ``in_proj_weight`` of a split ``nn.MultiheadAttention``.
+    """What a parent finds under `in_proj_weight` of a split `nn.MultiheadAttention`.
 
     In eval mode nn.TransformerEncoder would hand the weight to a fused kernel, past any adapter. It calls its layers
     instead when a weight overrides torch functions, as this object does. Any other use as a tensor is an error.
@@ -37,7 +37,7 @@ class _FusedWeightIsGone:
 
 
 class _SplitAttention(nn.Module):
-    """The four projections of a fused attention module: ``out_proj`` is reused, the others are copied."""
+    """The four projections of a fused attention module: `out_proj` is reused, the others are copied."""
 
     replaces: ClassVar[tuple[str, str]]  # module and name of the class that this one stands in for
     attributes: ClassVar[str]  # all public attributes of the original, that is, the options we know about
@@ -70,7 +70,7 @@ class _SplitAttention(nn.Module):
 
 
 class SplitMultiheadAttention(_SplitAttention):
-    """Stands in for ``nn.MultiheadAttention``."""
+    """Stands in for `nn.MultiheadAttention`."""
 
     replaces = ("torch.nn.modules.activation", "MultiheadAttention")
     attributes = (
@@ -100,23 +100,23 @@ class SplitMultiheadAttention(_SplitAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """Same arguments and results as ``nn.MultiheadAttention.forward``; True in a bool mask hides a key.
+        """Same arguments and results as `nn.MultiheadAttention.forward`; True in a bool mask hides a key.
 
         Args:
-            query: (N, L, E) with ``batch_first``, else (L, N, E); unbatched (L, E).
+            query: (N, L, E) with `batch_first`, else (L, N, E); unbatched (L, E).
             key: (N, S, kdim), (S, N, kdim) or (S, kdim).
             value: (N, S, vdim), (S, N, vdim) or (S, vdim).
             key_padding_mask: bool or float, (N, S) or (S,).
             need_weights: also return the attention weights, which rules out fused attention kernels.
             attn_mask: bool or float, (L, S) or (N * H, L, S).
             average_attn_weights: return weights of shape (N, L, S) rather than (N, H, L, S).
-            is_causal: promises that ``attn_mask`` is the causal mask, so that a faster kernel may replace it.
+            is_causal: promises that `attn_mask` is the causal mask, so that a faster kernel may replace it.
 
         Returns:
-            The output in the layout of ``query``, and the weights or None.
+            The output in the layout of `query`, and the weights or None.
 
         Raises:
-            UserError: on shapes or mask types that do not fit, on nested tensors, and on ``is_causal`` without mask.
+            UserError: on shapes or mask types that do not fit, on nested tensors, and on `is_causal` without mask.
         """
         if query.is_nested:
             raise UserError("split attention does not take nested tensors: pass padded tensors and key_padding_mask")
@@ -153,7 +153,7 @@ class SplitMultiheadAttention(_SplitAttention):
 
 
 class SplitOpenClipAttention(_SplitAttention):
-    """Stands in for the ``Attention`` of open_clip 4, for self and cross attention."""
+    """Stands in for the `Attention` of open_clip 4, for self and cross attention."""
 
     replaces = ("open_clip.transformer", "Attention")
     attributes = (
@@ -172,12 +172,12 @@ class SplitOpenClipAttention(_SplitAttention):
     def forward(
         self, x: Tensor, k_x: Tensor | None = None, v_x: Tensor | None = None, attn_mask: Tensor | None = None
     ) -> Tensor:
-        """Attend from ``x`` to ``k_x`` and ``v_x``.
+        """Attend from `x` to `k_x` and `v_x`.
 
         Args:
             x: (N, L, E).
-            k_x: (N, S, kdim); ``x`` when None.
-            v_x: (N, S, vdim); ``x`` when None.
+            k_x: (N, S, kdim); `x` when None.
+            v_x: (N, S, vdim); `x` when None.
             attn_mask: (L, S), (N * H, L, S) or (N, H, L, S); bool, where True SHOWS a key (open_clip 3: hides), or
                 float to be added to the scores.
 
@@ -202,7 +202,7 @@ class SplitOpenClipAttention(_SplitAttention):
 
 
 class SplitOpenClipSelfAttention(SplitOpenClipAttention):
-    """Stands in for the ``Attention`` of open_clip 3, which has self attention only."""
+    """Stands in for the `Attention` of open_clip 3, which has self attention only."""
 
     attributes = (
         "num_heads head_dim scale scaled_cosine scale_heads logit_scale logit_scale_max head_scale use_fsdpa ln_q ln_k "
@@ -210,7 +210,7 @@ class SplitOpenClipSelfAttention(SplitOpenClipAttention):
     )
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:  # type: ignore[override]
-        """Attend from ``x`` (N, L, E) to itself. True in a bool mask HIDES a key; otherwise as in the base class."""
+        """Attend from `x` (N, L, E) to itself. True in a bool mask HIDES a key; otherwise as in the base class."""
         return self._attend(x, x, x, attn_mask)
 
 
@@ -222,9 +222,9 @@ _KINDS: tuple[type[_SplitAttention], ...] = (
 
 
 def is_fused_attention(module: nn.Module) -> bool:
-    """Return whether ``module`` holds its input projections as bare parameters, which an adapter cannot replace.
+    """Return whether `module` holds its input projections as bare parameters, which an adapter cannot replace.
 
-    True for every module with a tensor ``in_proj_weight``, so that kinds which ``split_attention`` refuses show up too.
+    True for every module with a tensor `in_proj_weight`, so that kinds which `split_attention` refuses show up too.
     """
     has_fused_weight = isinstance(getattr(module, "in_proj_weight", None), Tensor)
     return has_fused_weight or isinstance(module, nn.MultiheadAttention) or _kind(module) is not None
@@ -237,7 +237,7 @@ def fused_projection(module: Any, name: str) -> nn.Linear:
         UserError: if the kind of attention is unknown.
     """
     if _kind(module) is None:
-        raise UserError(f"{type(module).__name__} is no attention that can be split")
+        raise UserError(f"{type(module).__name__} is not an attention module that can be split")
     if name == "out_proj":
         weight = module.out_proj.weight
     elif module.in_proj_weight is not None:
@@ -248,12 +248,12 @@ def fused_projection(module: Any, name: str) -> nn.Linear:
 
 
 def is_split_attention(module: nn.Module) -> bool:
-    """Return whether ``module`` came out of ``split_attention``."""
+    """Return whether `module` came out of `split_attention`."""
     return isinstance(module, _SplitAttention)
 
 
 def fuse_attention(split: nn.Module, fused: nn.Module) -> None:
-    """Put the projections' weights of a split attention back into the fused module that it was made of, or another like it.
+    """Copy the weights of a split attention back into the fused module that it was made from, or one of the same kind.
 
     Raises:
         UserError: if the two do not belong together.
@@ -276,17 +276,17 @@ def _joined(parts: list[Any]) -> nn.Parameter:
 
 
 def split_attention(module: nn.Module) -> nn.Module:
-    """Return a drop-in for a fused attention module, with ``FUSED_PROJECTIONS`` as plain nn.Linear children.
+    """Return a drop-in for a fused attention module, with `FUSED_PROJECTIONS` as plain nn.Linear children.
 
-    Call signature, results, device, dtype, training flag and ``requires_grad`` are those of ``module``. The state dict
-    has ``q_proj.weight`` and so on in place of ``in_proj_weight``, so load pretrained weights before the split. The new
-    module takes over ``out_proj``'s parameters and the norms of ``module``, which should not be used any more.
+    Call signature, results, device, dtype, training flag and `requires_grad` are those of `module`. The state dict
+    has `q_proj.weight` and so on in place of `in_proj_weight`, so load pretrained weights before the split. The new
+    module takes over `out_proj`'s parameters and the norms of `module`, which should not be used any more.
 
     Args:
-        module: an ``nn.MultiheadAttention`` or ``open_clip.transformer.Attention``, not of a subclass.
+        module: an `nn.MultiheadAttention` or `open_clip.transformer.Attention`, not of a subclass.
 
     Returns:
-        The split module; put it where ``module`` was.
+        The split module; put it where `module` was.
 
     Raises:
         UserError: if the class is none of these, or has an option, attribute or hook that the split would lose.
@@ -324,7 +324,7 @@ def _arguments(cls: type) -> list[str]:
 
 
 def _kind(module: nn.Module) -> type[_SplitAttention] | None:
-    """Return the split class for ``module``: made for a class of this name, and with a signature that begins alike."""
+    """Return the split class for `module`: made for a class of this name, and with a signature that begins alike."""
     cls = type(module)
     for kind in _KINDS:
         ours = _arguments(kind)
@@ -355,14 +355,14 @@ def _linear(weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Linear:
 
 
 def _score_mask(mask: Tensor, q: Tensor, k: Tensor) -> Tensor:
-    """Return ``attn_mask`` for q (N, H, L, D) and k (N, H, S, D), as an additive mask that broadcasts to (N, H, L, S)."""
+    """Return `attn_mask` for q (N, H, L, D) and k (N, H, S, D), as an additive mask that broadcasts to (N, H, L, S)."""
     (n, h, length, _), source = q.shape, k.shape[2]
     mask = _additive(mask, "attn_mask", q.dtype, (length, source), (n * h, length, source), (n, h, length, source))
     return mask.unflatten(0, (n, h)) if mask.dim() == 3 else mask
 
 
 def _additive(mask: Tensor, name: str, dtype: torch.dtype, *shapes: tuple[int, ...]) -> Tensor:
-    """Return a bool (True hides a key) or float mask of one of the ``shapes``, as a ``dtype`` mask to add to the scores."""
+    """Return a bool (True hides a key) or float mask of one of the `shapes`, as a `dtype` mask to add to the scores."""
     if mask.shape not in shapes or not (mask.dtype == torch.bool or mask.is_floating_point()):
         expected = " or ".join(str(tuple(shape)) for shape in shapes)
         raise UserError(f"{name} has shape {tuple(mask.shape)} and {mask.dtype}, expected {expected}, bool or float")

@@ -93,7 +93,7 @@ def names_by_file(model: nn.Module, config: AdapterConfig, stored: ModuleNames |
         stored = ModuleNames(tuple(_projections_of(model, keys, known)))
     missing = [name for name in (*stored.projections, *stored.heads) if name not in known]
     if missing:
-        raise UserError(f"it adapts {missing[0]!r}, which this model has not")
+        raise UserError(f"it adapts {missing[0]!r}, which this model does not have")
     heads |= set(stored.heads)
     projections |= set(stored.projections)
     for argument, entries, found in (("head", config.head, heads), ("targets", targets, projections)):

@@ -44,7 +44,9 @@ class BankLayer(nn.Module):
         return groups, before if before is after else {**before, **after}
 
     def _replicate_for_data_parallel(self) -> nn.Module:
-        raise UserError("an AdapterBank serves in one process; torch.nn.DataParallel would part the examples from their names")
+        raise UserError(
+            "an AdapterBank serves in one process; torch.nn.DataParallel would separate the examples from their names"
+        )
 
 
 class BankProjection(BankLayer):

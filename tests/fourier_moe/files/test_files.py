@@ -191,7 +191,7 @@ def test_other_shape_is_an_error_that_names_both(saved):
 
 
 def test_fewer_or_more_layers_is_an_error(saved):
-    with pytest.raises(ValueError, match=r"it adapts 'layers.1.attention.q_proj', which this model has not"):
+    with pytest.raises(ValueError, match=r"it adapts 'layers.1.attention.q_proj', which this model does not have"):
         load_adapter(Transformer(layers=1), saved)
     with pytest.raises(ValueError, match=r"missing layers.2.attention.q_proj.experts.coefficients.* and 1 more"):
         load_adapter(Transformer(layers=3), saved)

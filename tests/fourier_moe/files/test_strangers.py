@@ -164,8 +164,8 @@ def test_files_without_a_list_of_modules_load_to_the_bit(tmp_path, kind):
 @pytest.mark.parametrize(
     ("modules", "message"),
     [
-        ({"projections": ["layers.7.q_proj"]}, "it adapts 'layers.7.q_proj', which this model has not"),
-        ({"heads": ["nothing"]}, "it adapts 'nothing', which this model has not"),
+        ({"projections": ["layers.7.q_proj"]}, "it adapts 'layers.7.q_proj', which this model does not have"),
+        ({"heads": ["nothing"]}, "it adapts 'nothing', which this model does not have"),
         ({"projections": []}, "targets entry .* matches no module of the model"),
         ({"projections": ["norm"]}, "is no linear projection|missing|unexpected"),
         ({"heads": ["layers"]}, "missing layers|it has no tensors"),

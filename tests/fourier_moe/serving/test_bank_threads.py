@@ -268,5 +268,5 @@ def test_an_error_in_a_pass_leaves_nothing_chosen(bank):
 
 def test_data_parallel_is_refused(bank):
     for module in (bank.model.layers[0].attention.q_proj, bank.model.classifier):
-        with pytest.raises(ValueError, match="DataParallel would part the examples from their names"):
+        with pytest.raises(ValueError, match="DataParallel would separate the examples from their names"):
             module._replicate_for_data_parallel()
