@@ -14,7 +14,8 @@ from support import REPOSITORY
 
 from fourier_moe import FourierMoEConfig
 
-ALL = sorted(path.relative_to(REPOSITORY) for path in (REPOSITORY / "configs").rglob("*.yaml"))
+DEFAULTS = Path("configs/defaults.yaml")
+ALL = sorted({path.relative_to(REPOSITORY) for path in (REPOSITORY / "configs").rglob("*.yaml")} - {DEFAULTS})
 ADAPTERS = [path for path in ALL if path.parent.name == "adapters"]
 MIXTURES = ("molora", "adamole", "hydralora", "goat", "fft_moe")
 RECIPES = [path for path in ALL if path.parent.name == "recipes"]
@@ -22,7 +23,7 @@ STRATEGIES = [path for path in ALL if path.parent.name == "strategies"]  # test_
 RUNS = [path for path in ALL if path.parent.name == "configs" and path.stem != "smoke"]
 LANGUAGE = [path for path in RUNS if path.stem.startswith(("commonsense_", "math_", "demo_math"))]
 CLASSIFIERS = [path for path in RUNS if path not in LANGUAGE]
-COMMENTED = [*RUNS, *RECIPES, *STRATEGIES, Path("configs/smoke.yaml")]
+COMMENTED = [DEFAULTS, *RUNS, *RECIPES, *STRATEGIES, Path("configs/smoke.yaml")]
 SMOKE = ("--config", "configs/smoke.yaml")
 
 # The paper's Table 14.
@@ -61,10 +62,20 @@ def test_first_line_is_a_command_that_names_the_file_itself_and_only_files_that_
     assert all((REPOSITORY / config).is_file() for config in configs)
 
 
+def lines_with_values(path):
+    lines = (REPOSITORY / path).read_text(encoding="utf-8").splitlines()
+    return [line for line in lines if re.match(r"\s*(- )?[\w+]+: *[^#\s]", line)]
+
+
+@pytest.mark.parametrize("path", ALL, ids=ids(ALL))
+def test_no_config_repeats_a_line_of_the_defaults(path):
+    defaults, lines = ({line.partition(" #")[0] for line in lines_with_values(file)} for file in (DEFAULTS, path))
+    assert defaults & lines == set()
+
+
 @pytest.mark.parametrize("path", COMMENTED, ids=ids(COMMENTED))
 def test_every_value_has_a_comment(path):
-    lines = (REPOSITORY / path).read_text(encoding="utf-8").splitlines()
-    values = [line for line in lines if re.match(r"\s*(- )?[\w+]+: *[^#\s]", line) and "class_path:" not in line]
+    values = [line for line in lines_with_values(path) if "class_path:" not in line]
     assert values
     assert [line for line in values if not re.search(r" # \S", line)] == []
 

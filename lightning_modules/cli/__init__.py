@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import glob
+import pydoc
 import warnings
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -29,9 +32,13 @@ from lightning_modules.interruption import (
     write_error,
 )
 from lightning_modules.run_directory import attach_run_directory, require_no_run, run_directory
+from lightning_modules.tasks import Task
 from lightning_modules.tasks.backbones.hugging_face import tokenizer_name
 from lightning_modules.training.supported_callbacks import without_use
 from lightning_modules.training.trainer_arguments import MAX_SEED, check_trainer_arguments, refused_by_lightning
+
+DEFAULTS = Path(__file__).parents[2] / "configs/defaults.yaml"
+ON_DEFAULTS = {"default_config_files": [glob.escape(str(DEFAULTS))]}
 
 set_parsing_settings(subclasses_enabled=[AdapterConfig])  # a dataclass, which jsonargparse otherwise takes as final
 warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")  # Lightning 2.6 on torch 2.15
@@ -54,8 +61,8 @@ class SaveConfig(SaveConfigCallback):
 class AdaptationCLI(LightningCLI):
     """AdaptationModule with any LightningDataModule; `commands/front_door.py` adds the other commands.
 
-    Overrides these private methods of LightningCLI: `_set_seed`, `_prepare_subcommand_kwargs`, `_parse_ckpt_path`; calls
-    `_get`.
+    Every command starts from DEFAULTS. Overrides these private methods of LightningCLI: `_prepare_subcommand_parser`, `_set_seed`,
+    `_prepare_subcommand_kwargs`, `_parse_ckpt_path`; calls `_get`.
 
     Args:
         args: the command line; None takes the process's own.
@@ -74,7 +81,11 @@ class AdaptationCLI(LightningCLI):
             args=args,
             run=run,
             parser_class=ArgumentParser,
+            parser_kwargs={} if run else ON_DEFAULTS,
         )
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        return super()._prepare_subcommand_parser(klass, subcommand, **ON_DEFAULTS, **kwargs)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.link_arguments("data.num_classes", "model.num_classes", apply_on="instantiate")
@@ -86,7 +97,7 @@ class AdaptationCLI(LightningCLI):
         super()._set_seed()
 
     def before_instantiate_classes(self) -> None:
-        """Give the adapter the run's seed and the data the model's tokenizer, unless they have their own.
+        """Give adapter, data and callbacks what they leave open: the run's seed, the model's tokenizer, the task's monitor.
 
         Refuses a missing checkpoint right away.
         """
@@ -94,6 +105,7 @@ class AdaptationCLI(LightningCLI):
         adapter = config.model.adapter.get("init_args", {})
         if "seed" in adapter and adapter.seed is None and config.seed_everything is not False:
             adapter.seed = int(config.seed_everything)
+        _follow_task(config.trainer.callbacks, config.model.task.class_path)
         _agree_on_tokenizer(config.data.get("init_args", {}), config.model.task.get("init_args", {}))
         if config.get("weights_only") is False:
             raise UserError("weights_only=false would run code from a checkpoint; leave it out")
@@ -187,6 +199,14 @@ class AdaptationCLI(LightningCLI):
 
     def _parse_ckpt_path(self) -> None:
         """Do nothing: Lightning would silently prefer hyper-parameters of the checkpoint to the command line."""
+
+
+def _follow_task(callbacks: Any, task: str) -> None:
+    """Replace `monitor: task` in callbacks by what this class of task is judged by in validation."""
+    for callback in callbacks if isinstance(callbacks, list) else [callbacks or {}]:
+        arguments = callback.get("init_args") or {}
+        if arguments.get("monitor") == "task":
+            arguments.monitor, arguments.mode = getattr(pydoc.locate(task), "monitor", Task.monitor)
 
 
 def _agree_on_tokenizer(data: Any, task: Any) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-from lightning_modules.cli import AdaptationCLI
+from lightning_modules.cli import ON_DEFAULTS, AdaptationCLI
 from lightning_modules.commands.analyze import analyze
 from lightning_modules.commands.command_line import CommandLine, split_command_line
 from lightning_modules.commands.compare import compare
@@ -66,7 +66,7 @@ class FrontDoor(AdaptationCLI):
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         if subcommand not in COMMANDS:
             return super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
-        parser = self.init_parser(**kwargs)
+        parser = self.init_parser(**(ON_DEFAULTS if self._asks else {}), **kwargs)
         function = COMMANDS[subcommand]
         own = parser.add_function_arguments(function, skip={"line"}, as_positional=subcommand == "sweep")
         self._subcommand_method_arguments[subcommand] = own

@@ -138,6 +138,8 @@ class Task(nn.Module, ABC):
     Attributes:
         head_names: modules in `model` that are trained in full, in addition to the adapters; known after `build`.
         main_metric: the metric that progress bars and tables show.
+        monitor: the logged value that selects the best adapter and checkpoint, and whether its `max` or `min` is best: what
+            `monitor: task` in a config stands for.
         pipeline_tag: the Hugging Face hub's name of this kind of task.
         prediction_columns: keys of `predict`'s rows that become columns of the predictions file; None for all of them, and for
             a classifier, whose rows have `id`, `label`, `probabilities` and perhaps `text`.
@@ -147,6 +149,7 @@ class Task(nn.Module, ABC):
 
     head_names: tuple[str, ...] = ()
     main_metric: ClassVar[str]
+    monitor: ClassVar[tuple[str, Literal["max", "min"]]] = ("val/loss", "min")
     pipeline_tag: ClassVar[str | None] = None
     prediction_columns: ClassVar[tuple[str, ...] | None] = None
 

@@ -84,6 +84,7 @@ class ImageClassification(Task):
 
     head_names = ("head",)
     main_metric = "accuracy"
+    monitor = ("val/accuracy", "max")
     pipeline_tag = "image-classification"
 
     def __init__(

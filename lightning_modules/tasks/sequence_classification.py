@@ -64,6 +64,7 @@ class SequenceClassification(Task):
     """
 
     main_metric = "accuracy"
+    monitor = ("val/accuracy", "max")
     pipeline_tag = "text-classification"
 
     def __init__(
