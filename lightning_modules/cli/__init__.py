@@ -203,9 +203,9 @@ class AdaptationCLI(LightningCLI):
 
 def _follow_task(callbacks: Any, task: str) -> None:
     """Replace `monitor: task` in callbacks by what this class of task is judged by in validation."""
-    for callback in callbacks if isinstance(callbacks, list) else [callbacks or {}]:
-        arguments = callback.get("init_args") or {}
-        if arguments.get("monitor") == "task":
+    for callback in callbacks if isinstance(callbacks, list) else [callbacks]:
+        arguments = callback and callback.get("init_args")
+        if arguments and arguments.get("monitor") == "task":
             arguments.monitor, arguments.mode = getattr(pydoc.locate(task), "monitor", Task.monitor)
 
 

@@ -11,7 +11,7 @@ DEFAULTS = REPOSITORY / "configs/defaults.yaml"
 OWN = {
     "trainer": {"accelerator": "cpu"},
     "model": {
-        "task": {"class_path": "ImageClassification", "init_args": {"model": "tower.json"}},
+        "task": {"class_path": "ImageClassification", "init_args": {"model": "ViT-B-32", "pretrained": None}},
         "adapter": {"class_path": "HeadOnly"},
     },
     "data": {"class_path": "datamodules.ImageDataModule", "init_args": {"dataset": "digits"}},
@@ -59,7 +59,7 @@ def test_best_checkpoint_and_adapter_follow_the_task(monkeypatch, config, monito
     found = AdaptationCLI(
         [*words, "--model.task.tiny=true"] if config == "glue_rte" else words, run=False
     ).config.trainer.callbacks
-    followed = [callback.init_args for callback in found if callback.init_args.get("monitor")]
+    followed = [callback.init_args for callback in found if callback.get("init_args", {}).get("monitor")]
     assert [(arguments.monitor, arguments.mode) for arguments in followed] == [monitor] * 2
 
 
