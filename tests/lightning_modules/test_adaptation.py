@@ -12,6 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from support import REPOSITORY
 from support.limits import HANGS_AFTER
+from support.processes import run_in_two
 from support.token_task import ADAPTER, RATES, TokenData, TokenTask, token_batch, token_module, token_trainer
 from torch.utils.data import DataLoader
 
@@ -246,6 +247,8 @@ def test_validate_without_a_validation_set_is_an_error_and_not_silence(run):
 
 # ---------------------------------------------------------------- several processes
 
+TWO_DEVICES = ("--trainer.devices", "2", "--trainer.strategy", "ddp")
+
 # The 90 validation images as one batch, without augmentation: two processes with half of them each see what one process sees,
 # in whatever order.
 SCRIPT = """
@@ -260,24 +263,36 @@ train.main()
 """
 
 
-def run_twice(directory, script, *words):
-    """Runs a script that calls train.main, as two processes."""
-    (directory / "script.py").write_text(script)
-    command = [sys.executable, str(directory / "script.py"), *words, "--trainer.enable_progress_bar", "false"]
-    command += ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--trainer.logger.init_args.save_dir", str(directory)]
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+def start_two(directory, *words):
+    """Run SCRIPT, whose second process Lightning starts; the other tests fork theirs."""
+    (directory / "script.py").write_text(SCRIPT)
+    words = [
+        *words,
+        *TWO_DEVICES,
+        "--trainer.enable_progress_bar",
+        "false",
+        "--trainer.logger.init_args.save_dir",
+        str(directory),
+    ]
     done = subprocess.run(
-        command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=HANGS_AFTER, check=False
+        [sys.executable, str(directory / "script.py"), *words],
+        cwd=REPOSITORY,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=HANGS_AFTER,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     assert "GLOBAL_RANK: 1, MEMBER: 2/2" in done.stderr
 
 
+@pytest.mark.slow
 def test_two_processes_train_the_adapter_that_one_process_trains_and_write_it_once(run, tmp_path, monkeypatch):
     # The balance loss is off: that of a batch is not the mean of its halves'.
     words = ["fit", "--config", "configs/demo.yaml", "--trainer.max_epochs", "4", "--model.optimization.warmup_ratio", "0"]
     words += ["--model.adapter.init_args.balance_weight", "0", "--trainer.logger.init_args.name"]
-    run_twice(tmp_path, SCRIPT, *words, "two")
+    start_two(tmp_path, *words, "two")
     assert [path.name for path in (tmp_path / "two").iterdir()] == ["version_0"]
 
     def one_batch(self):
@@ -303,20 +318,13 @@ def test_two_processes_train_the_adapter_that_one_process_trains_and_write_it_on
         assert metrics[name] == pytest.approx(float(one.trainer.callback_metrics[name]), rel=1e-3)
 
 
-EVALUATION = """
-import json, sys
-import torch
-import train
-
-torch.set_num_threads(1)
-cli = train.main(["test", *sys.argv[1:]])
-if cli.trainer.is_global_zero:
-    with open(sys.argv[-1] + "/metrics.json", "w") as file:
-        json.dump({name: float(value) for name, value in cli.trainer.callback_metrics.items()}, file)
-train.main(["predict", *sys.argv[1:]])
-"""
+def tested_and_predicted(run, *words):
+    metrics = run("test", *words).trainer.callback_metrics
+    run("predict", *words)
+    return {name: float(value) for name, value in metrics.items()}
 
 
+@pytest.mark.slow
 def test_two_processes_test_and_predict_nine_examples_like_one(run, tmp_path):
     generator = torch.Generator().manual_seed(0)
     for split, count in {"train": 4, "val": 1, "test": 3}.items():  # three classes: nine test images
@@ -333,8 +341,7 @@ def test_two_processes_test_and_predict_nine_examples_like_one(run, tmp_path):
     expected = run("test", *words, "one").trainer.callback_metrics
     one = Path(run("predict", *words, "one").trainer.log_dir) / "predictions.csv"
 
-    run_twice(tmp_path, EVALUATION, *words, "two")
-    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    metrics, _ = run_in_two(tested_and_predicted, run, *words, "two", *TWO_DEVICES)
     assert metrics.keys() == expected.keys() == {"test/loss", "test/accuracy", "test/balanced_accuracy"}
     for name, value in metrics.items():
         assert value == pytest.approx(float(expected[name]), rel=1e-6), name
@@ -348,16 +355,11 @@ def test_two_processes_test_and_predict_nine_examples_like_one(run, tmp_path):
         assert [float(p) for p in row[3:]] == pytest.approx([float(p) for p in own[3:]], rel=1e-4)
 
 
-ANSWERS = """
-import sys
-import torch
-import train
-
-torch.set_num_threads(1)
-train.main(["test", *sys.argv[1:]])
-"""
+def tested(run, *words):
+    run("test", *words)
 
 
+@pytest.mark.slow
 def test_two_processes_answer_nine_questions_and_five_more_like_one(run, tmp_path):
     for name, count in {"sums": 9, "more": 5}.items():
         numbers = range(1, count + 1)
@@ -366,7 +368,7 @@ def test_two_processes_answer_nine_questions_and_five_more_like_one(run, tmp_pat
     words = ["--config", "configs/demo_math.yaml", "--data.test", f"[{tmp_path}/sums.json, {tmp_path}/more.json]"]
     words += ["--data.init_args.eval_batch_size", "4", "--trainer.logger.init_args.name"]
     one = Path(run("test", *words, "one").trainer.log_dir) / "test"
-    run_twice(tmp_path, ANSWERS, *words, "two")
+    run_in_two(tested, run, *words, "two", *TWO_DEVICES)
     (two,) = (tmp_path / "two").rglob("test")
     expected, results = (json.loads((path / "results.json").read_text(encoding="utf-8"))["sets"] for path in (one, two))
     assert {name: result["count"] for name, result in results.items()} == {"sums": 9, "more": 5}
