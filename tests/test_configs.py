@@ -13,6 +13,7 @@ from PIL import Image
 from support import REPOSITORY
 
 from fourier_moe import FourierMoEConfig
+from lightning_modules.cli import AdaptationCLI
 
 DEFAULTS = Path("configs/defaults.yaml")
 ALL = sorted({path.relative_to(REPOSITORY) for path in (REPOSITORY / "configs").rglob("*.yaml")} - {DEFAULTS})
@@ -22,7 +23,12 @@ RECIPES = [path for path in ALL if path.parent.name == "recipes"]
 STRATEGIES = [path for path in ALL if path.parent.name == "strategies"]  # test_strategies.py runs them on two processes
 RUNS = [path for path in ALL if path.parent.name == "configs" and path.stem != "smoke"]
 LANGUAGE = [path for path in RUNS if path.stem.startswith(("commonsense_", "math_", "demo_math"))]
+TWINS = {"commonsense_gemma_7b": "commonsense_llama2_7b", "math_qwen2_5_14b": "math_llama3_8b"}
 CLASSIFIERS = [path for path in RUNS if path not in LANGUAGE]
+USED = [
+    path for path in CLASSIFIERS if path.stem in ("clip_cars", "demo", "glue_cola", "glue_mixture", "glue_mnli", "glue_mrpc")
+]
+FITTED_ALONE = [path for path in CLASSIFIERS if path not in USED]
 COMMENTED = [DEFAULTS, *RUNS, *RECIPES, *STRATEGIES, Path("configs/smoke.yaml")]
 SMOKE = ("--config", "configs/smoke.yaml")
 
@@ -113,19 +119,35 @@ def test_table_14_has_a_config_for_every_benchmark_and_no_other():
     assert {f"clip_{name}" for name in TABLE_14} == {path.stem for path in RUNS if path.stem.startswith("clip_")}
 
 
-@pytest.mark.parametrize("path", CLASSIFIERS, ids=ids(CLASSIFIERS))
-def test_smoke_overlay_fits_and_the_adapter_file_alone_tests_and_predicts(run, path):
-    words = ("--config", str(path), *SMOKE)
-    if path.stem.startswith("glue_"):  # whose test split has no labels
-        words += ("--data.init_args.predict_split", "validation")
-    fitted = run("fit", *words)
-    directory = Path(fitted.trainer.log_dir)
-    assert fitted.trainer.global_step == 4
+def fitted(run, path, *words, steps=4):
+    """The words of a fit in smoke size, and the directory of its run with all that the config writes."""
+    words = ("--config", str(path), *SMOKE, *words)
+    cli = run("fit", *words)
+    directory = Path(cli.trainer.log_dir)
+    assert cli.trainer.global_step == steps
     assert list(directory.glob("events.out.tfevents.*"))
     assert (directory / "checkpoints/last.ckpt").is_file()
     for name in ("adapter", "adapter_last"):
         assert {file.name for file in (directory / name).iterdir()} == {"adapter.json", "adapter.safetensors", "README.md"}
+    return words, directory
 
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", FITTED_ALONE, ids=ids(FITTED_ALONE))
+def test_smoke_overlay_fits(run, path):
+    """Configs that differ from one of the next test's in numbers and in the name of the data alone."""
+    twin = config_of(Path(f"configs/{'clip_cars' if path.stem.startswith('clip_') else 'glue_mrpc'}.yaml"))
+    model, other = config_of(path)["model"], twin["model"]
+    assert model["task"] == other["task"]
+    assert model["adapter"].keys() == other["adapter"].keys()
+    fitted(run, path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", USED, ids=ids(USED))
+def test_smoke_overlay_fits_and_the_adapter_file_alone_tests_and_predicts(run, path):
+    labels = ("--data.init_args.predict_split", "validation") if path.stem.startswith("glue_") else ()  # test has none
+    words, directory = fitted(run, path, *labels)
     use = (*words, "--model.adapter_path", str(directory / "adapter"))
     accuracy = run("test", *use).trainer.callback_metrics["test/accuracy"]
     predicted = run("predict", *use)
@@ -145,19 +167,22 @@ def test_smoke_overlay_fits_and_the_adapter_file_alone_tests_and_predicts(run, p
     assert sum(row["prediction"] == row["label"] for row in rows) / len(rows) == pytest.approx(float(accuracy))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", LANGUAGE, ids=ids(LANGUAGE))
 def test_smoke_overlay_fits_a_language_model_and_the_adapter_file_alone_answers_every_set(run, path):
-    words = ("--config", str(path), *SMOKE, "--model.task.init_args.evaluation.max_new_tokens", "2")
+    sets = config_of(path)["data"]["init_args"]["test"]
+    words = ["--model.task.init_args.evaluation.max_new_tokens", "2", "--trainer.limit_val_batches", "1"]
+    if path.stem != "demo_math":
+        words += ["--model.adapter.init_args.num_coefficients", "512"]
+    if path.stem in TWINS:  # whose sets its twin answers
+        assert config_of(path)["data"] == config_of(Path(f"configs/{TWINS[path.stem]}.yaml"))["data"]
+        sets = sets[:1]
+        words += ["--data.init_args.test", f"[{sets[0]}]"]
     if path.stem != "commonsense_gemma_7b":  # one config searches with the beams that it names
-        words += ("--model.task.init_args.evaluation.num_beams", "1")
-    words += ("--trainer.limit_val_batches", "1")
-    fitted = run("fit", *words)
-    directory = Path(fitted.trainer.log_dir)
-    assert fitted.trainer.global_step == (4 if path.stem == "demo_math" else 1)  # the others accumulate 16 batches
-    assert (directory / "checkpoints/last.ckpt").is_file()
+        words += ["--model.task.init_args.evaluation.num_beams", "1"]
+    words, directory = fitted(run, path, *words, steps=4 if path.stem == "demo_math" else 1)  # the others accumulate 16 batches
     tested = run("test", *words, "--model.adapter_path", str(directory / "adapter"))
     results = json.loads((directory / "adapter_test/results.json").read_text(encoding="utf-8"))
-    sets = config_of(path)["data"]["init_args"]["test"]
     assert list(results["sets"]) == sets
     for name in sets:
         rows = (directory / f"adapter_test/predictions/{name}.jsonl").read_text(encoding="utf-8").splitlines()
@@ -207,12 +232,21 @@ def test_adapter_overlay_runs_with_the_demo_and_trains_what_it_says(run, path):
 
 
 @pytest.mark.parametrize("path", ADAPTERS, ids=ids(ADAPTERS))
-def test_adapter_overlay_command_runs_in_smoke_size(run, path):
-    words = command(path)
-    after_the_config = words.index("--config") + 2  # the overlay itself comes last, as in the command
-    assert run(*words[:after_the_config], *SMOKE, *words[after_the_config:]).trainer.global_step == 4
+def test_adapter_overlay_command_runs_in_smoke_size_wherever_the_smoke_overlay_stands(run, monkeypatch, path):
+    *words, option, last = command(path)
+    assert (option, last) == ("--config", str(path))
+    cli = run(*words, *SMOKE, option, last)
+    assert cli.trainer.global_step == 4
+    assert type(cli.model.adapter) is not FourierMoEConfig
+
+    monkeypatch.setattr(AdaptationCLI, "instantiate_classes", lambda self: None)
+    orders = ((*SMOKE, option, last), (option, last, *SMOKE))
+    one, other = (AdaptationCLI([*words[1:], *order], run=False).config.as_dict() for order in orders)
+    assert one.pop("config") != other.pop("config")  # the files in their order
+    assert one == other
 
 
+@pytest.mark.slow
 def test_recipe_s_command_runs_in_smoke_size(run):
     words = command(Path("configs/recipes/small_encoder.yaml"))
     configs = words[: words.index("--model.task.model")]  # a name that does not say the architecture
@@ -237,6 +271,7 @@ def write_custom(directory, kind):
             (directory / f"{split}.json").write_text("\n".join(map(json.dumps, items)), encoding="utf-8")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["images", "sentences", "instructions"])
 def test_recipe_for_custom_data_trains_tests_and_says_what_comes_next(run, tmp_path, capsys, caplog, kind):
     write_custom(tmp_path / "my data", kind)
@@ -261,19 +296,11 @@ def test_recipe_for_custom_data_trains_tests_and_says_what_comes_next(run, tmp_p
             assert next(csv.DictReader(file))["text"] == "Film 0, a good one"
 
 
-@pytest.mark.parametrize("path", ADAPTERS, ids=ids(ADAPTERS))
-def test_smoke_overlay_may_come_after_an_adapter_overlay(run, path):
-    words = command(path)
-    assert words[-1] == str(path)
-    fitted = run(*words[:-2], "--config", str(path), *SMOKE)  # the test above has the other order
-    assert fitted.trainer.global_step == 4
-    assert type(fitted.model.adapter) is not FourierMoEConfig
-
-
 def test_smoke_overlay_names_no_setting_of_one_adapter_alone():
     assert "adapter" not in config_of(Path("configs/smoke.yaml"))["model"]
 
 
+@pytest.mark.slow
 def test_demo_command_runs_in_smoke_size(main, tmp_path):
     results = main(*command(Path("configs/demo.yaml")), *SMOKE, "--output", str(tmp_path), "--seeds", "1")
     assert [result.variant for result in results] == ["head_only", "examples/digits_tower/full_fine_tuning.yaml", "config"]
