@@ -12,7 +12,7 @@ test: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	git ls-files | xargs $(BIN)/codespell
-	$(BIN)/python -m pytest -n 2 tests examples/callback_plugin
+	$(BIN)/python -m pytest -n 2 --dist worksteal tests examples/callback_plugin
 
 docs: install
 	$(BIN)/python -m pip install --quiet --editable ".[docs]"

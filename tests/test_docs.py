@@ -70,6 +70,7 @@ def test_api_reference_has_every_public_name(package):
     assert public <= set(names)
 
 
+@pytest.mark.slow
 def test_site_builds_without_a_warning(tmp_path):
     pytest.importorskip("mkdocs")
     pytest.importorskip("mkdocstrings_handlers.python")

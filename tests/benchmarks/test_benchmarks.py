@@ -32,6 +32,7 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
+@pytest.mark.slow
 def test_table_holds_every_method_with_finite_positive_numbers(table: Path) -> None:
     methods = json.loads((table / "results.json").read_text())["methods"]
     assert list(methods) == list(METHODS)
@@ -43,6 +44,7 @@ def test_table_holds_every_method_with_finite_positive_numbers(table: Path) -> N
         assert method["trained_parameters"]["head"] == 64 * 64 + 64 + 64 * 2 + 2
 
 
+@pytest.mark.slow
 def test_table_ratios_are_medians_of_the_rounds_ratios(table: Path) -> None:
     methods = json.loads((table / "results.json").read_text())["methods"]
     for reference in ("lora", "head_only"):
@@ -54,6 +56,7 @@ def test_table_ratios_are_medians_of_the_rounds_ratios(table: Path) -> None:
             assert method["ratios"][reference]["peak_memory"] == pytest.approx(expected)
 
 
+@pytest.mark.slow
 def test_table_counts_each_method_s_parameters(table: Path) -> None:
     counts = {m: v["trained_parameters"] for m, v in json.loads((table / "results.json").read_text())["methods"].items()}
     projections, n, routers = 4, 64, 4 * 64
@@ -64,12 +67,14 @@ def test_table_counts_each_method_s_parameters(table: Path) -> None:
     assert (counts["fourier_moe"]["adapters"], counts["fourier_moe"]["router"]) == (projections * n, projections * routers)
 
 
+@pytest.mark.slow
 def test_markdown_table_has_a_row_per_method(table: Path) -> None:
     lines = [line for line in (table / "results.md").read_text().splitlines() if line.startswith("|")]
     assert len({line.count("|") for line in lines}) == 1
     assert [line.split("|")[1].strip() for line in lines[2:]] == list(METHODS)
 
 
+@pytest.mark.slow
 def test_machine_and_setting_are_stored(table: Path) -> None:
     results = json.loads((table / "results.json").read_text())
     assert results["setting"]["model"] == "tiny"

@@ -2,9 +2,12 @@
 
 import multiprocessing
 
+import pytest
+
 from benchmarks import start
 
 
+@pytest.mark.slow
 def test_every_process_is_measured_in_both_ways_of_loading(monkeypatch, capsys):
     fork = multiprocessing.get_context("fork")  # imports nothing again
     monkeypatch.setattr(multiprocessing, "get_context", lambda _: fork)

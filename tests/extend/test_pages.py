@@ -14,6 +14,7 @@ from fourier_moe import FourierMoEConfig, inject
 from fourier_moe.errors import UserError
 
 SHORT = ("--trainer.max_epochs", "1", "--trainer.limit_train_batches", "2", "--trainer.limit_val_batches", "1")
+ONE_TEST_BATCH = ("--trainer.limit_test_batches", "1")
 pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's advice on tiny runs
 
 
@@ -29,6 +30,7 @@ def page(request, tmp_path, monkeypatch):
             sys.modules.pop(module.stem, None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", ["data"], indirect=True)
 def test_data(page, run, tmp_path):
     fit, test = commands(page, tmp_path)
@@ -37,16 +39,17 @@ def test_data(page, run, tmp_path):
     stored = json.loads((tmp_path / "demo/version_0/adapter/adapter.json").read_text(encoding="utf-8"))
     assert stored["task"]["data"] == "StripesDataModule"
     assert stored["class_names"] == ["horizontal", "vertical"]
-    assert "test/accuracy" in run(*test).trainer.callback_metrics
+    assert "test/accuracy" in run(*test, *ONE_TEST_BATCH).trainer.callback_metrics
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", ["task"], indirect=True)
 def test_task(page, run, tmp_path, monkeypatch):
     fit, test, predict = commands(page, tmp_path)
     cli = run(*fit, *SHORT)
     assert type(cli.model.task).__name__ == "DigitValue"
     assert {"val/mae", "val/loss"} <= cli.trainer.callback_metrics.keys()
-    assert "test/mae" in run(*test).trainer.callback_metrics
+    assert "test/mae" in run(*test, *ONE_TEST_BATCH).trainer.callback_metrics
     run(*predict)
     (path,) = tmp_path.rglob("predictions.csv")
     with path.open(encoding="utf-8", newline="") as file:
@@ -62,6 +65,7 @@ def test_task(page, run, tmp_path, monkeypatch):
         run(*predict)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", ["callback"], indirect=True)
 def test_callback(page, run, tmp_path, capsys):
     (fit,) = commands(page, tmp_path)

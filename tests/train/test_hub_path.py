@@ -35,6 +35,7 @@ def adapter(cli):
     return describe_adapter(Path(cli.trainer.log_dir) / "adapter_last")
 
 
+@pytest.mark.slow
 def test_cars_get_over_faults_fetch_what_they_need_and_run_again_without_a_network(served, run, monkeypatch):
     served.fail("GET /api/", 500)
     served.fail("GET /timm/", 500)
@@ -64,6 +65,7 @@ def test_cars_get_over_faults_fetch_what_they_need_and_run_again_without_a_netwo
     assert float(again.trainer.callback_metrics["val/accuracy"]) == pytest.approx(first.metrics["val/accuracy"])
 
 
+@pytest.mark.slow
 def test_cola_gets_over_faults_fetches_what_it_needs_and_runs_again_on_a_dead_network(served, run, monkeypatch):
     served.fail("GET /api/models", 500)
     served.fail("GET /api/datasets", 500)

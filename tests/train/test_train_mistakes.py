@@ -136,6 +136,7 @@ def test_error_that_ours_was_raised_from_is_not_the_one_shown(tmp_path):
     assert str(user_error(layer)).startswith("q_proj: num_coefficients asks for")
 
 
+@pytest.mark.slow
 def test_missing_adapter_is_one_line_and_no_traceback_in_the_real_process(tmp_path):
     command = [sys.executable, "train.py", "test", *DEMO, "--model.adapter_path", str(tmp_path / "nowhere")]
     save_dir = ["--trainer.logger.init_args.save_dir", str(tmp_path)]

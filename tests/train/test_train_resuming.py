@@ -18,7 +18,7 @@ DEMO = ("--config", "configs/demo.yaml")
 HEAD_ONLY = ("--config", "configs/adapters/head_only.yaml")
 FULL = ("--config", "examples/digits_tower/full_fine_tuning.yaml")
 EXPERTS_LR = "--model.optimization.experts.lr"
-STEPS = 26  # 808 training images of the demo in batches of 32
+STEPS = 7  # 808 training images of the demo in batches of 128
 
 
 def run_directory(cli):
@@ -64,11 +64,13 @@ def interrupted(run, monkeypatch, *words, epoch=1):
             run("fit", *words, "--trainer.logger.init_args.version", "7")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("overlay", [(), HEAD_ONLY, FULL], ids=["FourierMoE", "HeadOnly", "FullFineTuning"])
 def test_resumed_run_continues_in_its_directory_to_the_weights_of_an_uninterrupted_one(run, monkeypatch, tmp_path, overlay):
     seen = []
     monkeypatch.setattr(AdaptationModule, "on_train_batch_start", lambda _, batch, index: seen.append(batch["id"]))
     words = (*DEMO, *overlay, "--trainer.max_epochs", "3", "--model.optimization.warmup_ratio", "0.5")
+    words += ("--data.init_args.batch_size", "128")
     straight = run("fit", *words, "--trainer.logger.init_args.version", "6")
     straight_order, seen[:] = list(seen), []
     interrupted(run, monkeypatch, *words, epoch=2)
@@ -94,6 +96,7 @@ def test_resumed_run_continues_in_its_directory_to_the_weights_of_an_uninterrupt
     assert len(list(directory.glob("events.out.tfevents.*"))) == 2
 
 
+@pytest.mark.slow
 def test_learning_rates_of_the_command_win_over_the_checkpoints_at_every_step(run, monkeypatch, few_images, rates, tmp_path):
     words = (*DEMO, "--trainer.max_epochs", "3", "--model.optimization.warmup_ratio", "0.6")
     new = (EXPERTS_LR, "0.5", "--model.optimization.head.lr", "0.03", "--model.optimization.router.weight_decay", "0.1")

@@ -74,6 +74,7 @@ def test_lora_dash_resumes_from_a_checkpoint_before_and_after_its_choice(tmp_pat
         assert {name: torch.equal(value, found[name]) for name, value in expected.items()} == dict.fromkeys(found, True)
 
 
+@pytest.mark.slow
 def test_every_method_trains_the_demo_further_than_the_head_alone(run):
     losses = {}
     for overlay in ("head_only", "kasa", "milora", "lora_dash", "toplora", "melora"):

@@ -60,6 +60,7 @@ print("kernels equal")
 """
 
 
+@pytest.mark.slow
 def test_kernels_equal_the_pytorch_path_in_values_and_gradients():
     environment = os.environ | {"TRITON_INTERPRET": "1", "FOURIER_MOE_TRITON": "1", "PYTHONPATH": str(REPOSITORY)}
     run = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, timeout=HANGS_AFTER)

@@ -62,6 +62,7 @@ def read(output):
 # ---------------------------------------------------------------- real runs
 
 
+@pytest.mark.slow
 def test_metrics_and_parameters_by_kind_for_every_seed(compare, output, monkeypatch):
     words = ("--adapters", "lora", "--seeds", "2", *SHORT, "--trainer.max_epochs", "1")
     results = compare(*words)
@@ -89,6 +90,7 @@ def test_metrics_and_parameters_by_kind_for_every_seed(compare, output, monkeypa
     assert (output / "results.md").read_text() == text
 
 
+@pytest.mark.slow
 def test_best_is_the_checkpoint_that_validation_chose(compare, run, output, tmp_path):
     overlay = tmp_path / "lowest.yaml"  # chooses the first of two epochs: its accuracy is the lowest
     checkpoint = "{class_path: lightning.pytorch.callbacks.ModelCheckpoint, init_args: {monitor: val/accuracy, mode: min}}"
@@ -115,6 +117,7 @@ def test_without_validation_there_is_no_best(compare, output):
     assert read(output)[1]["HeadOnly"][2] == "-"
 
 
+@pytest.mark.slow
 def test_every_method_sees_the_same_examples_in_the_same_order_and_every_row_says_where_it_is_from(compare, output):
     words = ("--trainer.limit_train_batches", "2", "--trainer.limit_val_batches", "0", "--trainer.limit_test_batches", "6")
     names = "ablations/real_only,lora,head_only"  # these draw unlike many random numbers

@@ -218,6 +218,7 @@ def test_wrong_command_line(sweep, capsys, words, message):
 # ---------------------------------------------------------------- runs
 
 
+@pytest.mark.slow
 def test_real_runs_with_their_load(sweep, output):
     short = ("--trainer.max_steps", "4", "--trainer.log_every_n_steps", "2", "--trainer.limit_test_batches", "2")
     results = sweep("active_experts", "--values", "8,2", "--seeds", "1", *short)

@@ -24,6 +24,7 @@ def test_other_seed_is_another_run(tmp_path, straight):
     assert not same(torch.load(outcome)["weights"], straight["weights"])
 
 
+@pytest.mark.slow
 def test_run_killed_at_random_moments_ends_with_the_bits_of_an_uninterrupted_one(tmp_path, straight):
     outcome, deaths = killed_again_and_again(tmp_path / "run", moments(4, seed=1))
     assert deaths >= 2

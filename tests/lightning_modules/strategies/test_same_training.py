@@ -28,6 +28,8 @@ from fourier_moe import (
 )
 from lightning_modules.optimization import Optimization, ParameterGroup
 
+pytestmark = pytest.mark.slow
+
 
 def runs_of_two(directory):
     """Both strategies from the start, and from the checkpoint that each other way of running left before the last epoch."""

@@ -32,6 +32,7 @@ def fit_and_test(main, words, directory):
     return type(fitted.trainer.strategy).__name__, str(run), fitted.model.activation_checkpointing, metrics
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "strategy"), [("fsdp", "ShardedBaseStrategy"), ("ddp", "DDPStrategy")])
 def test_overlay_s_command_fits_and_tests_in_smoke_size_on_two_processes(main, tmp_path, name, strategy):
     """With every callback of the config that the command names."""

@@ -176,6 +176,7 @@ def of_two(directory, checkpoint):
     return found | {"resumed": fit(directory / "resumed", "fsdp", average, max_epochs=2, checkpoint=checkpoint)}
 
 
+@pytest.mark.slow
 def test_ddp_and_fsdp_average_as_one_process_does_to_the_bit(tmp_path):
     every_epoch = ModelCheckpoint(tmp_path / "epochs", "{step}", save_top_k=-1)
     summing = AddAsTwoProcessesDo()
