@@ -32,6 +32,7 @@ from fourier_moe.config import AdapterConfig, ProjectionAdapterConfig
 from fourier_moe.files.adapter_files import adapter_state_dict, describe_adapter, load_adapter, save_adapter
 from fourier_moe.files.format import AdapterDescription
 from fourier_moe.files.hub import push_adapter
+from fourier_moe.files.version import __version__
 from fourier_moe.inject import after_step, balance_loss, inject, regularization
 from fourier_moe.models.quantization import is_quantized
 from fourier_moe.report import InjectionReport
@@ -44,7 +45,6 @@ from fourier_moe.serving.bank import AdapterBank
 from fourier_moe.spectral.config import FourierMoEConfig
 from fourier_moe.spectral.experts import SpectralExperts
 from fourier_moe.spectral.layer import FourierMoELinear
-from fourier_moe.version import __version__
 
 __all__ = [
     "AdaMoLEConfig",

@@ -86,3 +86,16 @@ def count_parameters(model: nn.Module, config: AdapterConfig) -> InjectionReport
     trained["backbone"] = rest if config.trains_backbone else 0
     replaced = sum(adapter.num_replaced() for adapter in adapters(model).values())
     return InjectionReport(tuple(projections), trained, rest - trained["backbone"], replaced)
+
+
+def trained_parameters(model: nn.Module, config: AdapterConfig) -> dict[ParameterKind, list[nn.Parameter]]:
+    """Return what an adapted model trains, by kind: what an optimizer's groups are made of. A kind may be empty."""
+    kinds: dict[ParameterKind, list[nn.Parameter]] = {"experts": [], "router": [], "adapter": [], "head": [], "backbone": []}
+    for adapter in adapters(model).values():
+        for kind, parameters in adapter.parameter_groups().items():
+            kinds[kind] += parameters
+    for module in head_modules(model, config).values():
+        kinds["head"] += module.parameters()
+    known = {id(parameter) for parameters in kinds.values() for parameter in parameters}
+    kinds["backbone"] = [p for p in model.parameters() if p.requires_grad and id(p) not in known]
+    return kinds

@@ -12,11 +12,11 @@ from torch import nn
 from torch.optim import SGD, AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
-from fourier_moe import AdapterConfig, adapters
+from fourier_moe import AdapterConfig
 from fourier_moe.config import check_types
 from fourier_moe.errors import UserError
 from fourier_moe.inject import after_step
-from fourier_moe.models.module_names import head_modules
+from fourier_moe.report import trained_parameters
 
 _SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 
@@ -79,7 +79,7 @@ class Optimization:
             UserError: if trained parameters have no group, or a group no parameters.
         """
         groups, method = [], type(config).__name__
-        for kind, parameters in _trained_parameters(model, config).items():
+        for kind, parameters in trained_parameters(model, config).items():
             group = self._group(kind)
             if parameters and group is None:
                 raise UserError(f"optimization.{kind} is missing, but {method} trains {kind} parameters; give its lr")
@@ -143,15 +143,3 @@ class Optimization:
 
     def _group(self, kind: str) -> ParameterGroup | None:
         return getattr(self, kind) or (self.experts if kind == "router" else None)
-
-
-def _trained_parameters(model: nn.Module, config: AdapterConfig) -> dict[str, list[nn.Parameter]]:
-    kinds: dict[str, list[nn.Parameter]] = {"experts": [], "router": [], "adapter": [], "head": [], "backbone": []}
-    for adapter in adapters(model).values():
-        for kind, parameters in adapter.parameter_groups().items():
-            kinds[kind] += parameters
-    for module in head_modules(model, config).values():
-        kinds["head"] += module.parameters()
-    known = {id(parameter) for parameters in kinds.values() for parameter in parameters}
-    kinds["backbone"] = [p for p in model.parameters() if p.requires_grad and id(p) not in known]
-    return kinds

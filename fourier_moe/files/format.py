@@ -23,9 +23,9 @@ from torch import Tensor
 from fourier_moe.config import AdapterConfig
 from fourier_moe.errors import UserError
 from fourier_moe.files.stored_values import mapping_of, of_type, parse_json, sequence_of, settings_of
+from fourier_moe.files.version import __version__
 from fourier_moe.files.writing import FileParts
 from fourier_moe.models.module_names import ModuleNames
-from fourier_moe.version import __version__
 
 FORMAT_VERSION = 2
 LARGEST_HEADER = 2**23  # bytes; a hundred times what a large model with a thousand classes needs

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 
 # A room is a package, or a file at the top of one of these. It imports only what stands above it.
 ROOMS = """
-fourier_moe.version fourier_moe.errors
+fourier_moe.errors
 fourier_moe.config
 fourier_moe.models
 fourier_moe.adapter
@@ -19,7 +19,7 @@ fourier_moe.routing fourier_moe.report
 fourier_moe.spectral
 fourier_moe.analysis fourier_moe.baselines fourier_moe.inject
 fourier_moe.files
-fourier_moe.serving
+fourier_moe.serving fourier_moe.integrations
 fourier_moe
 datamodules.shared
 datamodules.mixture

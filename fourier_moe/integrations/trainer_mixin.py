@@ -1,0 +1,143 @@
+"""AdapterTrainerMixin: an adapted model in `transformers.Trainer` or a subclass of it, such as TRL's SFTTrainer."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fourier_moe.errors import UserError
+from fourier_moe.files.adapter_files import load_adapter, save_adapter
+from fourier_moe.inject import adapter_config, after_step
+from fourier_moe.integrations.loss_hook import own_losses, token_mask
+from fourier_moe.report import trained_parameters
+from fourier_moe.routing.reader import StatisticsReader
+from fourier_moe.routing.recording import recording
+
+
+class AdapterTrainerMixin:
+    """Trains an adapted model in any Trainer: `class MyTrainer(AdapterTrainerMixin, Trainer): pass`.
+
+    - The balance loss and the regularization are added to the task's loss, with the same weight in every optimizer step
+      however it is divided into micro-batches and processes. Logs have the task's part as `task_loss`, the rest as
+      `adapter_loss`, and the routers' `load_imbalance` (the busiest expert's tokens in multiples of an even share).
+    - Parameters have learning rates by their role.
+    - Checkpoints hold the adapter (a file of `save_adapter`) instead of the whole model, and training resumes from them.
+
+    Under gradient accumulation transformers 5.24 does not divide the loss of sequence classifiers, which take
+    `num_items_in_batch` and ignore it: set `trainer.loss_is_scaled_for_ga = False` for them.
+
+    Args:
+        learning_rates: peak learning rate by kind of parameters: experts, router, adapter, head, backbone. A kind that it does
+            not name has the rate of the TrainingArguments.
+        arguments: of the Trainer. Its model is adapted already (`inject`).
+
+    Raises:
+        UserError: if the model is not adapted, or a rate is for parameters that are not trained.
+    """
+
+    model: Any  # what Trainer sets
+    args: Any
+    state: Any
+    optimizer: Any
+    processing_class: Any
+    model_accepts_loss_kwargs: bool
+    get_optimizer_cls_and_kwargs: Any
+
+    def __init__(self, *arguments: Any, learning_rates: Mapping[str, float] | None = None, **options: Any) -> None:
+        self._trainer.__init__(*arguments, **options)
+        config = adapter_config(self.model)
+        trained = [str(kind) for kind, parameters in trained_parameters(self.model, config).items() if parameters]
+        unknown = [kind for kind in learning_rates or {} if kind not in trained]
+        if unknown:
+            raise UserError(
+                f"learning_rates has {', '.join(unknown)}, and {type(config).__name__} trains {', '.join(trained)} here"
+            )
+        self.learning_rates = dict(learning_rates or {})
+        self._reader: StatisticsReader | None = None
+        self._sums: list[Tensor] = []  # (2,): task and adapter loss of each batch since the last log
+
+    @property
+    def _trainer(self) -> Any:
+        """The Trainer behind this class."""
+        return super()
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        options = {} if num_items_in_batch is None else {"num_items_in_batch": num_items_in_batch}
+        if not model.training:
+            return self._trainer.compute_loss(model, inputs, return_outputs=return_outputs, **options)
+        if self._reader is None:
+            self._reader = StatisticsReader(self.model)
+        with recording(self.model, token_mask(inputs)):
+            loss, outputs = self._trainer.compute_loss(model, inputs, return_outputs=True, **options)
+            extra = own_losses(self.model)
+        steps = self._accumulation_steps
+        self._sums.append(torch.stack([loss.detach().float() * (steps if self._is_scaled(options) else 1), extra.detach()]))
+        total = loss + (extra / steps if self._is_scaled(options) else extra).to(loss.dtype)
+        return (total, outputs) if return_outputs else total
+
+    @property
+    def _accumulation_steps(self) -> int:
+        """Micro-batches of the current optimizer step; the last one of an epoch may have fewer."""
+        return getattr(self, "current_gradient_accumulation_steps", self.args.gradient_accumulation_steps)
+
+    def _is_scaled(self, options: Mapping[str, Any]) -> bool:
+        """Whether the task's loss is divided by the items of all micro-batches; otherwise Trainer divides by their number."""
+        told = getattr(self, "loss_is_scaled_for_ga", None)
+        if told is not None:
+            return bool(told)
+        return bool(self.model_accepts_loss_kwargs and options) or getattr(self, "compute_loss_func", None) is not None
+
+    def log(self, logs: dict[str, float], *arguments: Any, **options: Any) -> None:
+        if self._sums and "loss" in logs:
+            task, adapter = torch.stack(self._sums).mean(0).tolist()
+            logs = {**logs, "task_loss": task, "adapter_loss": adapter}
+            self._sums.clear()
+            statistics = list(self._reader.read().values()) if self._reader is not None else []
+            if statistics:
+                logs["load_imbalance"] = sum(float(one.load_imbalance) for one in statistics) / len(statistics)
+        self._trainer.log(logs, *arguments, **options)
+
+    def create_optimizer(self, *arguments: Any, **options: Any) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            groups = [
+                {
+                    "params": parameters,
+                    "name": kind,
+                    "lr": self.learning_rates.get(kind, self.args.learning_rate),
+                    "weight_decay": self.args.weight_decay,
+                }
+                for kind, parameters in trained_parameters(self.model, adapter_config(self.model)).items()
+                if parameters
+            ]
+            optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            self.optimizer = optimizer_class(groups, **settings)
+        self.optimizer.register_step_post_hook(lambda *_: after_step(self.model))
+        return self.optimizer
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """Write the adapter, the tokenizer and the arguments; all that Trainer saves beside the weights stays."""
+        if adapter_config(self.model).trains_backbone:
+            self._trainer._save(output_dir, state_dict)
+            return
+        directory = Path(output_dir or self.args.output_dir)
+        save_adapter(self.model, directory)
+        if self.args.should_save:
+            if getattr(self, "processing_class", None) is not None:
+                self.processing_class.save_pretrained(directory)
+            torch.save(self.args, directory / "training_args.bin")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str | os.PathLike[str], model: Any = None) -> None:
+        if adapter_config(self.model).trains_backbone:
+            self._trainer._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            load_adapter(self.model, resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
