@@ -18,7 +18,7 @@ class ArgumentParser(LightningArgumentParser):
     """Lightning's parser, without abbreviated options; an error is one line instead of the usage and a tree of types."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self._files: list[Path] = []
+        self._files = [Path(file) for file in kwargs.get("default_config_files") or ()]
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})
 
     def parse_path(self, path: Any, *args: Any, **kwargs: Any) -> Namespace:
