@@ -34,6 +34,7 @@ from fourier_moe.files.format import AdapterDescription
 from fourier_moe.files.hub import push_adapter
 from fourier_moe.files.version import __version__
 from fourier_moe.inject import after_step, balance_loss, inject, regularization
+from fourier_moe.models.input_moments import measure_inputs
 from fourier_moe.models.quantization import is_quantized
 from fourier_moe.report import InjectionReport
 from fourier_moe.routing.reader import StatisticsReader
@@ -90,6 +91,7 @@ __all__ = [
     "is_quantized",
     "layer_of",
     "load_adapter",
+    "measure_inputs",
     "push_adapter",
     "recording",
     "regularization",

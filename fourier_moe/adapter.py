@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from fourier_moe.config import ProjectionAdapterConfig
 from fourier_moe.errors import UserError
+from fourier_moe.models.input_moments import InputMoments
 from fourier_moe.models.pretrained_weight import PretrainedWeight
-from fourier_moe.models.projection import projection_shape
+from fourier_moe.models.projection import device_of, projection_shape
 
 ParameterKind = Literal["experts", "router", "adapter", "head", "backbone"]
 
@@ -29,6 +30,7 @@ class Adapter(nn.Module, ABC):
             it builds the layers, and puts it back.
         changes_base: whether `base` is a changed copy of the model's projection and not that projection itself.
         projection_name: the projection's name in its model, for messages; `inject` sets it.
+        input_moments: mean and std of the input, for `normalize_input: moments`, else None; `inject` sets them.
         reminders: what warns a training loop that leaves out `regularization` or `after_step`, by method.
     """
 
@@ -40,6 +42,7 @@ class Adapter(nn.Module, ABC):
         super().__init__()
         self.reminders: dict[str, Any] = {}
         self.base = base
+        self.input_moments: InputMoments | None = None
         self.in_features, self.out_features = projection_shape(base)
 
     @classmethod
@@ -50,6 +53,13 @@ class Adapter(nn.Module, ABC):
             adapters: all adapters of the model, by name; they are of this class.
             config: what they were built with.
         """
+
+    def reads(self, x: Tensor) -> Tensor:
+        """What the method computes its update from: x, centered and scaled where the config has `normalize_input: moments`.
+
+        A method whose config has `normalizes_input` passes its input through here.
+        """
+        return x if self.input_moments is None else self.input_moments(x)
 
     @abstractmethod
     def parameter_groups(self) -> Mapping[ParameterKind, list[nn.Parameter]]:
@@ -122,8 +132,11 @@ def layer_class(config: ProjectionAdapterConfig) -> type[Adapter]:
 
 def build_layer(base: nn.Module, config: ProjectionAdapterConfig, name: str) -> Adapter:
     """Return the adapter that takes the place of projection `base`, known in its model as `name`."""
-    layer: Any = layer_class(config)
-    return layer(base, config, name)
+    make: Any = layer_class(config)
+    layer: Adapter = make(base, config, name)
+    if config.normalize_input == "moments":
+        layer.input_moments = InputMoments(layer.in_features, device_of(base))
+    return layer
 
 
 def adapters(model: nn.Module) -> dict[str, Adapter]:

@@ -88,11 +88,17 @@ class ProjectionAdapterConfig(AdapterConfig):
             regular expression for the whole name.
         seed: seed of everything that is random when the adapters are made. None is the run's seed_everything on the command
             line, and 0 in Python.
+        normalize_input: `moments`: the adapter reads each feature of its input less its mean, over its standard deviation,
+            times one number that keeps the input's overall size; the frozen projection reads the input itself. `fit` measures
+            them on 16 batches before the first step (in Python: `measure_inputs`), without padding, and they stay frozen.
+            Methods that compute with more than their input do not take it.
     """
 
     targets: Sequence[str]
     seed: int | None = None
+    normalize_input: Literal["none", "moments"] = "none"
 
+    normalizes_input: ClassVar[bool] = False  # whether the method's layer passes its input through `Adapter.reads`
     reads_weights: ClassVar[bool] = False  # whether the method computes with pretrained weights, which then cannot be quantized
 
     def __post_init__(self) -> None:
@@ -100,6 +106,17 @@ class ProjectionAdapterConfig(AdapterConfig):
         if not self.targets:
             raise UserError("targets is empty; name at least one projection, for example [q_proj, v_proj]")
         super().__post_init__()
+
+    def problems(self) -> list[str]:
+        problems = super().problems()
+        if self.normalize_input not in ("none", "moments"):
+            problems.append(f"normalize_input={self.normalize_input!r} must be one of none, moments")
+        elif self.normalize_input != "none" and not self.normalizes_input:
+            problems.append(
+                f"normalize_input={self.normalize_input!r} must be 'none' for this method, whose update does not depend on the "
+                "projection's input alone; FourierMoEConfig, LoRAConfig and others take 'moments'"
+            )
+        return problems
 
     def check_fit(self, in_features: int, out_features: int) -> str | None:
         """Return what is impossible for a projection of this size, or None. Asked for all targets before any layer is built."""
@@ -120,6 +137,7 @@ class ProjectionAdapterConfig(AdapterConfig):
         problems = []
         for name, (in_features, out_features, tensors) in projections.items():
             stored, needed = sum(tensor.numel() for tensor in tensors.values()), self.num_stored(in_features, out_features)
+            needed += 2 * in_features * (self.normalize_input != "none")
             if tensors and stored < needed:
                 problems.append(f"{name} has {stored:,} numbers in the file and needs {needed:,}")
         return problems

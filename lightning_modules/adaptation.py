@@ -55,6 +55,7 @@ from lightning_modules.tasks.generation import is_sharded
 from lightning_modules.training.planned_schedule import PlannedSchedule, accumulated_batches
 from lightning_modules.training.step_mean import StepMean
 from lightning_modules.training.supported_callbacks import check_callbacks, check_monitors
+from lightning_modules.training.training_inputs import measure_training_inputs
 from lightning_modules.training.unused_adapters import UnusedAdapters
 from lightning_modules.training.weight_averaging import WeightAverage, attach_weight_average, check_resumed
 
@@ -177,6 +178,8 @@ class AdaptationModule(L.LightningModule):
 
     def on_validation_start(self) -> None:
         self._require_trained()
+        if self.trainer.sanity_checking:
+            measure_training_inputs(self.trainer, self.task)
         self.val_sets = self._start("val", self.val_sets, self.trainer.val_dataloaders)
 
     def on_validation_end(self) -> None:
@@ -228,10 +231,13 @@ class AdaptationModule(L.LightningModule):
     def on_fit_start(self) -> None:
         # GradientAccumulationScheduler warns modules that override optimizer_step; this override changes nothing for it.
         warnings.filterwarnings("ignore", message=r"When using `Trainer\(accumulate_grad_batches != 1\)` and overriding")
+        if not self.trainer.strategy.restore_checkpoint_after_setup:  # else a checkpoint may still bring what was measured
+            measure_training_inputs(self.trainer, self.task)
 
     def on_train_start(self) -> None:
         assert self._schedule is not None
         self._schedule.on_train_start(self.trainer)
+        measure_training_inputs(self.trainer, self.task)
         self._step_mean.reset()
         # Lightning sets it at the start of an epoch, but not if a resumed run continues within one.
         self.trainer.accumulate_grad_batches = accumulated_batches(self.trainer, self.trainer.current_epoch)

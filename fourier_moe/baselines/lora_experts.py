@@ -38,6 +38,7 @@ class RoutedLoRAConfig(ProjectionAdapterConfig):
     dropout: float = 0.0
 
     size_field = "r"
+    normalizes_input = True
 
     @property
     def size_step(self) -> int:
@@ -168,8 +169,9 @@ class RoutedLoRALinear(Adapter):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.base(x)
-        gates = self.router(x).dense(self.router.num_experts)
-        return y + self.experts(self.dropout(x), gates).to(y.dtype)
+        z = self.reads(x)
+        gates = self.router(z).dense(self.router.num_experts)
+        return y + self.experts(self.dropout(z), gates).to(y.dtype)
 
     def parameter_groups(self) -> Mapping[ParameterKind, list[nn.Parameter]]:
         return {"experts": list(self.experts.parameters()), "router": list(self.router.parameters())}

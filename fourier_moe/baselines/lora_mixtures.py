@@ -77,6 +77,7 @@ class GOATConfig(MoLoRAConfig):
     rho: float = 10.0
     eta: float | None = None
 
+    normalizes_input = False  # the experts take the place of a part of the weight, which reads x itself
     reads_weights = True
 
     def scaling(self, in_features: int) -> float:

@@ -43,7 +43,7 @@ class LoRARelativeLinear(Adapter):
     def forward(self, x: Tensor) -> Tensor:
         y = self.base(x)
         dtype = self.parameter_groups()["adapter"][0].dtype
-        return y + self.update(x.to(dtype)).to(y.dtype)
+        return y + self.update(self.reads(x).to(dtype)).to(y.dtype)
 
     def parameter_groups(self) -> Mapping[ParameterKind, list[nn.Parameter]]:
         return {"adapter": list(self.parameters(recurse=False))}
@@ -139,6 +139,8 @@ class TopLoRAConfig(LoRASettings):
     y = base(x) + alpha/r B (exp(RMSNorm(Q x)) * A x), with Q (r x in) random and RMSNorm's gain (r) trained, too.
     """
 
+    normalizes_input = True
+
     def num_stored(self, in_features: int, out_features: int) -> int:
         return super().num_stored(in_features, out_features) + self.r * (in_features + 1)
 
@@ -176,6 +178,8 @@ class MELoRAConfig(LoRASettings):
     """
 
     num_blocks: int = 2
+
+    normalizes_input = True
 
     def problems(self) -> list[str]:
         return [*super().problems(), *at_least_one(self, "num_blocks")]

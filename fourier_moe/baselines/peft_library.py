@@ -24,7 +24,8 @@ from fourier_moe.config import (
     rank_problem,
 )
 from fourier_moe.errors import UserError
-from fourier_moe.models.projection import check_takes_update, device_of, is_transposed
+from fourier_moe.models.known_output import KnownOutput, known_output
+from fourier_moe.models.projection import check_takes_update, device_of, is_transposed, with_update
 
 if TYPE_CHECKING:
     import peft
@@ -72,6 +73,7 @@ class LoRASettings(ProjectionAdapterConfig):
 class LoRAConfig(PeftConfig, LoRASettings):
     """LoRA (arXiv 2106.09685): y = base(x) + alpha/r B A x, with A (r x in) random and B (out x r) zero at the start."""
 
+    normalizes_input = True
     _options: ClassVar[dict[str, Any]] = {}  # what a variant changes in peft's LoraConfig
 
     def to_peft(self, target: str) -> peft.PeftConfig:
@@ -92,6 +94,7 @@ class RsLoRAConfig(LoRAConfig):
 class DoRAConfig(LoRAConfig):
     """DoRA (arXiv 2402.09353): LoRA gives the direction of each row of the weight, a trained magnitude per row its length."""
 
+    normalizes_input = False  # the magnitudes are those of W + dW, which reads x itself
     _options = {"use_dora": True}  # noqa: RUF012
 
 
@@ -112,6 +115,7 @@ class FourierFTConfig(PeftConfig):
     num_coefficients: int = 1000
     scaling: float = 150.0
 
+    normalizes_input = True
     size_field = "num_coefficients"
 
     def problems(self) -> list[str]:
@@ -200,7 +204,13 @@ class PeftLinear(Adapter):
         self.layer.float()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x)
+        if self.input_moments is None:
+            return self.layer(x)
+        layer: Any = self.layer
+        if not isinstance(layer.base_layer, KnownOutput):
+            layer.__dict__["base_layer"] = KnownOutput(self.base)
+        with known_output(self.base(x)):  # peft's layer computes projection and update of one input
+            return layer(self.reads(x))
 
     def rebase(self, base: nn.Module) -> None:
         super().rebase(base)
@@ -208,7 +218,11 @@ class PeftLinear(Adapter):
 
     def merged(self) -> nn.Module:
         check_takes_update(self.base)
-        layer: Any = copy.deepcopy(self.layer)
+        layer: Any = self.layer
+        if self.input_moments is not None:
+            delta = layer.get_delta_weight("default")  # in the layout of the weight
+            return with_update(self.base, *self.input_moments.as_affine(delta.T if is_transposed(self.base) else delta))
+        layer = copy.deepcopy(layer)
         layer.merge()
         return layer.get_base_layer()
 

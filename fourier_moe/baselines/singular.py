@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 class SingularLoRAConfig(LoRAConfig):
     """Base of the methods that change the pretrained weight of a projection when they adapt it."""
 
+    normalizes_input = False  # A and B take the place of a part of the weight, which reads x itself
     reads_weights = True
 
 

@@ -74,15 +74,24 @@ def check_takes_update(projection: nn.Module) -> None:
 
 
 @torch.no_grad()
-def with_update(projection: nn.Module, update: Tensor) -> nn.Module:
-    """Return a copy with `update` (out_features, in_features) added to the weight, rounded once to the weight's dtype.
+def with_update(projection: nn.Module, update: Tensor, shift: Tensor | None = None) -> nn.Module:
+    """Return a copy with `update` (out_features, in_features) added to the weight, `shift` (out_features,) to the bias.
+
+    Both are rounded once to the dtype of the weight.
 
     Raises:
-        UserError: if the weight is quantized or sharded.
+        UserError: if the weight is quantized or sharded, or there is a shift and no bias that takes it.
     """
     check_takes_update(projection)
+    if shift is not None and projection.bias is None:  # one that the model's own library would not load again
+        raise UserError(
+            "the frozen projection has no bias, which an update with normalize_input='moments' needs to be merged; serve the "
+            "model with its adapter"
+        )
     merged: Any = copy.deepcopy(projection)
     if is_transposed(projection):
         update = update.T
     merged.weight = nn.Parameter((merged.weight.to(update.dtype) + update).to(merged.weight.dtype), requires_grad=False)
+    if shift is not None:
+        merged.bias = nn.Parameter((merged.bias.to(shift.dtype) + shift).to(merged.bias.dtype), requires_grad=False)
     return merged

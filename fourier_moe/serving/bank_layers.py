@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextvars import ContextVar
 from typing import Any, TypeVar
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 from fourier_moe.adapter import Adapter
 from fourier_moe.errors import UserError
+from fourier_moe.models.known_output import KnownOutput, known_output
 from fourier_moe.models.pretrained_weight import PretrainedWeight
 from fourier_moe.models.projection import projection_shape
 from fourier_moe.serving.bank_selection import Selection
@@ -90,37 +90,10 @@ class BankProjection(BankLayer):
         return y.index_copy(0, torch.cat([*some.values()]), torch.cat(parts))
 
 
-class KnownOutput(nn.Module):
-    """Stands in for the frozen projection inside its adapters: returns what that has computed, and has all its attributes."""
-
-    def __init__(self, base: nn.Module) -> None:
-        super().__init__()
-        self._base = (base,)  # in a tuple: no child, or the weight would be in the model once per adapter
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self._base[0], name)
-
-    def forward(self, x: Tensor) -> Tensor:
-        output = _KNOWN_OUTPUT.get()
-        assert output is not None
-        assert output.shape[:-1] == x.shape[:-1]
-        return output
-
-
-# What the frozen projection has computed for the adapter that is running in this thread.
-_KNOWN_OUTPUT: ContextVar[Tensor | None] = ContextVar("fourier_moe_known_output", default=None)
-
-
 def _adapted(adapter: Adapter, x: Tensor, y: Tensor) -> Tensor:
     """Return the adapter's output for x, where the projection's is y."""
-    token = _KNOWN_OUTPUT.set(y)
-    try:
+    with known_output(y):
         return adapter(x)
-    finally:
-        _KNOWN_OUTPUT.reset(token)
 
 
 class BankHead(BankLayer):

@@ -17,6 +17,7 @@ from fourier_moe.errors import UserError
 from fourier_moe.inject import adapter_config
 from fourier_moe.models.attention import is_split_attention
 from fourier_moe.models.backbone import backbone_name
+from fourier_moe.models.input_moments import InputMoments
 from fourier_moe.models.module_names import head_modules
 from fourier_moe.models.projection import is_transposed
 from fourier_moe.spectral.experts import SpectralExperts
@@ -32,12 +33,14 @@ class ExpertLoRA:
     Attributes:
         lora_A: (r, in_features), float32.
         lora_B: (out_features, r), float32.
+        bias: (out_features,), float32, of lora_B, where the expert reads centered input; else None.
         difference: ||lora_B @ lora_A - alpha dW_e|| / ||alpha dW_e|| as measured, Frobenius norms; 0 where both are zero.
     """
 
     lora_A: Tensor
     lora_B: Tensor
     difference: float
+    bias: Tensor | None = None
 
     @classmethod
     @torch.no_grad()
@@ -47,6 +50,14 @@ class ExpertLoRA:
         expected = experts.delta_weight(expert).to(lora_A.dtype)
         distance, norm = torch.linalg.norm(lora_B @ lora_A - expected), torch.linalg.norm(expected)
         return cls(lora_A, lora_B, float(distance / norm) if distance > 0 else 0.0)
+
+    def reading(self, moments: InputMoments | None) -> ExpertLoRA:
+        """The same update of an input that is centered and scaled: lora_B (lora_A diag(scale) x - lora_A diag(scale) mean)."""
+        if moments is None:
+            return self
+        lora_A, shift = moments.as_affine(self.lora_A)
+        bias = self.lora_B.double() @ shift
+        return ExpertLoRA(lora_A.float().contiguous(), self.lora_B, self.difference, bias.float())
 
     @property
     def rank(self) -> int:
@@ -68,10 +79,11 @@ def export_loras(model: nn.Module, directory: Path) -> list[ProjectionExport]:
     """Write `expert_0/`, `expert_1/`, ... (a peft adapter each, with the head), `router.safetensors` and `router.json`.
 
     `peft.PeftModel.from_pretrained(base, directory / "expert_3")` adds expert 3 to every adapted projection, with gate 1. The
-    routed model is y = base(x) + sum_e g_e LoRA_e(x): p = softmax(R x) with R (E, N) under the projection's name in
-    router.safetensors; g_e = p_e for the `top_k` largest, divided by their sum where `normalize_gates` is true, else 0.
-    router.json has these two and, as `split_attention`, the modules that have to be replaced by
-    `fourier_moe.models.attention.split_attention` of themselves before peft can find the projections inside.
+    routed model is y = base(x) + sum_e g_e LoRA_e(x): p = softmax(R x + b) with R (E, N) under the projection's name in
+    router.safetensors, b (E,) under its name and `.bias` where the adapter has `normalize_input: moments`, else 0; g_e = p_e
+    for the `top_k` largest, divided by their sum where `normalize_gates` is true, else 0. router.json has these two and, as
+    `split_attention`, the modules that have to be replaced by `fourier_moe.models.attention.split_attention` of themselves
+    before peft can find the projections inside.
 
     Args:
         directory: made if missing.
@@ -89,7 +101,7 @@ def export_loras(model: nn.Module, directory: Path) -> list[ProjectionExport]:
     exports = [ProjectionExport(name, layer.out_features, layer.in_features, [], []) for name, layer in layers.items()]
     num_experts = next(iter(layers.values())).router.num_experts
     for expert in range(num_experts):
-        loras = {name: ExpertLoRA.of(layer.experts, expert) for name, layer in layers.items()}
+        loras = {name: ExpertLoRA.of(layer.experts, expert).reading(layer.input_moments) for name, layer in layers.items()}
         for export in exports:
             lora = loras[export.name]
             if not lora.difference <= LARGEST_DIFFERENCE:
@@ -107,6 +119,8 @@ def _write_expert(model: nn.Module, loras: Mapping[str, ExpertLoRA], directory: 
     tensors = {}
     for name, lora in loras.items():
         tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"] = lora.lora_A, lora.lora_B
+        if lora.bias is not None:
+            tensors[f"{name}.lora_B.bias"] = lora.bias
     heads = head_modules(model, adapter_config(model))
     for name, head in heads.items():
         tensors |= {f"{name}.{key}": tensor.detach().clone() for key, tensor in head.state_dict().items()}
@@ -127,6 +141,8 @@ def _write_expert(model: nn.Module, loras: Mapping[str, ExpertLoRA], directory: 
         "bias": "none",
         "fan_in_fan_out": any(is_transposed(adapters(model)[name].base) for name in loras),
     }
+    if any(lora.bias is not None for lora in loras.values()):
+        config["lora_bias"] = True
     directory.mkdir(parents=True, exist_ok=True)
     prefixed = {f"base_model.model.{key}": tensor.cpu().contiguous() for key, tensor in tensors.items()}
     save_file(prefixed, directory / "adapter_model.safetensors", {"format": "pt"})
@@ -134,7 +150,13 @@ def _write_expert(model: nn.Module, loras: Mapping[str, ExpertLoRA], directory: 
 
 
 def _write_router(model: nn.Module, layers: Mapping[str, FourierMoELinear], directory: Path) -> None:
-    weights = {name: layer.router.weight.detach().cpu().clone() for name, layer in layers.items()}
+    weights = {}
+    for name, layer in layers.items():
+        weight = layer.router.weight.detach()
+        if layer.input_moments is not None:
+            weight, bias = layer.input_moments.as_affine(weight)
+            weights[f"{name}.bias"] = bias.float().cpu()
+        weights[name] = weight.float().cpu().clone()
     save_file(weights, directory / "router.safetensors")
     config = adapter_config(model)
     description = {

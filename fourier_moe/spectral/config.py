@@ -70,6 +70,7 @@ class FourierMoEConfig(ProjectionAdapterConfig):
     permute: bool = False
 
     size_field = "num_coefficients"
+    normalizes_input = True
 
     def problems(self) -> list[str]:
         problems = [*super().problems(), *at_least_one(self, "num_experts"), *top_k(self)]
@@ -122,6 +123,8 @@ class FourierMoEConfig(ProjectionAdapterConfig):
             "experts.frequencies": (E, P, 2),
             "experts.coefficients": (E, P, 2 if self.coefficients == "complex" else 1),
         }
+        if self.normalize_input != "none":
+            shapes |= {"input_moments.mean": (in_features,), "input_moments.scale": (in_features,)}
         if self.permute:
             shapes |= {"experts.input_order": (in_features,), "experts.output_order": (out_features,)}
         return shapes

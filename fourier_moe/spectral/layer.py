@@ -19,7 +19,9 @@ from fourier_moe.spectral.frequencies import named_generator
 
 @layer_of(FourierMoEConfig)
 class FourierMoELinear(Adapter):
-    """y = base(x) + alpha sum_e g_e(x) dW_e x (paper Eq. 2), (..., N) -> (..., M) in the dtype of the base's output.
+    """y = base(x) + alpha sum_e g_e(z) dW_e z (paper Eq. 2), (..., N) -> (..., M) in the dtype of the base's output.
+
+    z is x, or x centered and scaled under `normalize_input: moments`.
 
     Router and experts are float32 whatever the base; the base is only called, its weight never read, so it may be quantized,
     sharded or on the meta device.
@@ -57,7 +59,8 @@ class FourierMoELinear(Adapter):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.base(x)
-        return y + self.experts(self.dropout(x), self.router(x)).to(y.dtype)
+        z = self.reads(x)
+        return y + self.experts(self.dropout(z), self.router(z)).to(y.dtype)
 
     def parameter_groups(self) -> Mapping[ParameterKind, list[nn.Parameter]]:
         return {"experts": [self.experts.coefficients], "router": list(self.router.parameters())}

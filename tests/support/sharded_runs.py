@@ -11,7 +11,13 @@ from lightning_modules.optimization import Optimization, ParameterGroup
 from lightning_modules.strategies.sharding import ShardedBaseStrategy
 from support.language_models import TinyLanguageModel, collate, example
 
-ADAPTER = FourierMoEConfig(targets=["q_proj", "v_proj", "down_proj"], num_coefficients=32, num_experts=4, balance_weight=0.5)
+ADAPTER = FourierMoEConfig(
+    targets=["q_proj", "v_proj", "down_proj"],
+    num_coefficients=32,
+    num_experts=4,
+    balance_weight=0.5,
+    normalize_input="moments",
+)
 RATES = Optimization(experts=ParameterGroup(0.02), router=ParameterGroup(0.01), schedule="cosine", warmup_ratio=0.1)
 EPOCHS, STEPS_PER_EPOCH = 4, 5
 MICRO_BATCHES = 4  # of one optimizer step, all processes together

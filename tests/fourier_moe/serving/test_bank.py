@@ -24,7 +24,7 @@ from fourier_moe import (
     load_adapter,
     save_adapter,
 )
-from fourier_moe.serving import bank_layers
+from fourier_moe.models import known_output
 from fourier_moe.serving.bank import AdapterBank
 from fourier_moe.serving.bank_layers import BankProjection
 
@@ -154,7 +154,7 @@ def test_base_is_there_once_and_computed_once_and_idle_adapters_never(bank):
     with bank.per_example(["moe", None, "moe", "lora", "moe"]):
         bank.model(tokens(5))
     assert calls == {"base": len(layers), "moe": [3] * 4, "lora": [1] * 4}
-    assert bank_layers._KNOWN_OUTPUT.get() is None  # activations are not kept
+    assert known_output._KNOWN_OUTPUT.get() is None  # activations are not kept
     base = sum(parameter.numel() for parameter in roberta().parameters())
     own = sum(p.numel() for layer in layers for adapter in layer.adapters.values() for p in adapter.parameters())
     heads = sum(p.numel() for head in bank.model.classifier.heads.values() for p in head.parameters())
