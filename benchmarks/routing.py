@@ -24,7 +24,7 @@ class BalancedRouter(TopKRouter):
     def __init__(self, router: TopKRouter) -> None:
         in_features, generator = router.weight.shape[1], torch.Generator()
         super().__init__(in_features, router.num_experts, router.top_k, generator=generator)
-        self.weight = router.weight
+        self.weight, self.waves = router.weight, router.waves
 
     def route(self, x: Tensor) -> Routing:
         probabilities = self.probabilities(x)

@@ -40,6 +40,9 @@ class SharedRouter(nn.Module):
     def weight(self) -> Tensor:
         return self.leader.weight
 
+    def matrix(self) -> Tensor:
+        return self.leader.matrix()
+
     def forward(self, x: Tensor) -> Routing:
         return self.leader(x)
 

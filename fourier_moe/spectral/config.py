@@ -42,6 +42,8 @@ class FourierMoEConfig(ProjectionAdapterConfig):
         router_scope: `projection`: every projection has its own router. `input`: projections that read the same input (q, k
             and v; gate and up) share one. `block`: the adapted projections of a transformer block share one for each width
             of input.
+        router_features: `all`: a router reads the whole input. An even number k: it reads the real and imaginary parts of the
+            k/2 lowest frequencies of the input's own spectrum, DC aside, and has k weights per expert.
         normalize_gates: divide the K gates of a token by their sum (always off for top_k = 1).
         coefficients: `complex`, or an ablation: `real` or `imaginary` trains that part only (n/2 scalars, same positions).
         frequency_bias: draw positions by band; off (ablation): uniformly over the plane.
@@ -63,6 +65,7 @@ class FourierMoEConfig(ProjectionAdapterConfig):
     dropout: float = 0.0
     balance_weight: float = 1e-3
     router_scope: Literal["projection", "input", "block"] = "projection"
+    router_features: int | Literal["all"] = "all"
     normalize_gates: bool = True
     coefficients: Literal["complex", "real", "imaginary"] = "complex"
     frequency_bias: bool = True
@@ -82,7 +85,16 @@ class FourierMoEConfig(ProjectionAdapterConfig):
                 problems.append(f"scaling={self.scaling!r} must be a positive number or 'relative'")
         elif not (self.scaling > 0 and math.isfinite(self.scaling)):
             problems.append(f"scaling={self.scaling} must be a positive number or 'relative'")
+        k = self.router_features
+        if k != "all" and (isinstance(k, str) or k < 2 or k % 2):
+            problems.append(f"router_features={k!r} must be 'all' or a positive even number, two for each frequency")
         return [*problems, *dropout(self), *not_negative(self, "balance_weight")]
+
+    def check_fit(self, in_features: int, out_features: int) -> str | None:
+        largest = (in_features - 1) // 2 * 2  # without DC and Nyquist, which are real
+        if self.router_features != "all" and self.router_features > largest:
+            return f"router_features={self.router_features} must be 'all' or at most {largest}"
+        return None
 
     @property
     def size_step(self) -> int:
@@ -119,7 +131,7 @@ class FourierMoEConfig(ProjectionAdapterConfig):
     def _stored_shapes(self, in_features: int, out_features: int) -> dict[str, tuple[int, ...]]:
         E, P = self.num_experts, self.pairs_per_expert
         shapes: dict[str, tuple[int, ...]] = {
-            "router.weight": (E, in_features),
+            "router.weight": (E, in_features if self.router_features == "all" else self.router_features),
             "experts.frequencies": (E, P, 2),
             "experts.coefficients": (E, P, 2 if self.coefficients == "complex" else 1),
         }

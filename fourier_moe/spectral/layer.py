@@ -43,6 +43,7 @@ class FourierMoELinear(Adapter):
             config.num_experts,
             config.top_k,
             normalize_gates=config.normalize_gates,
+            num_features=None if config.router_features == "all" else config.router_features,
             generator=generator,
             device=device,
         )

@@ -17,6 +17,7 @@ ADAPTER = FourierMoEConfig(
     num_experts=4,
     balance_weight=0.5,
     normalize_input="moments",
+    router_features=6,
 )
 RATES = Optimization(experts=ParameterGroup(0.02), router=ParameterGroup(0.01), schedule="cosine", warmup_ratio=0.1)
 EPOCHS, STEPS_PER_EPOCH = 4, 5

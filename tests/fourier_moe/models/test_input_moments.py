@@ -33,7 +33,7 @@ from fourier_moe.serving.merge import merge_adapters
 METHODS = [config(head=["classifier"], seed=3, bandwidth=1.0), *PEFT_LIBRARY, *LORA_RELATIVES, *ROUTED]
 TAKING = [replace(method, normalize_input="moments") for method in METHODS if method.normalizes_input]
 REFUSING = {type(method): method for method in METHODS if not method.normalizes_input}
-NORMALIZED = config(head=["classifier"], normalize_input="moments")
+NORMALIZED = config(head=["classifier"], normalize_input="moments", router_features=6)
 LORA = LoRAConfig(targets=["q_proj", "v_proj"], head=["classifier"], r=2, normalize_input="moments")
 
 
@@ -251,14 +251,14 @@ def test_the_bank_gives_each_example_what_its_adapter_gives_alone(tmp_path):
         torch.testing.assert_close(found[index], alone[name][index], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("features", ["all", 4])
 @pytest.mark.parametrize("kind", [nn.Linear, lambda N, M: Conv1D(M, N)], ids=["Linear", "Conv1D"])
-def test_exported_experts_and_router_are_the_adapter(kind, tmp_path):
+def test_exported_experts_and_router_are_the_adapter(kind, features, tmp_path):
     torch.manual_seed(0)
     base, x = nn.ModuleDict({"proj": kind(12, 20)}), skewed(5, 12)
     model = copy.deepcopy(base)
-    inject(
-        model, FourierMoEConfig(targets=["proj"], num_coefficients=32, num_experts=4, bandwidth=2.0, normalize_input="moments")
-    )
+    settings = {"num_coefficients": 32, "num_experts": 4, "bandwidth": 2.0, "router_features": features}
+    inject(model, FourierMoEConfig(targets=["proj"], normalize_input="moments", **settings))
     measure_inputs(model, [x], lambda x: model["proj"](x))
     layer = randomize(model)["proj"]
     assert isinstance(layer, FourierMoELinear)
