@@ -109,11 +109,9 @@ class ProjectionAdapterConfig(AdapterConfig):
 
     def problems(self) -> list[str]:
         problems = super().problems()
-        if self.normalize_input not in ("none", "moments"):
-            problems.append(f"normalize_input={self.normalize_input!r} must be one of none, moments")
-        elif self.normalize_input != "none" and not self.normalizes_input:
+        if self.normalize_input == "moments" and not self.normalizes_input:
             problems.append(
-                f"normalize_input={self.normalize_input!r} must be 'none' for this method, whose update does not depend on the "
+                "normalize_input='moments' must be 'none' for this method, whose update does not depend on the "
                 "projection's input alone; FourierMoEConfig, LoRAConfig and others take 'moments'"
             )
         return problems
