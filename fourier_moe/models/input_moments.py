@@ -18,13 +18,13 @@ from torch import Tensor, nn
 
 from fourier_moe.errors import UserError
 
-LEAST_STD = 1e-2  # of the root mean square of all features' std: at least this share of it divides a nearly constant feature
+MIN_STD = 1e-2  # of the root mean square of all features' std: at least this share of it divides a nearly constant feature
 
 
 class InputMoments(nn.Module):
     """z = size (x - mean) / std by feature, (..., N) -> (..., N) in the dtype of x; frozen once they are measured.
 
-    std is that of each feature over the tokens, at least LEAST_STD times the root mean square of all of them. `size` keeps the
+    std is that of each feature over the tokens, at least MIN_STD times the root mean square of all of them. `size` keeps the
     input's overall size: root mean square of x over that of (x - mean) / std, both over all tokens and features. Learning rates
     and the update's factor mean the same with and without.
 
@@ -74,7 +74,7 @@ class InputMoments(nn.Module):
         """Take the moments of all tokens in `sums`."""
         mean_N, square_N = sums.total / sums.count, sums.squares / sums.count
         variance_N = (square_N - mean_N.square()).clamp(min=0)
-        std_N = torch.maximum(variance_N.sqrt(), LEAST_STD * variance_N.mean().sqrt())
+        std_N = torch.maximum(variance_N.sqrt(), MIN_STD * variance_N.mean().sqrt())
         size = (square_N.sum() / (variance_N / std_N.square()).sum()).sqrt()
         self.mean.copy_(mean_N)
         self.scale.copy_(size / std_N)

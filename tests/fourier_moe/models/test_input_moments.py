@@ -26,7 +26,7 @@ from fourier_moe import (
     measure_inputs,
     save_adapter,
 )
-from fourier_moe.models.input_moments import LEAST_STD, unmeasured
+from fourier_moe.models.input_moments import MIN_STD, unmeasured
 from fourier_moe.serving.lora_export import export_loras
 from fourier_moe.serving.merge import merge_adapters
 
@@ -48,7 +48,7 @@ def moments(x):
     """z of tokens (T, N) by the definition, in float64."""
     x = x.double()
     std = x.std(0, correction=0)
-    std = std.clamp(min=LEAST_STD * std.square().mean().sqrt())
+    std = std.clamp(min=MIN_STD * std.square().mean().sqrt())
     z = (x - x.mean(0)) / std
     return (x.square().mean() / z.square().mean()).sqrt() * z
 
