@@ -9,6 +9,8 @@ from typing import Any
 
 import yaml
 
+_OPTIONS_OF_FIT = ("ckpt_path", "weights_only")
+
 
 @dataclass(frozen=True)
 class CommandLine:
@@ -74,12 +76,16 @@ def _next(rest: Any) -> list[str]:
 
 
 def _divide(file: str, options: Collection[str]) -> tuple[str, str]:
-    """Return a config without own options, and these, as YAML; the file's name if it has none or is not readable."""
+    """Return a config without own options, and these, as YAML; the file's name if it has none or is not readable.
+
+    A run's own config.yaml also has what only `fit` takes; that is left out.
+    """
     try:
         content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
         return file, ""  # fit raises the error
-    if not isinstance(content, dict) or not content.keys() & set(options):
+    if not isinstance(content, dict) or not content.keys() & {*options, *_OPTIONS_OF_FIT}:
         return file, ""
     own = {name: content.pop(name) for name in options if name in content}
-    return yaml.safe_dump(content), yaml.safe_dump(own)
+    rest = {name: value for name, value in content.items() if name not in _OPTIONS_OF_FIT}
+    return yaml.safe_dump(rest), yaml.safe_dump(own) if own else ""

@@ -1,5 +1,6 @@
 """Every command is a subcommand of one LightningCLI: listed, typed, read from YAML; old command lines parse as before."""
 
+from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -8,6 +9,7 @@ import yaml
 
 import train
 from fourier_moe.errors import UserError
+from lightning_modules.cli import AdaptationCLI
 from lightning_modules.commands.command_line import CommandLine, split_command_line
 from lightning_modules.commands.front_door import COMMANDS, FrontDoor
 from lightning_modules.commands.sweep import StudyName
@@ -87,6 +89,16 @@ def test_own_options_in_a_config_are_taken_from_it_and_the_command_line_wins(mai
     assert (options["adapters"], options["seeds"], options["match_parameters"]) == (["lora", "config"], 1, 1000)
     assert line.files == ["configs/demo.yaml", str(path)]
     assert yaml.safe_load(line.configs[3]) == {"trainer": {"max_epochs": 2}}
+
+
+def test_the_saved_config_of_a_run_is_taken_by_every_command(main, calls, trained):
+    saved = Path(trained.trainer.log_dir) / "config.yaml"
+    assert yaml.safe_load(saved.read_text()).keys() >= {"ckpt_path", "weights_only"}
+    for command in (("compare", "--adapters", "config"), ("sweep", "experts"), ("analyze",), ("export", "--format", "adapter")):
+        main(*command, "--config", str(saved))
+        line, _ = calls.pop()
+        config = AdaptationCLI([*line.words, "--seed_everything", "1"], run=False).config
+        assert config.data.init_args.dataset == "digits"
 
 
 def test_printed_config_runs(main, calls, capsys, tmp_path):
