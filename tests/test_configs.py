@@ -78,7 +78,8 @@ def lines_with_values(path):
 @pytest.mark.parametrize("path", ALL, ids=ids(ALL))
 def test_no_config_repeats_a_line_of_the_defaults(path):
     defaults, lines = ({line.partition(" #")[0] for line in lines_with_values(file)} for file in (DEFAULTS, path))
-    assert defaults & lines == set()
+    another = "    - class_path: lightning.pytorch.callbacks.ModelCheckpoint"  # `newest`, beside that of the defaults
+    assert defaults & lines - {another} == set()
 
 
 @pytest.mark.parametrize("path", COMMENTED, ids=ids(COMMENTED))

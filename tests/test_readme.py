@@ -3,6 +3,7 @@
 import re
 import shlex
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,7 @@ DATA = {
     "math": "datamodules.MathReasoningDataModule",
     "demo_math": "datamodules.instructions.arithmetic.ArithmeticDataModule",
     "glue_mixture": "datamodules.GlueMixtureDataModule",
+    "custom_instructions": "datamodules.InstructionDataModule",
 }
 MIXTURE = """
 data:
@@ -196,8 +198,8 @@ def test_command_parses(parse, words_of, tmp_path, command):
         words += ["--seeds", "1"]
     output = ["--output", str(tmp_path / "output")] if words[0] in ("compare", "sweep", "analyze", "export") else []
     (config,) = parse(*words, *output)
-    stem = Path(words[words.index("--config") + 1]).stem
-    expected = DATA.get(stem) or DATA.get(stem.partition("_")[0], "datamodules.ImageDataModule")
+    stem, *_, last = [Path(following).stem for word, following in pairwise([*words, ""]) if word == "--config"] * 2
+    expected = DATA.get(last) or DATA.get(stem) or DATA.get(stem.partition("_")[0], "datamodules.ImageDataModule")
     assert config.data.class_path == (words[words.index("--data") + 1] if "--data" in words else expected)
 
 

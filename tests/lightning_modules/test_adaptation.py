@@ -318,7 +318,7 @@ def test_two_processes_train_the_adapter_that_one_process_trains_and_write_it_on
         assert metrics[name] == pytest.approx(float(one.trainer.callback_metrics[name]), rel=1e-3)
 
 
-def tested_and_predicted(run, *words):
+def scores_of_test_and_predict(run, *words):
     metrics = run("test", *words).trainer.callback_metrics
     run("predict", *words)
     return {name: float(value) for name, value in metrics.items()}
@@ -341,7 +341,7 @@ def test_two_processes_test_and_predict_nine_examples_like_one(run, tmp_path):
     expected = run("test", *words, "one").trainer.callback_metrics
     one = Path(run("predict", *words, "one").trainer.log_dir) / "predictions.csv"
 
-    metrics, _ = run_in_two(tested_and_predicted, run, *words, "two", *TWO_DEVICES)
+    metrics, _ = run_in_two(scores_of_test_and_predict, run, *words, "two", *TWO_DEVICES)
     assert metrics.keys() == expected.keys() == {"test/loss", "test/accuracy", "test/balanced_accuracy"}
     for name, value in metrics.items():
         assert value == pytest.approx(float(expected[name]), rel=1e-6), name
@@ -355,7 +355,7 @@ def test_two_processes_test_and_predict_nine_examples_like_one(run, tmp_path):
         assert [float(p) for p in row[3:]] == pytest.approx([float(p) for p in own[3:]], rel=1e-4)
 
 
-def tested(run, *words):
+def evaluate(run, *words):
     run("test", *words)
 
 
@@ -368,7 +368,7 @@ def test_two_processes_answer_nine_questions_and_five_more_like_one(run, tmp_pat
     words = ["--config", "configs/demo_math.yaml", "--data.test", f"[{tmp_path}/sums.json, {tmp_path}/more.json]"]
     words += ["--data.init_args.eval_batch_size", "4", "--trainer.logger.init_args.name"]
     one = Path(run("test", *words, "one").trainer.log_dir) / "test"
-    run_in_two(tested, run, *words, "two", *TWO_DEVICES)
+    run_in_two(evaluate, run, *words, "two", *TWO_DEVICES)
     (two,) = (tmp_path / "two").rglob("test")
     expected, results = (json.loads((path / "results.json").read_text(encoding="utf-8"))["sets"] for path in (one, two))
     assert {name: result["count"] for name, result in results.items()} == {"sums": 9, "more": 5}

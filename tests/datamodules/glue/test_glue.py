@@ -192,7 +192,7 @@ def test_mnli_is_tested_on_two_sets_and_selected_on_one(directory):
 
 def test_predict_goes_through_the_test_split_without_labels(directory):
     batch = next(iter(loaded("predict", directory=str(directory)).predict_dataloader()))
-    assert set(batch) == {"input_ids", "attention_mask", "id"}
+    assert set(batch) == {"input_ids", "attention_mask", "id", "text"}
     assert batch["id"] == ["test/0", "test/1", "test/2", "test/3"]
 
 
