@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import logging
 import pydoc
 import warnings
 from pathlib import Path
@@ -43,6 +44,10 @@ ON_DEFAULTS = {"default_config_files": [glob.escape(str(DEFAULTS))]}
 set_parsing_settings(subclasses_enabled=[AdapterConfig])  # a dataclass, which jsonargparse otherwise takes as final
 warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")  # Lightning 2.6 on torch 2.15
 warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended")  # compare calls it from within Python
+_NOT_FOR_USERS = ("Tip: For seamless", "callbacks returned in `LightningModule.configure_callbacks` will override")
+logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+    lambda record: not any(text in record.getMessage() for text in _NOT_FOR_USERS)
+)
 
 
 class SaveConfig(SaveConfigCallback):

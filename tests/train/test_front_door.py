@@ -172,3 +172,14 @@ def test_a_fault_of_ours_and_an_error_of_a_library_keep_their_traceback(main, mo
 def test_user_error_of_a_command_is_raised_as_it_is(main):
     with pytest.raises(UserError, match="names must differ"):
         main("compare", *DEMO, "--adapters", "lora,lora")
+
+
+def test_lightning_s_advertisement_and_its_note_on_replaced_callbacks_are_not_shown(run, caplog):
+    with caplog.at_level("INFO"):
+        cli = run(
+            "fit", *DEMO, "--trainer.max_steps", "1", "--trainer.limit_val_batches", "1", "--trainer.limit_test_batches", "1"
+        )
+        cli.trainer.test(cli.model, cli.datamodule, verbose=False)
+    assert "Adapter written" in caplog.text
+    assert "Tip:" not in caplog.text
+    assert "will override" not in caplog.text
