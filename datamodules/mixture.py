@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -11,7 +12,7 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
 from datamodules.shared.arguments import require
 from datamodules.shared.data_module import BaseDataModule
-from datamodules.shared.splits import PREDICT, TEST, TRAIN, VALIDATION
+from datamodules.shared.splits import PREDICT, TEST, VALIDATION
 from fourier_moe.errors import UserError
 
 
@@ -65,7 +66,7 @@ class SeededConcatDataset(ConcatDataset[dict[str, Any]]):
         if isinstance(item, int):
             return super().__getitem__(item)  # type: ignore[no-untyped-call]
         place, seed = item
-        number = next(number for number, end in enumerate(self.cumulative_sizes) if place < end)
+        number = bisect_right(self.cumulative_sizes, place)
         return self.datasets[number][place - (self.cumulative_sizes[number] - len(self.datasets[number])), seed]  # type: ignore[arg-type]
 
 
@@ -83,7 +84,7 @@ class MixtureDataModule(BaseDataModule):
         arguments: of BaseDataModule.
 
     Raises:
-        UserError: if there are no tasks, or a weight is not positive.
+        UserError: if there are no tasks, a weight is not positive, or a revision is given where no task reads the hub.
     """
 
     evaluation_parts: ClassVar[tuple[str, str]] = (VALIDATION, TEST)  # what validation and test read of a task's DataModule
@@ -96,6 +97,8 @@ class MixtureDataModule(BaseDataModule):
             raise UserError("tasks is empty; give one or more, such as {first: {}, second: {weight: 2.0}}")
         for name, task in tasks.items():
             require(f"the weight of task '{name}'", task.weight, task.weight > 0, "positive")
+        reads_hub = self._revision is None or any(task.directory is None for task in tasks.values())
+        require("revision", self._revision, reads_hub, "null where every task has a directory of its own")
         self._tasks = {name: data_modules(name, task) for name, task in tasks.items()}
         self._weights = {name: task.weight for name, task in tasks.items()}
 
@@ -156,8 +159,16 @@ class MixtureDataModule(BaseDataModule):
             task.teardown(stage)
 
     @property
+    def _any_task(self) -> BaseDataModule:
+        """A task's DataModule, for what is the same for all of them."""
+        return next(iter(self._tasks.values()))
+
+    @property
     def collate(self) -> Callable[[list[Any]], Any] | None:
-        return next(iter(self._tasks.values())).collate
+        return self._any_task.collate
+
+    def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
+        return self._any_task.on_after_batch_transfer(batch, dataloader_idx)
 
     def val_dataloader(self) -> dict[str, DataLoader[dict[str, Any]]]:
         return self.evaluation_loaders(self.sets(self.evaluation_parts[0]))
@@ -180,16 +191,6 @@ class MixtureDataModule(BaseDataModule):
             first_class += num_classes
         return sets
 
-    def train_weights(self) -> list[float]:
-        """Return how often each training example comes in an epoch, in the order of the sets."""
-        return [self._weights[one.task] for one in self.sets(TRAIN).values() for _ in range(len(one))]
-
-
-def require_hub_for(revision: str | None, tasks: Mapping[str, MixtureTask]) -> None:
-    """Refuse a revision of the hub's data set where no task reads it.
-
-    Raises:
-        UserError: naming the revision.
-    """
-    reads_hub = any(task.directory is None for task in tasks.values())
-    require("revision", revision, revision is None or reads_hub, "null where every task has a directory of its own")
+    def train_weights(self, sets: Iterable[TaskDataset]) -> list[float]:
+        """Return how often each example of these sets comes in an epoch, in their order."""
+        return [self._weights[one.task] for one in sets for _ in range(len(one))]

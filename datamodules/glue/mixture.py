@@ -8,7 +8,7 @@ from typing import Any, Literal
 from torch.utils.data import ConcatDataset, DataLoader
 
 from datamodules.glue.data_module import SELECTION, TESTED, GlueDataModule
-from datamodules.mixture import MixtureDataModule, MixtureTask, require_hub_for
+from datamodules.mixture import MixtureDataModule, MixtureTask
 from datamodules.shared.splits import TRAIN
 
 
@@ -50,8 +50,6 @@ class GlueMixtureDataModule(MixtureDataModule):
         predict_split: Literal["test", "validation"] | None = None,
         synthetic: bool = False,
     ) -> None:
-        require_hub_for(revision, tasks)
-
         def task_module(name: str, task: MixtureTask) -> GlueDataModule:
             return GlueDataModule(
                 task.dataset or name,
@@ -68,11 +66,11 @@ class GlueMixtureDataModule(MixtureDataModule):
                 synthetic=synthetic,
             )
 
-        super().__init__(tasks, task_module, batch_size=batch_size, num_workers=num_workers, seed=seed)
+        super().__init__(tasks, task_module, batch_size=batch_size, num_workers=num_workers, seed=seed, revision=revision)
 
     evaluation_parts = (SELECTION, TESTED)
 
     def train_dataloader(self) -> DataLoader[dict[str, Any]]:
         sets = self.sets(TRAIN)
         lengths = [length for one in sets.values() for length in one.dataset.lengths]  # type: ignore[attr-defined]
-        return self.train_loader(ConcatDataset(sets.values()), lengths=lengths, weights=self.train_weights())
+        return self.train_loader(ConcatDataset(sets.values()), lengths=lengths, weights=self.train_weights(sets.values()))

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch.utils.data import DataLoader
 
 from datamodules.images.data_module import ImageDataModule
-from datamodules.images.transforms import CLIP_MEAN, CLIP_STD, normalization
-from datamodules.mixture import MixtureDataModule, MixtureTask, SeededConcatDataset, require_hub_for
+from datamodules.images.transforms import CLIP_MEAN, CLIP_STD
+from datamodules.mixture import MixtureDataModule, MixtureTask, SeededConcatDataset
 from datamodules.shared.splits import TRAIN
 
 
@@ -49,14 +48,12 @@ class ImageMixtureDataModule(MixtureDataModule):
         seed: int = 0,
         synthetic: bool = False,
     ) -> None:
-        require_hub_for(revision, tasks)
-
         def task_module(name: str, task: MixtureTask) -> ImageDataModule:
             own = task.directory or (f"{directory}/{name}" if directory else None)
             return ImageDataModule(
                 task.dataset or name,
                 own,
-                revision=None if own else revision,
+                revision=None if task.directory else revision,
                 batch_size=batch_size,
                 num_workers=num_workers,
                 image_size=image_size,
@@ -67,17 +64,8 @@ class ImageMixtureDataModule(MixtureDataModule):
                 synthetic=synthetic,
             )
 
-        super().__init__(tasks, task_module, batch_size=batch_size, num_workers=num_workers, seed=seed)
-        self._normalization = normalization(mean, std)
-
-    def normalize(self, images: torch.Tensor) -> torch.Tensor:
-        """Return what the model gets for the loaders' uint8 images (..., 3, H, W): float32, normalized with mean and std."""
-        return self._normalization(images)
-
-    def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
-        """Normalize the images on the model's device."""
-        return {**batch, "image": self.normalize(batch["image"])}
+        super().__init__(tasks, task_module, batch_size=batch_size, num_workers=num_workers, seed=seed, revision=revision)
 
     def train_dataloader(self) -> DataLoader[dict[str, Any]]:
-        sets = SeededConcatDataset(self.sets(TRAIN).values())
-        return self.train_loader(sets, weights=self.train_weights(), with_seeds=True)
+        sets = self.sets(TRAIN).values()
+        return self.train_loader(SeededConcatDataset(sets), weights=self.train_weights(sets), with_seeds=True)

@@ -75,6 +75,13 @@ def test_a_directory_has_a_folder_for_every_task_that_names_none(make_folders, t
     assert {name: len(loader.dataset) for name, loader in data.test_dataloader().items()} == {"first": 2, "second": 4}
 
 
+def test_a_batch_on_the_device_is_normalized_as_that_of_one_data_set():
+    data = mixture(mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7))
+    batch = next(iter(data.train_dataloader()))
+    alone = ImageDataModule("cars", mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7), synthetic=True)
+    assert torch.equal(data.on_after_batch_transfer(batch, 0)["image"], alone.normalize(batch["image"]))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -82,6 +89,7 @@ def test_a_directory_has_a_folder_for_every_task_that_names_none(make_folders, t
         ({"tasks": {"cars": MixtureTask(weight=0)}}, "weight of task 'cars' must be positive"),
         ({"tasks": {"carz": MixtureTask()}}, "carz"),
         ({"tasks": {"cars": MixtureTask(directory="nowhere")}, "synthetic": False}, "nowhere"),
+        ({"directory": "d", "synthetic": False, "revision": "main"}, "revision 'main'"),
         ({"tasks": {"cars": MixtureTask(directory="d")}, "synthetic": False, "revision": "main"}, "revision must be null"),
     ],
 )
