@@ -6,10 +6,8 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from fourier_moe.adapter import adapters
 from fourier_moe.errors import UserError
 from fourier_moe.inject import balance_loss, is_adapted, regularization
 from fourier_moe.routing.recording import recording
@@ -63,8 +61,7 @@ def add_balance_loss(model: nn.Module, accumulation_steps: int = 1) -> Callable[
 
 def own_losses(model: nn.Module) -> Tensor:
     """Return what the adapters add to the task's loss, (): balance loss and regularization. Read it inside `recording`."""
-    device = next((p.device for adapter in adapters(model).values() for p in adapter.parameters()), torch.device("cpu"))
-    return balance_loss(model).to(device) + regularization(model).to(device)
+    return balance_loss(model) + regularization(model)
 
 
 def token_mask(inputs: Mapping[str, Any]) -> Tensor | None:

@@ -59,6 +59,7 @@ class AdapterTrainerMixin:
             )
         self.learning_rates = dict(learning_rates or {})
         self._reader: StatisticsReader | None = None
+        self._hooked: Any = None  # the optimizer after whose steps `after_step` runs
         self._sums: list[Tensor] = []  # (2,): task and adapter loss of each batch since the last log
 
     @property
@@ -76,10 +77,10 @@ class AdapterTrainerMixin:
             self._reader = StatisticsReader(self.model)
         with recording(self.model, token_mask(inputs)):
             loss, outputs = self._trainer.compute_loss(model, inputs, return_outputs=True, **options)
-            extra = own_losses(self.model)
-        steps = self._accumulation_steps
-        self._sums.append(torch.stack([loss.detach().float() * (steps if self._is_scaled(options) else 1), extra.detach()]))
-        total = loss + (extra / steps if self._is_scaled(options) else extra).to(loss.dtype)
+            extra = own_losses(self.model).to(loss.device)
+        parts = self._accumulation_steps if self._is_scaled(options) else 1  # of the step's loss, of which this is one
+        self._sums.append(torch.stack([loss.detach().float() * parts, extra.detach()]))
+        total = loss + (extra / parts).to(loss.dtype)
         return (total, outputs) if return_outputs else total
 
     @property
@@ -118,7 +119,9 @@ class AdapterTrainerMixin:
             ]
             optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             self.optimizer = optimizer_class(groups, **settings)
-        self.optimizer.register_step_post_hook(lambda *_: after_step(self.model))
+        if self._hooked is not self.optimizer:  # a second `train` asks again
+            self.optimizer.register_step_post_hook(lambda *_: after_step(self.model))
+            self._hooked = self.optimizer
         return self.optimizer
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:

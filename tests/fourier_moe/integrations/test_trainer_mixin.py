@@ -175,6 +175,17 @@ def test_regularization_counts_and_full_fine_tuning_keeps_whole_checkpoints(tmp_
     assert (tmp_path / "full/checkpoint-3/model.safetensors").exists()
 
 
+def test_after_step_runs_once_per_step_however_often_the_optimizer_is_asked_for(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr("fourier_moe.integrations.trainer_mixin.after_step", calls.append)
+    arguments = TrainingArguments(str(tmp_path), report_to=[], use_cpu=True)
+    trainer = AdapterTrainer(model=classifier(), args=arguments, train_dataset=Sentences())
+    optimizer = trainer.create_optimizer()
+    assert trainer.create_optimizer() is optimizer
+    optimizer.step()
+    assert len(calls) == 1
+
+
 def test_mistakes_are_named(tmp_path):
     with pytest.raises(UserError, match="is not adapted"):
         add_balance_loss(torch.nn.Linear(2, 2))
