@@ -148,14 +148,13 @@ def _train_and_test(cli: AdaptationCLI, variant: str, seed: int) -> tuple[Result
         path, step = best
         same = step == last_step  # then it holds the weights just tested
         best_metrics = metrics if same else merged(trainer.test(model, cli.datamodule, ckpt_path=path, verbose=False))
-    result = Result(
-        method=type(model.adapter).__name__.removesuffix("Config"),
-        variant=variant,
-        seed=seed,
-        main_metric=main_metric,
-        metrics=metrics,
-        parameters=model.report.trained,
-        seconds=timer.time_elapsed("train"),
+    result = run_result(
+        cli,
+        variant,
+        seed,
+        main_metric,
+        metrics,
+        timer,
         best_metrics=best_metrics,
         router=router,
         size=model.adapter.describe_size(),
@@ -165,10 +164,27 @@ def _train_and_test(cli: AdaptationCLI, variant: str, seed: int) -> tuple[Result
         commit=repository_commit(),
         versions=versions(trainer.strategy.root_device),
         partial=partial,
-        lower_is_better=lower_is_better(model.task.new_metrics()),
         not_shares=not_shares(model.task.new_metrics()),
     )
     return result, graded
+
+
+def run_result(
+    cli: AdaptationCLI, variant: str, seed: int, main_metric: str, metrics: dict[str, float], timer: Timer, **more: Any
+) -> Result:
+    """Return the result of a run: what every kind of run has, and more fields of `Result`."""
+    model = cli.model
+    return Result(
+        method=type(model.adapter).__name__.removesuffix("Config"),
+        variant=variant,
+        seed=seed,
+        main_metric=main_metric,
+        metrics=metrics,
+        parameters=model.report.trained,
+        seconds=timer.time_elapsed("train"),
+        lower_is_better=lower_is_better(model.task.new_metrics()),
+        **more,
+    )
 
 
 def _best_checkpoint(callbacks: list[Any]) -> tuple[str, int] | None:

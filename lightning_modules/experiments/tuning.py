@@ -13,12 +13,11 @@ from lightning.pytorch.callbacks import Timer
 from fourier_moe.errors import UserError
 from lightning_modules.cli import AdaptationCLI
 from lightning_modules.experiments.graded_examples import GradedSet
-from lightning_modules.experiments.grid import describe_error, merged, run_one
+from lightning_modules.experiments.grid import describe_error, merged, run_one, run_result
 from lightning_modules.experiments.kept_runs import variant_directory
 from lightning_modules.experiments.preflight import Variant
 from lightning_modules.experiments.results import Result
 from lightning_modules.tables import markdown_table, write_table
-from lightning_modules.tasks.scores import lower_is_better
 
 TRIAL_SEED = 1000  # the runs that are tested have the seeds 0, 1, ...
 GROUPS = ("experts", "adapter", "backbone", "head", "router")  # in the order in which their rates are varied
@@ -173,17 +172,7 @@ def _train_and_validate(cli: AdaptationCLI, variant: str, seed: int, metric: str
     if name not in metrics:
         found = ", ".join(metrics) or "there is no validation data; hold a part out"
         raise NoValidationMetricError(f"--tune needs {name} of the validation data to judge its trials by, and found: {found}")
-    result = Result(
-        method=type(model.adapter).__name__.removesuffix("Config"),
-        variant=variant,
-        seed=seed,
-        main_metric=name,
-        metrics=metrics,
-        parameters=model.report.trained,
-        seconds=timer.time_elapsed("train"),
-        lower_is_better=lower_is_better(model.task.new_metrics()),
-    )
-    return result, {}
+    return run_result(cli, variant, seed, name, metrics, timer), {}
 
 
 def best_trial(trials: Sequence[Trial]) -> Trial:
