@@ -60,6 +60,11 @@ def trained(settings: AdapterConfig | None = None, **changes: Any) -> Transforme
     """An adapted model whose trained parameters and head are random."""
     model = Transformer()
     inject(model, settings or config(head=["classifier"], **changes))
+    return randomize_trained(model)
+
+
+def randomize_trained(model: _Module) -> _Module:
+    """Give the trained parameters of a model normal values, as after some training."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.method_configs import LORA_RELATIVES, PEFT_LIBRARY
-from support.models import Transformer, config, randomize, tokens
+from support.models import Transformer, config, randomize, randomize_trained, tokens
 from support.one_projection import SIZES
 from support.routed_cases import CONFIGS as ROUTED
 from torch import nn
@@ -58,12 +58,7 @@ def trained(settings, dtype=torch.float32):
     model = Transformer().to(dtype)
     inject(model, settings)
     measure_inputs(model, [skewed(4, 6, 16).to(dtype)])
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.normal_(0, 0.3, generator=generator)
-    return model.eval()
+    return randomize_trained(model)
 
 
 # ---------------------------------------------------------------- the definition
