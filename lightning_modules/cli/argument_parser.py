@@ -11,6 +11,7 @@ from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
 from fourier_moe.errors import UserError, printable
+from lightning_modules.cli import older_configs
 from lightning_modules.cli.parse_errors import one_line
 
 
@@ -30,6 +31,10 @@ class ArgumentParser(LightningArgumentParser):
         check_config_file(Path(path))
         self._files.append(Path(path).absolute())
         return super().parse_path(path, *args, **kwargs)
+
+    def parse_string(self, content: str, *args: Any, **kwargs: Any) -> Namespace:
+        """Parse the text of a config, an older run's too."""
+        return super().parse_string(older_configs.update(content), *args, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the error and exit with status 2. Parsers of single classes raise it, for the whole parser to print."""

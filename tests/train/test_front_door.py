@@ -101,6 +101,22 @@ def test_the_saved_config_of_a_run_is_taken_by_every_command(main, calls, traine
         assert config.data.init_args.dataset == "digits"
 
 
+def test_config_of_an_older_run(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(
+        "model:\n  adapter:\n    init_args:\n      init_std: 0.0\n      top_k: 3\n"
+        "trainer:\n  strategy:\n    class_path: lightning_modules.sharding.ShardedBaseStrategy\n"
+        "data:\n  class_path: datamodules.arithmetic.ArithmeticDataModule\n"
+    )
+    config = AdaptationCLI(["--config", "configs/demo_math.yaml", "--config", str(path)], run=False).config
+    assert config.model.adapter.init_args.top_k == 3
+    assert config.trainer.strategy.class_path == "lightning_modules.strategies.sharding.ShardedBaseStrategy"
+    assert config.data.class_path == "datamodules.instructions.arithmetic.ArithmeticDataModule"
+    path.write_text(path.read_text().replace("init_std: 0.0", "init_std: 0.5"))
+    with pytest.raises(SystemExit):
+        AdaptationCLI(["--config", "configs/demo_math.yaml", "--config", str(path)], run=False)
+
+
 def test_printed_config_runs(main, calls, capsys, tmp_path):
     with pytest.raises(SystemExit):
         main("compare", *DEMO, "--adapters", "lora", "--trainer.max_epochs", "7", "--print_config")
