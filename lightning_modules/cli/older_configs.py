@@ -12,7 +12,7 @@ WITHOUT_EFFECT = re.compile(r"^ *init_std: 0(\.0)?\n", re.MULTILINE)  # its defa
 
 
 def update(config: str) -> str:
-    """Return the YAML text with class paths that have moved replaced, and without lines for removed options left at their default."""
+    """Return the YAML text with today's class paths, and without removed options that are left at their default."""
     for old, new in MOVED.items():
         config = config.replace(old, new)
     return WITHOUT_EFFECT.sub("", config)
