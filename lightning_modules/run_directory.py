@@ -96,7 +96,15 @@ def run_directory(trainer: L.Trainer) -> Path:
     """Return the directory of the run, the same on every process. All processes must call it together."""
     callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     path = next((callback.path for callback in callbacks if isinstance(callback, RunDirectory)), None)
-    return Path(trainer.strategy.broadcast(str(path or trainer.log_dir or trainer.default_root_dir)))
+    return Path(trainer.strategy.broadcast(str(path or _unclaimed(trainer))))
+
+
+def _unclaimed(trainer: L.Trainer) -> Path:
+    """Return the directory of a run whose module does not claim one."""
+    logger = trainer.logger
+    if logger is None or logger.version is None or isinstance(logger, (TensorBoardLogger, CSVLogger)):
+        return Path(trainer.log_dir or trainer.default_root_dir)
+    return _root(trainer, logger) / _version_name(logger.version)
 
 
 def require_no_run(directory: Path) -> None:
@@ -132,7 +140,7 @@ def _claim(trainer: L.Trainer, numbered: bool) -> Path:
     if isinstance(logger, (TensorBoardLogger, CSVLogger)):
         return _made(Path(logger.log_dir), _SAVE_DIR, first)
     getattr(logger, "experiment", None)  # starts the run of W&B and MLflow, which gives it its name
-    root = Path(_save_dir(logger) or trainer.default_root_dir) / str(logger.name or "")
+    root = _root(trainer, logger)
     if logger.version is None:
         return _next_version(root, _SAVE_DIR, first)
     return _made(root / _version_name(logger.version), _SAVE_DIR, first)
@@ -143,10 +151,10 @@ def _is_first(trainer: L.Trainer) -> bool:
     return trainer.is_global_zero and trainer.local_rank == 0
 
 
-def _save_dir(logger: Logger) -> str | None:
-    """Return the directory of a logger's files on this machine; None if it has none."""
+def _root(trainer: L.Trainer, logger: Logger) -> Path:
+    """Return where the runs of a logger are on this machine."""
     path = logger.save_dir
-    return None if path is None or "://" in path else path
+    return Path(trainer.default_root_dir if path is None or "://" in path else path) / str(logger.name or "")
 
 
 def _version_name(version: int | str | None) -> str:

@@ -55,6 +55,11 @@ class StatisticsReader:
             statistics[name] = RouterStatistics.of_tasks(tasks, new)
         return statistics
 
+    @property
+    def has_counted(self) -> bool:
+        """Whether any router has recorded a forward pass since there is a reader."""
+        return any(router.record.total is not None for router in self.routers.values())
+
     def close(self) -> None:
         """Count no more. The last reader of a model leaves nothing in its memory."""
         self._closing()

@@ -93,6 +93,16 @@ def test_claim_is_made_once(tmp_path):
     assert paths == {run_directory(trainer)} == {tmp_path / "lightning_logs/version_0"}
 
 
+def test_a_run_that_claims_nothing_has_the_directory_of_its_logger(tmp_path):
+    started = ServiceLogger(str(tmp_path)).experiment
+    for logger, path in (
+        (started, "project/run7"),
+        (ServiceLogger(str(tmp_path)), ""),
+        (CSVLogger(tmp_path, "a"), "a/version_0"),
+    ):
+        assert run_directory(token_trainer(tmp_path, logger=[logger])) == tmp_path / path
+
+
 def test_directory_that_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match=r"file/demo cannot be written to .*--trainer.logger.init_args.save_dir DIR"):

@@ -1,4 +1,4 @@
-"""The code blocks of a page under docs/extend, put where the page says."""
+"""The code blocks of the pages under docs."""
 
 import re
 from pathlib import Path
@@ -29,3 +29,12 @@ def commands(page: str, directory: Path) -> list[list[str]]:
     lines = re.findall(r"^python train\.py (.+)$", code, re.MULTILINE)
     name = re.compile(r"(?<=--config )(\w+\.yaml)|(?<= )runs(?=/)")
     return [name.sub(lambda match: f"{directory}/{match[1] or ''}".rstrip("/"), line).split() for line in lines]
+
+
+def section_code(page: str, heading: str) -> str:
+    """The Python code of one section of `docs/{page}.md`."""
+    text = (REPOSITORY / f"docs/{page}.md").read_text(encoding="utf-8")
+    section = text.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
+    code = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    assert code, f"{page} has no code under {heading!r}"
+    return "".join(code)

@@ -15,7 +15,9 @@ from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
 from tensorboard.plugins.custom_scalar import layout_pb2
 from torch.utils.tensorboard.summary import hparams
 
+from fourier_moe.inject import adapter_config
 from lightning_modules.adaptation import AdaptationModule
+from lightning_modules.callbacks.any_module import adapted_model
 from lightning_modules.callbacks.monitoring.hyperparameters import hyperparameters
 from lightning_modules.callbacks.monitoring.logged import log_now, tensorboards
 from lightning_modules.tasks import Task
@@ -122,13 +124,14 @@ class Dashboard(L.Callback):
             log_now(trainer, new)
 
     def _describe(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        assert isinstance(pl_module, AdaptationModule)
         if trainer.log_dir in self._described:
             return
         self._described.add(trainer.log_dir)
-        values = hyperparameters(trainer, pl_module)
+        own = pl_module if isinstance(pl_module, AdaptationModule) else None
+        values = hyperparameters(trainer, own, own.adapter if own else adapter_config(adapted_model(pl_module, self)))
         monitors = [callback.monitor for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
-        columns = [*_metric_names(pl_module.task), *(f"best/{monitor}" for monitor in monitors if monitor)]
+        metrics = _metric_names(own.task) if own else []
+        columns = [*metrics, *(f"best/{monitor}" for monitor in monitors if monitor)]
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 # log_hyperparams needs the values of the metrics now, or writes placeholders.

@@ -9,6 +9,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.cli import SaveConfigCallback
 
+from fourier_moe import AdapterConfig
 from lightning_modules.adaptation import AdaptationModule
 
 TRAINER = (
@@ -20,12 +21,17 @@ TRAINER = (
 )  # settings that affect the result
 
 
-def hyperparameters(trainer: L.Trainer, module: AdaptationModule) -> dict[str, bool | int | float | str]:
+def hyperparameters(
+    trainer: L.Trainer, module: AdaptationModule | None, adapter: AdapterConfig
+) -> dict[str, bool | int | float | str]:
     """Return `adapter.num_experts`, `optimization.experts.lr`, `task.model`, ..., without null and empty values.
 
-    Task, data, trainer and seed are known only if the command line started the run.
+    Task, data, trainer and seed are known only if the command line started the run. Without `module`, for a LightningModule of
+    another class, there are the values of `adapter` only; Lightning logs those of its `save_hyperparameters`.
     """
-    values: dict[str, Any] = {"adapter": module.adapter.to_dict()}
+    values: dict[str, Any] = {"adapter": adapter.to_dict()}
+    if module is None:
+        return dict(_flat("", values))
     if module.optimization is not None:
         values["optimization"] = asdict(module.optimization)
     for callback in trainer.callbacks:  # type: ignore[attr-defined]

@@ -15,6 +15,7 @@ from fourier_moe import RouterStatistics, StatisticsReader
 from fourier_moe.errors import UserError, shorten
 from fourier_moe.inject import adapter_config
 from lightning_modules.adaptation import AdaptationModule
+from lightning_modules.callbacks.any_module import adapted_model, num_examples
 from lightning_modules.callbacks.monitoring.load_report import load_map, task_map, task_table, write_layers, write_tasks
 from lightning_modules.callbacks.monitoring.load_sums import LoadSums
 from lightning_modules.callbacks.monitoring.logged import log_now, show_figures, tensorboards
@@ -36,6 +37,7 @@ class RouterLoad(L.Callback):
     - `router/balance_loss`, the balance term of the loss: mean over the interval's optimizer steps, in each over its batches
       and processes by their weight in the step. A batch's term is the formula over its own tokens, summed over the routers,
       each times its projection's `balance_weight`. Few tokens are less balanced than many, so it exceeds the unscaled loss.
+      Only for AdaptationModule; another LightningModule logs its own terms.
 
     TensorBoard also shows a map of the load per layer and expert (`router/load_map`, dead experts are crossed out) and, where
     batches name their `task`, the load per task and expert in the layers where tasks differ most (`router/task_load_map`; a
@@ -87,9 +89,11 @@ class RouterLoad(L.Callback):
 
     # ---------------------------------------------------------------- when
 
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        adapted_model(pl_module, self)  # or an error before training
+
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        assert isinstance(pl_module, AdaptationModule)
-        self._reader = StatisticsReader(pl_module.model)
+        self._reader = StatisticsReader(adapted_model(pl_module, self))
         self._layers = list(self._reader.routers)
         self._interval = self._map = self._epoch = self._unjudged = None
         self._examples = 0
@@ -108,16 +112,18 @@ class RouterLoad(L.Callback):
         interval = self.every_n_steps or trainer.log_every_n_steps  # type: ignore[attr-defined]
         if not self._layers or not interval:  # log_every_n_steps: 0 logs nothing
             return
-        assert isinstance(pl_module, AdaptationModule)
-        assert pl_module.batch_losses is not None
-        weight, balance = pl_module.batch_losses.weight, pl_module.batch_losses.balance
-        self._in_step.append(torch.stack([weight, weight * balance]))
-        self._examples += len(batch["id"]) * trainer.world_size
+        self._require_counted(pl_module)
+        if isinstance(pl_module, AdaptationModule):
+            assert pl_module.batch_losses is not None
+            weight, balance = pl_module.batch_losses.weight, pl_module.batch_losses.balance
+            self._in_step.append(torch.stack([weight, weight * balance]))
+        self._examples += num_examples(batch) * trainer.world_size
         if step == self._last_step:  # gradients are being accumulated
             return
         self._last_step = step
-        self._in_interval.append(torch.stack(self._in_step).sum(0))
-        self._in_step = []
+        if self._in_step:
+            self._in_interval.append(torch.stack(self._in_step).sum(0))
+            self._in_step = []
         log, draw = step % interval == 0, step % (self.heat_map_every_n_steps or 10 * interval) == 0
         if log or draw:
             self._collect(trainer)
@@ -163,6 +169,14 @@ class RouterLoad(L.Callback):
 
     # ---------------------------------------------------------------- what
 
+    def _require_counted(self, pl_module: L.LightningModule) -> None:
+        assert self._reader is not None
+        if not self._reader.has_counted:
+            raise UserError(
+                "RouterLoad: the routers recorded no tokens in the first batch; run the forward pass of "
+                f"{type(pl_module).__name__}.training_step inside `with recording(model): ...`, or call add_balance_loss(model)"
+            )
+
     def _collect(self, trainer: L.Trainer) -> None:
         assert self._reader is not None
         new = LoadSums.collect(trainer, self._reader)
@@ -171,13 +185,13 @@ class RouterLoad(L.Callback):
         self._epoch = new if self._epoch is None else self._epoch + new
 
     def _log(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        assert isinstance(pl_module, AdaptationModule)
         assert self._interval is not None
         interval, self._interval = self._interval, None
         layers = interval.layers
         self._unjudged = interval if self._unjudged is None else self._unjudged + interval
         metrics = {f"router/{name}": float(value.mean()) for name, value in self._measures(layers).items()}
-        metrics["router/balance_loss"] = self._balance_loss(trainer)
+        if self._in_interval:
+            metrics["router/balance_loss"] = self._balance_loss(trainer)
         for expert, (load, gate) in enumerate(zip(layers.load.mean(0), layers.over(0).gate, strict=True)):
             metrics |= {f"router/load/expert_{expert}": float(load), f"router/gate/expert_{expert}": float(gate)}
         for expert, count in enumerate(layers.dead(self.dead_below).sum(0).tolist()):
@@ -226,7 +240,7 @@ class RouterLoad(L.Callback):
 
     # ---------------------------------------------------------------- warnings
 
-    def _warn(self, layers: RouterStatistics, module: AdaptationModule, step: int) -> None:
+    def _warn(self, layers: RouterStatistics, module: L.LightningModule, step: int) -> None:
         """Warn once for a layer that collapses, once for an expert that dies."""
         names = self._layers
         balances, dead = layers.balance.tolist(), layers.dead(self.dead_below).tolist()
@@ -236,7 +250,7 @@ class RouterLoad(L.Callback):
         all_dead = [(name, e) for name, row in zip(names, dead, strict=True) for e, is_dead in enumerate(row) if is_dead]
         new_dead = [pair for pair in all_dead if pair not in self._warned and (pair[0], None) not in self._warned]
         self._warned.update(new_dead)
-        advice = _advice(module, layers.num_experts)
+        advice = self._advice(module, layers.num_experts)
         if new_layers:
             rank_zero_warn(
                 f"RouterLoad, step {step}: routing has collapsed, nearly all tokens go to the same "
@@ -247,6 +261,19 @@ class RouterLoad(L.Callback):
                 f"RouterLoad, step {step}: experts died, they serve less than {100 * self.dead_below:g} % of an even load and "
                 f"learn next to nothing: {shorten((f'{name} expert {expert}' for name, expert in new_dead), 4)}. {advice}"
             )
+
+    def _advice(self, module: L.LightningModule, num_experts: int) -> str:
+        weight = getattr(adapter_config(adapted_model(module, self)), "balance_weight", 0.0)
+        if not isinstance(module, AdaptationModule) or module.optimization is None:
+            return (
+                f"Raise balance_weight (now {weight:g}), lower the router's learning rate, or use fewer experts "
+                f"(num_experts, now {num_experts})"
+            )
+        group = module.optimization.router or module.optimization.experts
+        return (
+            f"Raise --model.adapter.balance_weight (now {weight:g}), lower --model.optimization.router.lr (now "
+            f"{group.lr if group else 0.0:g}), or use fewer experts (--model.adapter.num_experts, now {num_experts})"
+        )
 
 
 def enough_examples(count: int, layers: RouterStatistics, below: float, chance: float = 0.01) -> bool:
@@ -269,14 +296,3 @@ def enough_examples(count: int, layers: RouterStatistics, below: float, chance: 
     low = below * even
     divergence = (1 - low) * math.log((1 - low) / (1 - even)) + (low * math.log(below) if low > 0 else 0)
     return layers.counts.numel() * math.exp(-count * divergence) <= chance
-
-
-def _advice(module: AdaptationModule, num_experts: int) -> str:
-    config, optimization = adapter_config(module.model), module.optimization
-    assert optimization is not None
-    group = optimization.router or optimization.experts
-    return (
-        f"Raise --model.adapter.balance_weight (now {getattr(config, 'balance_weight', 0.0):g}), lower "
-        f"--model.optimization.router.lr (now {group.lr if group else 0.0:g}), or use fewer experts "
-        f"(--model.adapter.num_experts, now {num_experts})"
-    )

@@ -13,7 +13,7 @@ from torch import Tensor
 from fourier_moe import FourierMoEConfig, FourierMoELinear, SpectralExperts, adapters
 from fourier_moe.errors import UserError
 from fourier_moe.inject import adapter_config
-from lightning_modules.adaptation import AdaptationModule
+from lightning_modules.callbacks.any_module import adapted_model
 from lightning_modules.callbacks.monitoring.logged import log_now, logged_step, show_figures, tensorboards
 from lightning_modules.callbacks.monitoring.model_spectra import ModelSpectra
 from lightning_modules.callbacks.monitoring.spectral_figures import overlap, radial_occupancy, rings
@@ -83,9 +83,9 @@ class SpectralOccupancy(L.Callback):
     # ---------------------------------------------------------------- when
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        assert isinstance(pl_module, AdaptationModule)
-        found = {name: layer for name, layer in adapters(pl_module.model).items() if isinstance(layer, FourierMoELinear)}
-        self._experts = {name: layer.experts for name, layer in found.items()}
+        found = adapters(adapted_model(pl_module, self)).items()
+        layers = {name: layer for name, layer in found if isinstance(layer, FourierMoELinear)}
+        self._experts = {name: layer.experts for name, layer in layers.items()}
         self._measured = self._drawn = -1
         self._num_measured, self._not_before = 0, 0.0
         if not self._experts:
@@ -159,8 +159,7 @@ class SpectralOccupancy(L.Callback):
 
     def _report(self, trainer: L.Trainer, pl_module: L.LightningModule, measure: bool, draw: bool) -> ModelSpectra:
         """Log the values of a measurement or a picture, without the picture itself."""
-        assert isinstance(pl_module, AdaptationModule)
-        config = adapter_config(pl_module.model)
+        config = adapter_config(adapted_model(pl_module, self))
         assert isinstance(config, FourierMoEConfig)
         spectra = ModelSpectra.of(self._experts, config)
         metrics: dict[str, float] = {}

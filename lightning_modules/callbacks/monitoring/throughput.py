@@ -9,7 +9,7 @@ import lightning as L
 import torch
 
 from fourier_moe.errors import UserError
-from lightning_modules.adaptation import AdaptationModule
+from lightning_modules.callbacks.any_module import num_examples, real_tokens
 from lightning_modules.callbacks.monitoring.logged import log_now
 from lightning_modules.callbacks.monitoring.peak_memory import peak_resident_bytes
 
@@ -24,7 +24,7 @@ class Throughput(L.Callback):
     Every interval:
 
     - `speed/step_seconds`, per optimizer step; `speed/samples_per_second`; `speed/tokens_per_second`, without padding, where
-      the task knows its padding (`Task.token_mask`);
+      the task knows its padding (`Task.token_mask`), or batches of another LightningModule have an `attention_mask` (B, L);
     - `memory/gpu_peak_gib`, memory of tensors since training began, and `memory/process_peak_gib`, resident memory of the
       process since it began (not on Windows), each of the process that took most.
 
@@ -59,12 +59,11 @@ class Throughput(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        assert isinstance(pl_module, AdaptationModule)
         interval = self.every_n_steps or trainer.log_every_n_steps  # type: ignore[attr-defined]
         if not interval:  # log_every_n_steps: 0 logs nothing
             return
-        self._samples += len(batch["id"])
-        mask = pl_module.task.token_mask(batch)
+        self._samples += num_examples(batch)
+        mask = real_tokens(pl_module, batch)
         if mask is not None:
             tokens = mask.sum()  # stays on its device, so that no step waits for it
             self._tokens = tokens if self._tokens is None else self._tokens + tokens

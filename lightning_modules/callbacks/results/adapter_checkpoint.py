@@ -8,8 +8,10 @@ from typing import Any, Literal
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from fourier_moe import save_adapter
 from fourier_moe.errors import UserError
 from lightning_modules.adaptation import AdaptationModule
+from lightning_modules.callbacks.any_module import adapted_model
 from lightning_modules.run_directory import run_directory
 
 
@@ -40,6 +42,7 @@ class AdapterCheckpoint(L.Callback):
         self._lost: int | None = None  # step at which the best adapter was found to be missing
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        adapted_model(pl_module, self)  # or an error before training
         self._written = self._is_there(trainer)
         if not self._written:
             self.best = None
@@ -90,7 +93,6 @@ class AdapterCheckpoint(L.Callback):
         self.best = state_dict["best"]
 
     def _save(self, trainer: L.Trainer, pl_module: L.LightningModule, name: str) -> None:
-        assert isinstance(pl_module, AdaptationModule)
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         directory = run_directory(trainer) / name
@@ -99,7 +101,10 @@ class AdapterCheckpoint(L.Callback):
             logged = trainer.callback_metrics.items()
             metrics = {key: float(value) for key, value in logged if key.startswith(("train/", "val/"))}
             try:
-                pl_module.save_adapter(directory, metrics)
+                if isinstance(pl_module, AdaptationModule):
+                    pl_module.save_adapter(directory, metrics)
+                else:
+                    save_adapter(adapted_model(pl_module, self), directory, metrics=metrics)
             except (ValueError, OSError) as error:
                 problem, cause = f"the adapter of step {trainer.global_step} was not written: {error}", error
         problem = trainer.strategy.broadcast(problem)  # all processes stop; otherwise the others would wait for one

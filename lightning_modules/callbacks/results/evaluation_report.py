@@ -13,6 +13,7 @@ from fourier_moe.errors import UserError
 from fourier_moe.files.writing import replace_files
 from fourier_moe.models.backbone import backbone_name
 from lightning_modules.adaptation import AdaptationModule
+from lightning_modules.callbacks.any_module import adaptation_module
 from lightning_modules.callbacks.processes import of_all_processes
 from lightning_modules.callbacks.results.evaluation_place import EvaluatedExamples, data_of, place, place_unfinished
 from lightning_modules.callbacks.results.evaluation_table import average, format_results, score_rows
@@ -50,7 +51,7 @@ class EvaluationReport(L.Callback):
         self._partial: str | None = None  # the limit that left out a part of the data
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        assert isinstance(pl_module, AdaptationModule)
+        module = adaptation_module(pl_module, self)
         self._sets: dict[str, list[Row]] = {name or _command(trainer): [] for name in set_names(_loaders(trainer))}
         self._finished: dict[str, dict[str, Row]] = {}
         self._output: Path | None = None
@@ -58,11 +59,11 @@ class EvaluationReport(L.Callback):
         self._examples = EvaluatedExamples()
         if _reports(trainer):
             self._partial = limit_of(trainer, _command(trainer), each_loader(_loaders(trainer)))
-            self._output = self._directory(trainer, pl_module)
-            task = pl_module.task
+            self._output = self._directory(trainer, module)
+            task = module.task
             if isinstance(task, CausalLanguageModel) and (_command(trainer) != "validate" or task.generate_in_validation):
                 self._writer = task
-                self._open(trainer, pl_module, self._output, task)
+                self._open(trainer, module, self._output, task)
 
     def on_test_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -96,17 +97,15 @@ class EvaluationReport(L.Callback):
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Drop the rows: the module may get other weights."""
-        assert isinstance(pl_module, AdaptationModule)
-        if isinstance(pl_module.task, CausalLanguageModel):
+        if isinstance(pl_module, AdaptationModule) and isinstance(pl_module.task, CausalLanguageModel):
             pl_module.task.finished = {}
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        assert isinstance(pl_module, AdaptationModule)
         if self._output is None:
             return
         rows, examples = _gather(trainer, self._sets), self._examples.digests(trainer)
         if trainer.is_global_zero:
-            self._write(trainer, pl_module, rows, examples)
+            self._write(trainer, adaptation_module(pl_module, self), rows, examples)
 
     on_validation_start, on_predict_start = on_test_start, on_test_start
     on_validation_batch_start, on_predict_batch_start = on_test_batch_start, on_test_batch_start

@@ -16,6 +16,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from fourier_moe.errors import UserError
 from fourier_moe.files.writing import replacing
 from lightning_modules.adaptation import AdaptationModule
+from lightning_modules.callbacks.any_module import adaptation_module
 from lightning_modules.callbacks.processes import of_all_processes
 from lightning_modules.callbacks.results.sealed_rows import user_key
 from lightning_modules.callbacks.results.unfinished_evaluation import about
@@ -57,14 +58,14 @@ class PredictionsWriter(L.Callback):
         self.path = path
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        assert isinstance(pl_module, AdaptationModule)
-        if isinstance(pl_module.task, CausalLanguageModel):
+        module = adaptation_module(pl_module, self)
+        if isinstance(module.task, CausalLanguageModel):
             raise UserError(
                 "PredictionsWriter writes probabilities of classes, and a language model has none; use EvaluationReport"
             )
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        self._rows = self._open(trainer, pl_module)
+        self._rows = self._open(trainer, module)
         self._seen = 0
         self._known = min(of_all_processes(trainer, len(self._rows)))
         self._rows.keep(self._known)
@@ -75,17 +76,17 @@ class PredictionsWriter(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Skip a batch whose rows are on disk; if the model is sharded, all processes skip it or none does."""
-        assert isinstance(pl_module, AdaptationModule)
+        module = adaptation_module(pl_module, self)
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         self._inputs = fingerprint(batch)
         skips = self._seen < self._known and self._rows.inputs(self._seen) == self._inputs
-        if self._seen < self._known and is_sharded(pl_module.model):
+        if self._seen < self._known and is_sharded(module.model):
             skips = trainer.strategy.reduce_boolean_decision(skips, all=True)
         if not skips and self._seen < self._known:  # the data changed
             self._rows.keep(self._seen)
             self._known = self._seen
-        pl_module.skips_prediction = skips
+        module.skips_prediction = skips
 
     def on_predict_batch_end(
         self,
@@ -96,24 +97,23 @@ class PredictionsWriter(L.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        assert isinstance(pl_module, AdaptationModule)
+        module = adaptation_module(pl_module, self)
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        if not pl_module.skips_prediction:
+        if not module.skips_prediction:
             loader = each_loader(trainer.predict_dataloaders)[dataloader_idx]
             own = outputs[: num_own(loader, batch_idx, len(outputs))]
             try:
-                self._rows.append(dataloader_idx, self._inputs, _lines(own, pl_module))
+                self._rows.append(dataloader_idx, self._inputs, _lines(own, module))
             except OSError as error:
                 raise UserError(
                     f"predictions cannot be written ({error.strerror}); free some space and repeat the command"
                 ) from error
         self._seen += 1
-        pl_module.skips_prediction = False
+        module.skips_prediction = False
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write one file of all batches, in the order of the data."""
-        assert isinstance(pl_module, AdaptationModule)
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         path = Path(self.path) if self.path else run_directory(trainer) / "predictions.csv"  # a collective call
@@ -139,8 +139,8 @@ class PredictionsWriter(L.Callback):
         self._rows.remove()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        assert isinstance(pl_module, AdaptationModule)
-        pl_module.skips_prediction = False
+        if isinstance(pl_module, AdaptationModule):
+            pl_module.skips_prediction = False
         if hasattr(self, "_rows"):
             self._rows.close()
 

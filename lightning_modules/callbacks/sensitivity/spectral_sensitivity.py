@@ -18,6 +18,7 @@ from fourier_moe.analysis.sensitivity import Sensitivity, dense_gradients, measu
 from fourier_moe.errors import UserError
 from fourier_moe.models.projection import weight_matrix
 from lightning_modules.adaptation import AdaptationModule
+from lightning_modules.callbacks.any_module import adaptation_module
 from lightning_modules.callbacks.sensitivity.sensitivity_report import FROZEN, GRADIENT, UPDATE, SensitivityReport, gradient_of
 from lightning_modules.run_directory import run_directory
 
@@ -73,29 +74,29 @@ class SpectralSensitivity(L.Callback):
         self.report: SensitivityReport | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        assert isinstance(pl_module, AdaptationModule)
-        if not isinstance(pl_module.adapter, FourierMoEConfig):
-            raise UserError(f"SpectralSensitivity needs a FourierMoEConfig adapter, got {type(pl_module.adapter).__name__}")
+        adapter = adaptation_module(pl_module, self).adapter
+        if not isinstance(adapter, FourierMoEConfig):
+            raise UserError(f"SpectralSensitivity needs a FourierMoEConfig adapter, got {type(adapter).__name__}")
         if trainer.world_size > 1:
             raise UserError(f"SpectralSensitivity runs on one device, got {trainer.world_size}; set trainer.devices to 1")
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        assert isinstance(pl_module, AdaptationModule)
-        config = pl_module.adapter
+        module = adaptation_module(pl_module, self)
+        config = module.adapter
         assert isinstance(config, FourierMoEConfig)
-        projections = adapters(pl_module.model)
+        projections = adapters(module.model)
         full_weights = None if self.full_weights is None else _full_weights(self.full_weights, projections)
         with isolate_rng():
             batches = list(islice(iter(trainer.train_dataloader), self.num_batches))  # type: ignore[arg-type]
-        modes = {module: module.training for module in pl_module.modules()}
-        pl_module.eval()
+        modes = {part: part.training for part in module.modules()}
+        module.eval()
         results: dict[tuple[str, str], Sensitivity] = {}
-        for (source, name), matrix in self._matrices(trainer, pl_module, projections, batches, full_weights):
+        for (source, name), matrix in self._matrices(trainer, module, projections, batches, full_weights):
             results[source, name] = measure(
                 matrix, strongest=config.num_coefficients, permutations=self.permutations, num_bins=self.num_bins
             )
-        for module, mode in modes.items():
-            module.training = mode
+        for part, mode in modes.items():
+            part.training = mode
         self.report = SensitivityReport(results, config)
         directory = Path(self.directory) if self.directory else run_directory(trainer) / "sensitivity"
         self.report.write(directory)

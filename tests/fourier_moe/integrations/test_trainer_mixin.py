@@ -1,10 +1,8 @@
 """AdapterTrainerMixin and add_balance_loss in transformers.Trainer: losses, rates, checkpoints, and resuming to the bit."""
 
-import re
-
 import pytest
 import torch
-from support import REPOSITORY
+from support.pages import section_code
 from torch.utils.data import Dataset
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
@@ -102,13 +100,12 @@ def test_ten_lines_train_save_reload_and_resume_to_the_bit(tmp_path):
 
 
 def test_the_page_s_code_trains_and_its_hook_is_taken_away(tmp_path):
-    page = (REPOSITORY / "docs/guides/other_trainers.md").read_text(encoding="utf-8")
-    trainer_code, hook_code = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    trainer_code = section_code("guides/other_trainers", "transformers.Trainer, and TRL")
     args = TrainingArguments(str(tmp_path), max_steps=2, save_steps=2, report_to=[], use_cpu=True, disable_tqdm=True)
     space = {"model": BertForSequenceClassification(BERT), "args": args, "data": Sentences()}
     exec(trainer_code.replace("num_coefficients=1024", "num_coefficients=64"), space)  # this model is 32 wide
     assert (tmp_path / "checkpoint-2/adapter.safetensors").exists()
-    exec(hook_code, space)
+    exec(section_code("guides/other_trainers", "A trainer that you cannot subclass"), space)
     space["remove"]()
 
 

@@ -196,7 +196,7 @@ def test_default_directory_is_beside_the_adapter_or_checkpoint_or_in_the_run(eva
 def test_checkpoint_at_an_address_leaves_its_report_in_the_run(tmp_path):
     class Trainer:
         ckpt_path, strategy, log_dir = "s3://bucket/last.ckpt", language_trainer(tmp_path).strategy, str(tmp_path)
-        state, callbacks = language_trainer(tmp_path).state, ()
+        state, callbacks, logger = language_trainer(tmp_path).state, (), None
 
     Trainer.state.fn = TrainerFn.TESTING
     assert EvaluationReport()._directory(Trainer(), language_module()) == tmp_path / "test"
