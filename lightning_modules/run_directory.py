@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -23,7 +25,8 @@ class RunDirectory(L.Callback):
 
     The first logger names it: TensorBoardLogger and CSVLogger by `log_dir`, other loggers by `<save_dir>/<name>/<version>`. A
     number that the logger does not set is claimed by creating the directory, so two runs that start at the same moment get
-    different ones. A run holds a lock while it trains, until its process ends: a second run of the same name is refused.
+    different ones. A run holds a lock while it trains, until its process ends: a second run of the same name is refused. A run
+    that is refused before its first batch leaves no directory, see `discard`.
 
     Attributes:
         path: the directory, known after `claim`; a guess on all processes but the first, see `run_directory`.
@@ -31,6 +34,8 @@ class RunDirectory(L.Callback):
 
     def __init__(self) -> None:
         self.path: Path | None = None
+        self._created: list[list[Path]] = []
+        self._begun = False
         self._lock: Lock | None = None
 
     def claim(self, trainer: L.Trainer, numbered: bool = False) -> Path | None:
@@ -43,7 +48,7 @@ class RunDirectory(L.Callback):
             UserError: if it cannot be written.
         """
         if self.path is None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            self.path = _claim(trainer, numbered)
+            self.path = _claim(trainer, numbered, self._created if _is_first(trainer) else None)
             for callback in trainer.checkpoint_callbacks:
                 if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
                     callback.dirpath = str(self.path / "checkpoints")
@@ -69,13 +74,21 @@ class RunDirectory(L.Callback):
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         self._unlock()
-        self.discard(trainer)
 
-    def discard(self, trainer: L.Trainer) -> None:
-        """Remove the directory of a run that has left nothing in it."""
-        if self.path is not None and _is_first(trainer):
-            with contextlib.suppress(OSError):
-                self.path.rmdir()
+    def _begin(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
+        self._begun |= not trainer.sanity_checking
+
+    on_train_batch_end = on_validation_batch_end = on_test_batch_end = on_predict_batch_end = _begin
+
+    def discard(self) -> None:
+        """Remove what `claim` has created, with all files in it, if the run has not finished a batch."""
+        for path, *above in [] if self._begun else self._created:
+            with contextlib.suppress(OSError):  # a BlockingIOError if another run has begun there
+                lock = take_lock(path)
+                shutil.rmtree(path, ignore_errors=True)
+                release_lock(lock)
+                for directory in above:
+                    directory.rmdir()
 
     def _unlock(self) -> None:
         release_lock(self._lock)
@@ -122,28 +135,28 @@ def require_no_run(directory: Path) -> None:
         )
 
 
-def _claim(trainer: L.Trainer, numbered: bool) -> Path:
+def _claim(trainer: L.Trainer, numbered: bool, created: list[list[Path]] | None) -> Path:
+    """Create the directory, unless `created` is None; append to `created` what was not there, a directory before its parent."""
     loggers = trainer.loggers
-    first = _is_first(trainer)
     if not loggers:
         root = Path(trainer.default_root_dir)
-        return _next_version(root / _WITHOUT_LOGGER, _ROOT_DIR, first) if numbered else _made(root, _ROOT_DIR, first)
+        return _next_version(root / _WITHOUT_LOGGER, _ROOT_DIR, created) if numbered else _made(root, _ROOT_DIR, created)
     numbers: dict[str, int] = {}  # by root directory; loggers of one directory share its number
     for logger in loggers:
         if isinstance(logger, (TensorBoardLogger, CSVLogger)) and logger._version is None and "://" not in logger.root_dir:
             if logger.root_dir not in numbers:
                 expanded = os.path.expanduser(os.path.expandvars(logger.root_dir))
-                path = _next_version(Path(expanded), _SAVE_DIR, first)
+                path = _next_version(Path(expanded), _SAVE_DIR, created)
                 numbers[logger.root_dir] = int(path.name.removeprefix("version_"))
             logger._version = numbers[logger.root_dir]
     logger = loggers[0]
     if isinstance(logger, (TensorBoardLogger, CSVLogger)):
-        return _made(Path(logger.log_dir), _SAVE_DIR, first)
+        return _made(Path(logger.log_dir), _SAVE_DIR, created)
     getattr(logger, "experiment", None)  # starts the run of W&B and MLflow, which gives it its name
     root = _root(trainer, logger)
     if logger.version is None:
-        return _next_version(root, _SAVE_DIR, first)
-    return _made(root / _version_name(logger.version), _SAVE_DIR, first)
+        return _next_version(root, _SAVE_DIR, created)
+    return _made(root / _version_name(logger.version), _SAVE_DIR, created)
 
 
 def _is_first(trainer: L.Trainer) -> bool:
@@ -161,22 +174,32 @@ def _version_name(version: int | str | None) -> str:
     return version if isinstance(version, str) else f"version_{version}"
 
 
-def _next_version(root: Path, option: str, make: bool) -> Path:
-    """Return the first free `version_<k>` after all existing ones; with `make`, create it, so that no other run gets it."""
+def _next_version(root: Path, option: str, created: list[list[Path]] | None) -> Path:
+    """Return the first free `version_<k>` after all existing ones, created unless `created` is None."""
     numbers = [path.name.removeprefix("version_") for path in root.glob("version_*")]
     number = max((int(text) for text in numbers if text.isdecimal()), default=-1) + 1
-    if not make:
+    if created is None:
         return root / f"version_{number}"
     require_writable(root, option)
+    above = _missing(root)
     while True:
+        path = root / f"version_{number}"
         with contextlib.suppress(FileExistsError):
-            (root / f"version_{number}").mkdir(parents=True)
-            return root / f"version_{number}"
+            path.mkdir(parents=True)
+            created.append([path, *above])
+            return path
         number += 1
 
 
-def _made(path: Path, option: str, make: bool) -> Path:
-    if make and "://" not in str(path):
+def _made(path: Path, option: str, created: list[list[Path]] | None) -> Path:
+    if created is not None and "://" not in str(path):
         require_writable(path, option)
+        if missing := _missing(path):
+            created.append(missing)
         path.mkdir(parents=True, exist_ok=True)
     return path
+
+
+def _missing(path: Path) -> list[Path]:
+    """Return the directory and those above it that do not exist yet, from the inside out."""
+    return [directory for directory in (path, *path.parents) if not directory.exists()]

@@ -67,7 +67,7 @@ class AdaptationCLI(LightningCLI):
     """AdaptationModule with any LightningDataModule; `commands/front_door.py` adds the other commands.
 
     Every command starts from DEFAULTS. Overrides these private methods of LightningCLI: `_prepare_subcommand_parser`,
-    `_set_seed`, `_prepare_subcommand_kwargs`, `_parse_ckpt_path`; calls `_get`.
+    `_set_seed`, `_run_subcommand`, `_prepare_subcommand_kwargs`, `_parse_ckpt_path`; calls `_get`.
 
     Args:
         args: the command line; None takes the process's own.
@@ -185,16 +185,21 @@ class AdaptationCLI(LightningCLI):
         self.before_test()
         self.config_init[self.subcommand].return_predictions = False
 
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Leave no directory behind if the run is refused before its first batch."""
+        try:
+            super()._run_subcommand(subcommand)
+        except Exception as error:
+            if user_error(error) is not None:
+                attach_run_directory(self.trainer).discard()
+            raise
+
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         """Fetch the model first: it is between `before_<subcommand>` and the subcommand, which fetches gigabytes of data."""
-        try:
-            if subcommand == "fit" and self.trainer.strategy.root_device.type == "cpu":
-                bound_cpu_time(self.trainer, self.model.task, self.datamodule)
-                self.trainer.callbacks.append(StepTime())  # type: ignore[attr-defined]
-            self.model.task.fetch()
-        except BaseException:
-            attach_run_directory(self.trainer).discard(self.trainer)
-            raise
+        if subcommand == "fit" and self.trainer.strategy.root_device.type == "cpu":
+            bound_cpu_time(self.trainer, self.model.task, self.datamodule)
+            self.trainer.callbacks.append(StepTime())  # type: ignore[attr-defined]
+        self.model.task.fetch()
         return super()._prepare_subcommand_kwargs(subcommand)
 
     def after_validate(self) -> None:

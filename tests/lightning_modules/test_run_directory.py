@@ -6,6 +6,7 @@ import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Barrier
+from unittest.mock import Mock
 
 import pytest
 import yaml
@@ -13,6 +14,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.loggers.logger import Logger
 from support.token_task import TokenData, token_module, token_trainer
 
+from fourier_moe.errors import UserError
 from lightning_modules.callbacks import AdapterCheckpoint
 from lightning_modules.interruption.locks import take_lock
 from lightning_modules.run_directory import attach_run_directory, run_directory
@@ -161,13 +163,38 @@ def test_new_run_is_not_written_over_another(run, tmp_path, no_training):
     assert os.listdir(tmp_path / "demo/mine") == ["adapter"]
 
 
-def test_refused_run_leaves_no_directory(run, tmp_path, no_training):
-    with pytest.raises(ValueError, match="StochasticWeightAveraging"):
-        run("fit", *DEMO, f"--trainer.callbacks+={LIGHTNING}.StochasticWeightAveraging", "--trainer.callbacks.swa_lrs", "0.1")
-    assert os.listdir(tmp_path / "demo") == []
-    with pytest.raises(ValueError, match=r"missing\.json"):
-        run("fit", *DEMO, "--model.task.init_args.model", "missing.json")
-    assert os.listdir(tmp_path / "demo") == []
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ((f"--trainer.callbacks+={LIGHTNING}.StochasticWeightAveraging", "--trainer.callbacks.swa_lrs", "0.1"), "Stochastic"),
+        (("--model.task.init_args.model", "missing.json"), r"missing\.json"),
+        (("--data.init_args.image_size", "16"), "images are 16 x 16"),  # found by the first batch, with the loggers' files open
+    ],
+)
+def test_refused_run_leaves_no_directory(run, tmp_path, no_training, words, message):
+    with pytest.raises(ValueError, match=message):
+        run("fit", *DEMO, *words)
+    assert os.listdir(tmp_path) == []
+    (tmp_path / "demo/mine").mkdir(parents=True)  # what was there before stays
+    with pytest.raises(ValueError, match=message):
+        run("fit", *DEMO, *words, "--trainer.logger.init_args.version", "mine")
+    assert os.listdir(tmp_path / "demo") == ["mine"]
+
+
+@pytest.mark.parametrize("other", ["a batch", "another run", "a bug"])
+def test_directory_of_a_run_that_has_begun_stays(run, tmp_path, monkeypatch, other):
+    def step(module, *_):
+        if other == "a batch":
+            callback = attach_run_directory(module.trainer)
+            callback.on_train_batch_end(module.trainer, module)
+        elif other == "another run":
+            monkeypatch.setattr("lightning_modules.run_directory.take_lock", Mock(side_effect=BlockingIOError))
+        raise (RuntimeError if other == "a bug" else UserError)("refused")
+
+    monkeypatch.setattr("lightning_modules.AdaptationModule.training_step", step)
+    with pytest.raises((RuntimeError, UserError), match="refused"):
+        run("fit", *DEMO)
+    assert (tmp_path / "demo/version_0/config.yaml").is_file()
 
 
 REFUSED = {
