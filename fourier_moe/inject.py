@@ -82,7 +82,7 @@ def replace_projections(model: nn.Module, config: ProjectionAdapterConfig, names
     """Replace the projections of these names by the layers that are registered for the config."""
     names = set(names)
     split_fused(model, names)
-    _check_projections(model, names, config)
+    check_projections(model, names, config)
     layers: dict[int, Adapter] = {}  # by identity of the base: a projection shared by two parents stays shared
     with nullcontext() if layer_class(config).named_generator else _seeded(config.seed or 0):
         for name in (name for name, _ in list(model.named_modules(remove_duplicate=False)) if name in names):
@@ -104,7 +104,12 @@ def _seeded(seed: int) -> Iterator[None]:
         yield
 
 
-def _check_projections(model: nn.Module, names: Iterable[str], config: ProjectionAdapterConfig) -> None:
+def check_projections(model: nn.Module, names: Iterable[str], config: ProjectionAdapterConfig) -> None:
+    """Refuse projections that a config's layer cannot stand in for.
+
+    Raises:
+        UserError: naming the projection, and what is wrong with it.
+    """
     for name in sorted(names):
         projection = model.get_submodule(name)
         try:

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fourier_moe.adapter import adapters
 from fourier_moe.errors import UserError
 from fourier_moe.inject import balance_loss, is_adapted, regularization
 from fourier_moe.routing.recording import recording
@@ -19,7 +20,8 @@ def add_balance_loss(model: nn.Module, accumulation_steps: int = 1) -> Callable[
     For a trainer that cannot be subclassed. `AdapterTrainerMixin` does more, so prefer it for `transformers.Trainer`.
 
     Args:
-        model: an adapted model whose output has `loss`, as all heads of transformers return it for `labels`.
+        model: a model adapted by `inject` or by peft, whose output has `loss`, as all heads of transformers return it for
+            `labels`.
         accumulation_steps: micro-batches per optimizer step, where the trainer sums their losses instead of dividing them
             (transformers' Trainer does that if the model's forward takes `num_items_in_batch`, as language models do).
 
@@ -29,8 +31,8 @@ def add_balance_loss(model: nn.Module, accumulation_steps: int = 1) -> Callable[
     Raises:
         UserError: if the model is not adapted, has the hook already, or accumulation_steps is less than 1.
     """
-    if not is_adapted(model):
-        raise UserError(f"{type(model).__name__} is not adapted; call inject(model, config) before add_balance_loss")
+    if not (is_adapted(model) or adapters(model)):
+        raise UserError(f"{type(model).__name__} is not adapted; call inject(model, config), or peft's get_peft_model, first")
     if accumulation_steps < 1:
         raise UserError(f"accumulation_steps={accumulation_steps} must be 1 or more")
     if "forward" in vars(model) and hasattr(model.forward, "without_balance_loss"):

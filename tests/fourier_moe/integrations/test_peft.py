@@ -1,0 +1,180 @@
+"""FourierMoE as a tuner of peft: outputs as those of `inject`, saving and loading, several adapters, training, refusals."""
+
+import json
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from peft.utils import get_peft_model_state_dict
+from support.pages import section_code
+from torch import nn
+from torch.utils.data import Dataset
+from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
+
+from fourier_moe import FourierMoEConfig, adapters, balance_loss, inject, recording
+from fourier_moe.errors import UserError
+from fourier_moe.integrations import add_balance_loss
+from fourier_moe.integrations.peft import FourierMoEPeftConfig
+
+BERT = BertConfig(
+    vocab_size=40,
+    hidden_size=32,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    intermediate_size=32,
+    max_position_embeddings=8,
+    num_labels=2,
+    hidden_dropout_prob=0.0,
+    attention_probs_dropout_prob=0.0,
+)
+METHOD = {"num_coefficients": 64, "num_experts": 4, "balance_weight": 0.1}
+BATCH = {"input_ids": torch.arange(1, 33).view(4, 8), "labels": torch.tensor([0, 1, 0, 1])}
+
+
+def fresh(dtype=torch.float32):
+    torch.manual_seed(0)
+    return BertForSequenceClassification(BERT).to(dtype).eval()
+
+
+def config(**settings):
+    return FourierMoEPeftConfig(target_modules=["query", "value"], modules_to_save=["classifier"], **{**METHOD, **settings})
+
+
+def learn(model):
+    """Give the experts values, the same in every model of one config."""
+    generator = torch.Generator().manual_seed(1)
+    for adapter in adapters(model).values():
+        adapter.experts.coefficients.data.normal_(generator=generator)
+    return model
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(BATCH["input_ids"]).logits
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_outputs_and_losses_are_those_of_inject_to_the_bit(dtype):
+    ours = fresh(dtype)
+    inject(ours, FourierMoEConfig(targets=["query", "value"], **METHOD, head=["classifier"]))
+    theirs = learn(get_peft_model(fresh(dtype), config()))
+    assert torch.equal(logits(theirs), logits(learn(ours)))
+    assert theirs.get_nb_trainable_parameters()[0] == sum(p.numel() for p in ours.parameters() if p.requires_grad)
+    assert {adapter.experts.coefficients.dtype for adapter in adapters(theirs).values()} == {torch.float32}
+    with recording(ours), recording(theirs):
+        assert torch.equal(ours(**BATCH).loss, theirs(**BATCH).loss)
+        assert torch.equal(balance_loss(ours), balance_loss(theirs))
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_what_is_saved_is_loaded_to_the_bit(tmp_path, low_cpu_mem_usage):
+    model = learn(get_peft_model(fresh(), config(seed=3)))
+    with torch.no_grad():
+        model.base_model.model.classifier.modules_to_save["default"].weight.add_(1)
+    model.save_pretrained(tmp_path)
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= {file.name for file in tmp_path.iterdir()}
+    assert json.loads((tmp_path / "adapter_config.json").read_text(encoding="utf-8"))["peft_type"] == "FOURIER_MOE"
+    loaded = PeftModel.from_pretrained(fresh(), tmp_path, adapter_name="other", low_cpu_mem_usage=low_cpu_mem_usage)
+    assert torch.equal(logits(loaded), logits(model))
+    stored, again = get_peft_model_state_dict(model), get_peft_model_state_dict(loaded, adapter_name="other")
+    assert stored.keys() == again.keys()
+    assert all(torch.equal(value, again[name]) for name, value in stored.items())
+    assert not any(parameter.requires_grad for parameter in loaded.parameters())
+
+
+def test_adapters_are_disabled_chosen_removed_and_never_merged():
+    plain = logits(fresh())
+    model = learn(get_peft_model(fresh(), config()))
+    first = logits(model)
+    assert not torch.equal(first, plain)
+    with model.disable_adapter():
+        assert torch.equal(logits(model), plain)
+    model.add_adapter("second", FourierMoEPeftConfig(target_modules=["query"], num_coefficients=16, num_experts=2))
+    assert torch.equal(logits(model), first)
+    model.set_adapter("second")
+    assert torch.equal(logits(model), plain)  # it has not learnt anything
+    assert {name.split(".")[-3] for name, p in model.named_parameters() if p.requires_grad} == {"second"}
+    model.set_adapter("default")
+    assert torch.equal(logits(model), first)
+    for merge in (model.merge_and_unload, model.merge_adapter):
+        with pytest.raises(UserError, match="FourierMoELinear cannot be merged into one weight"):
+            merge()
+    model.delete_adapter("second")
+    assert torch.equal(logits(model.unload()), plain)
+
+
+def test_two_active_adapters_add_up_on_a_transposed_projection():
+    torch.manual_seed(0)
+    base = GPT2LMHeadModel(GPT2Config(vocab_size=40, n_positions=8, n_embd=32, n_layer=1, n_head=2)).eval()
+    settings = {**METHOD, "target_modules": ["c_attn"]}
+    model = get_peft_model(base, FourierMoEPeftConfig(**settings))
+    model.add_adapter("second", FourierMoEPeftConfig(**settings, seed=1))
+    learn(model)
+    layer = model.base_model.model.transformer.h[0].attn.c_attn
+    x = torch.randn(2, 3, 32)
+    outputs = []
+    for names in ([], ["default"], ["second"], ["default", "second"]):
+        layer.set_adapter(names)
+        outputs.append(layer(x))
+    none, first, second, both = outputs
+    torch.testing.assert_close(both - none, (first - none) + (second - none))
+
+
+class Sentences(Dataset):
+    def __len__(self):
+        return 16
+
+    def __getitem__(self, index):
+        ids = torch.randint(1, 40, (8,), generator=torch.Generator().manual_seed(index))
+        return {"input_ids": ids, "labels": ids[0] % 2}
+
+
+def test_the_page_s_code_trains_saves_loads_and_resumes_to_the_bit(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code = section_code("guides/other_trainers", "PEFT").replace("num_coefficients=1024", "num_coefficients=64")
+    args = TrainingArguments(
+        "out", max_steps=4, save_steps=2, logging_steps=1, report_to=[], use_cpu=True, disable_tqdm=True, learning_rate=1e-2
+    )
+    space = {"model": fresh(), "fresh_model": fresh(), "args": args, "data": Sentences()}
+    exec(code, space)
+    assert (tmp_path / "out/checkpoint-2/adapter_model.safetensors").exists()
+    trained = get_peft_model_state_dict(space["model"])
+
+    resumed = get_peft_model(fresh(), space["config"])
+    add_balance_loss(resumed)
+    Trainer(model=resumed, args=args, train_dataset=Sentences()).train(resume_from_checkpoint="out/checkpoint-2")
+    again = get_peft_model_state_dict(resumed)
+    assert all(torch.equal(value, again[name]) for name, value in trained.items())
+    assert any(value.any() for name, value in trained.items() if name.endswith("coefficients"))
+
+
+def test_the_balance_loss_falls():
+    model = get_peft_model(fresh(), config()).train()
+    optimizer = torch.optim.SGD([p for name, p in model.named_parameters() if name.endswith("router.weight")], lr=1.0)
+    losses = []
+    for _ in range(10):
+        with recording(model):
+            model(**BATCH)
+            losses.append(balance_loss(model))
+        optimizer.zero_grad()
+        losses[-1].backward()
+        optimizer.step()
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_coefficients": 63}, "num_coefficients=63 must be a positive multiple"),
+        ({"router_scope": "block"}, "router_scope='block' must be 'projection' in peft"),
+        ({"top_k": 9}, "top_k=9"),
+    ],
+)
+def test_impossible_settings_are_named(settings, message):
+    with pytest.raises(UserError, match=message):
+        config(**settings)
+
+
+def test_what_is_no_projection_is_named():
+    with pytest.raises(UserError, match=r"targets match '1': LayerNorm is no linear projection"):
+        get_peft_model(nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)), FourierMoEPeftConfig(target_modules=["1"], **METHOD))
