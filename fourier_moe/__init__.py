@@ -6,6 +6,9 @@ save_adapter(model, "adapter")
 load_adapter(fresh_model, "adapter")
 """
 
+import sys
+from pathlib import Path
+
 from fourier_moe.adapter import Adapter, adapters, layer_of
 from fourier_moe.analysis.spectra import ExpertSpectra
 from fourier_moe.baselines import (
@@ -98,3 +101,6 @@ __all__ = [
     "routers",
     "save_adapter",
 ]
+
+if (_trainer := Path(__file__).parent / "trainer").is_dir():  # a wheel has lightning_modules and datamodules in there
+    sys.path.append(str(_trainer))

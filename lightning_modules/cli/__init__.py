@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import glob
 import logging
 import pydoc
 import warnings
-from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -23,6 +21,7 @@ from lightning_modules.callbacks import EvaluationReport
 from lightning_modules.callbacks.monitoring.cpu_time import StepTime, bound_cpu_time
 from lightning_modules.callbacks.results.next_commands import next_commands
 from lightning_modules.cli.argument_parser import ArgumentParser
+from lightning_modules.cli.config_files import ON_DEFAULTS
 from lightning_modules.interruption import (
     CheckedCheckpointIO,
     checkpoint_directories,
@@ -37,9 +36,6 @@ from lightning_modules.tasks import Task
 from lightning_modules.tasks.backbones.hugging_face import tokenizer_name
 from lightning_modules.training.supported_callbacks import without_use
 from lightning_modules.training.trainer_arguments import MAX_SEED, check_trainer_arguments, refused_by_lightning
-
-DEFAULTS = Path(__file__).parents[2] / "configs/defaults.yaml"
-ON_DEFAULTS = {"default_config_files": [glob.escape(str(DEFAULTS))]}
 
 set_parsing_settings(subclasses_enabled=[AdapterConfig])  # a dataclass, which jsonargparse otherwise takes as final
 warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")  # Lightning 2.6 on torch 2.15
@@ -66,8 +62,8 @@ class SaveConfig(SaveConfigCallback):
 class AdaptationCLI(LightningCLI):
     """AdaptationModule with any LightningDataModule; `commands/front_door.py` adds the other commands.
 
-    Every command starts from DEFAULTS. Overrides these private methods of LightningCLI: `_prepare_subcommand_parser`,
-    `_set_seed`, `_run_subcommand`, `_prepare_subcommand_kwargs`, `_parse_ckpt_path`; calls `_get`.
+    Every command starts from configs/defaults.yaml. Overrides these private methods of LightningCLI:
+    `_prepare_subcommand_parser`, `_set_seed`, `_run_subcommand`, `_prepare_subcommand_kwargs`, `_parse_ckpt_path`; calls `_get`.
 
     Args:
         args: the command line; None takes the process's own.

@@ -11,7 +11,7 @@ from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
 from fourier_moe.errors import UserError, printable
-from lightning_modules.cli import older_configs
+from lightning_modules.cli.config_files import find_config, update
 from lightning_modules.cli.parse_errors import one_line
 
 
@@ -34,7 +34,18 @@ class ArgumentParser(LightningArgumentParser):
 
     def parse_string(self, content: str, *args: Any, **kwargs: Any) -> Namespace:
         """Parse the text of a config, an older run's too."""
-        return super().parse_string(older_configs.update(content), *args, **kwargs)
+        return super().parse_string(update(content), *args, **kwargs)
+
+    def parse_args(self, args: Any = None, *rest: Any, **kwargs: Any) -> Namespace:
+        """Parse a command line, in which shipped configs may go by their names."""
+        words = list(sys.argv[1:] if args is None else args)
+        for place, word in enumerate(words):
+            name, equals, value = word.partition("=")
+            if name in ("--config", "-c") and equals:
+                words[place] = f"{name}={find_config(value)}"
+            elif place and words[place - 1] in ("--config", "-c"):
+                words[place] = find_config(word)
+        return super().parse_args(words, *rest, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the error and exit with status 2. Parsers of single classes raise it, for the whole parser to print."""

@@ -9,6 +9,8 @@ from typing import Any
 
 import yaml
 
+from lightning_modules.cli.config_files import find_config
+
 _OPTIONS_OF_FIT = ("ckpt_path", "weights_only")
 
 
@@ -56,7 +58,7 @@ def split_command_line(words: Sequence[str], options: Collection[str]) -> tuple[
         name, equals, value = word.partition("=")
         key = name.removeprefix("--").replace("-", "_")
         if name in ("--config", "-c"):
-            file = value if equals else next(rest, "")
+            file = find_config(value if equals else next(rest, ""))
             config, found = _divide(file, options)
             line.files.append(file)
             line.configs.extend(["--config", config])

@@ -10,6 +10,7 @@ from jsonargparse.typing import PositiveInt
 
 from fourier_moe import FourierMoEConfig
 from fourier_moe.errors import UserError
+from lightning_modules.cli.config_files import CONFIGS, find_config
 from lightning_modules.commands.command_line import CommandLine
 from lightning_modules.experiments.budget import Budget, adapter_parameters, match
 from lightning_modules.experiments.grid import run_grid
@@ -24,7 +25,6 @@ from lightning_modules.tables import markdown_table
 
 OWN = "config"  # the adapter that the config itself names
 FOURIER_MOE = "fourier_moe"  # the same, which has to be FourierMoE
-_OVERLAYS = Path("configs/adapters")
 
 
 def compare(
@@ -107,10 +107,10 @@ def _overlay(name: str) -> list[str]:
     """Return the arguments of `fit` for a name in `--adapters`."""
     if name in (OWN, FOURIER_MOE):
         return []
-    path = Path(name if name.endswith(".yaml") else f"configs/{name}.yaml" if "/" in name else f"{_OVERLAYS}/{name}.yaml")
+    path = Path(find_config(name if "/" in name or name.endswith(".yaml") else f"adapters/{name}"))
     if not path.is_file():
-        known = [file.stem for file in sorted(_OVERLAYS.glob("*.yaml"))]
-        known += [f"ablations/{file.stem}" for file in sorted(Path("configs/ablations").glob("*.yaml"))]
+        known = [file.stem for file in sorted((CONFIGS / "adapters").glob("*.yaml"))]
+        known += [f"ablations/{file.stem}" for file in sorted((CONFIGS / "ablations").glob("*.yaml"))]
         raise UserError(f"--adapters {name!r}: {path} not found; known: {', '.join([OWN, FOURIER_MOE, *known])}")
     return ["--config", str(path)]
 

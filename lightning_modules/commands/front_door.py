@@ -10,7 +10,8 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-from lightning_modules.cli import ON_DEFAULTS, AdaptationCLI
+from lightning_modules.cli import AdaptationCLI
+from lightning_modules.cli.config_files import ON_DEFAULTS
 from lightning_modules.commands.analyze import analyze
 from lightning_modules.commands.command_line import CommandLine, split_command_line
 from lightning_modules.commands.compare import compare

@@ -13,10 +13,11 @@ import yaml
 
 from fourier_moe import FourierMoEConfig
 from fourier_moe.errors import UserError
+from lightning_modules.cli.config_files import CONFIGS
 from lightning_modules.experiments.report import format_table
 from lightning_modules.experiments.results import Result, result_frame
 
-ABLATIONS = Path("configs/ablations")
+ABLATIONS = CONFIGS / "ablations"
 FULL = "full"  # the ablations' baseline: the config as it is
 
 

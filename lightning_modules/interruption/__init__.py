@@ -13,6 +13,7 @@ from lightning_modules.interruption.search import (
     require_nothing_ahead,
     require_own_checkpoint,
 )
+from lightning_modules.interruption.start_command import start_command
 from lightning_modules.interruption.write_errors import write_error
 
 __all__ = [
@@ -31,5 +32,6 @@ __all__ = [
     "require_nothing_ahead",
     "require_own_checkpoint",
     "require_writable",
+    "start_command",
     "write_error",
 ]

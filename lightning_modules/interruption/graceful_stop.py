@@ -22,6 +22,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zer
 
 from lightning_modules.interruption.exact_resume import between_steps
 from lightning_modules.interruption.newest_state import NewestState
+from lightning_modules.interruption.start_command import start_command
 from lightning_modules.interruption.write_errors import quiet_writer_threads, write_error
 
 NAME = "interrupted.ckpt"
@@ -153,11 +154,11 @@ def resume_command(trainer: L.Trainer, path: Path, run: Path) -> str:
     config = run / "config.yaml"
     if not config.is_file():
         return f"the same command with --ckpt_path {shlex.quote(str(path))}"
-    launcher = "torchrun YOUR_OPTIONS" if "TORCHELASTIC_RUN_ID" in os.environ else "python"
+    start = start_command("TORCHELASTIC_RUN_ID" in os.environ)
     version = ""
     if len(trainer.loggers) == 1 and isinstance(trainer.loggers[0], (TensorBoardLogger, CSVLogger)):
         version = f"--trainer.logger.init_args.version {shlex.quote(run.name)} "
-    return f"{launcher} train.py fit --config {shlex.quote(str(config))} {version}--ckpt_path {shlex.quote(str(path))}"
+    return f"{start} fit --config {shlex.quote(str(config))} {version}--ckpt_path {shlex.quote(str(path))}"
 
 
 def _checkpoint_path(trainer: L.Trainer) -> Path | None:

@@ -34,7 +34,7 @@ lightning_modules.cli
 lightning_modules.experiments
 lightning_modules.commands
 lightning_modules
-train
+train fourier_moe.__main__
 """
 LEVELS = {room: level for level, line in enumerate(ROOMS.split("\n")) for room in line.split()}
 
@@ -164,5 +164,5 @@ def test_packages_have_at_most_13_entries():
         parts = path.relative_to(ROOT).parts
         for depth in range(1, len(parts)):
             entries.setdefault("/".join(parts[:depth]), set()).add(parts[depth])
-    crowded = {package: len(names - {"__init__.py", "py.typed"}) for package, names in entries.items()}
+    crowded = {package: len(names - {"__init__.py", "__main__.py", "py.typed"}) for package, names in entries.items()}
     assert {package: count for package, count in crowded.items() if count > 13} == {}

@@ -8,6 +8,7 @@ import lightning as L
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from lightning_modules.callbacks.results.predictions import PredictionsWriter
+from lightning_modules.interruption import start_command
 from lightning_modules.run_directory import run_directory
 
 
@@ -24,6 +25,6 @@ def next_commands(trainer: L.Trainer) -> list[str]:
     use = ["--config", str(config), "--model.adapter_path", str(adapter)]
     predicts = any(isinstance(callback, PredictionsWriter) for callback in trainer.callbacks)  # type: ignore[attr-defined]
     words = [["test", *use], *([["predict", *use]] if predicts else []), ["export", *use, "--format", "lora"]]
-    commands = [shlex.join(["python", "train.py", *each]) for each in words]
+    commands = [f"{start_command()} {shlex.join(each)}" for each in words]
     boards = [logger.save_dir for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
     return [*commands, *(shlex.join(["tensorboard", "--logdir", str(board)]) for board in boards)]

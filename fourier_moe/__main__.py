@@ -1,0 +1,11 @@
+"""`fourier-moe` and `python -m fourier_moe`: the commands of train.py, in the installed package."""
+
+import sys
+
+try:
+    from lightning_modules.commands.main import run
+except ModuleNotFoundError as error:  # the method alone works without the trainer's libraries
+    sys.exit(f"error: {error}; the commands need: pip install 'fourier-moe[train]'")
+
+if __name__ == "__main__":
+    run()
