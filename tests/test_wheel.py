@@ -31,7 +31,7 @@ def test_wheel_trains_the_demo_in_an_empty_directory(tmp_path):
 
     empty.mkdir()
     start = "import fourier_moe, sys; assert sys.path[-1] == sys.argv.pop(); from fourier_moe.__main__ import run; run()"
-    words = "fit --config demo --config adapters/lora --trainer.max_steps 1 --trainer.limit_val_batches 0".split()
+    words = ["fit", "--config", "demo", "--config", "adapters/lora", "--trainer.max_steps=1", "--trainer.limit_val_batches=0"]
     trainer = site / "fourier_moe/trainer"
     paths = os.pathsep.join(map(str, (site, trainer)))  # the second, since these tests may see the repository's packages too
     subprocess.run(

@@ -1,4 +1,4 @@
-"""Every expert as an exact LoRA, and the router beside them, in the layout that the peft library reads."""
+"""Every expert as a LoRA, exact or of a smaller rank, and the router beside them, in the layout that the peft library reads."""
 
 from __future__ import annotations
 
@@ -28,13 +28,14 @@ LARGEST_DIFFERENCE = 1e-5  # relative; float32 rounding leaves some 1e-7
 
 @dataclass(frozen=True)
 class ExpertLoRA:
-    """lora_B @ lora_A = alpha dW_e of one expert of one projection.
+    """lora_B @ lora_A = alpha dW_e of one expert of one projection, or the nearest matrix of a smaller rank.
 
     Attributes:
         lora_A: (r, in_features), float32.
         lora_B: (out_features, r), float32.
         bias: (out_features,), float32, of lora_B, where the expert reads centered input; else None.
-        difference: ||lora_B @ lora_A - alpha dW_e|| / ||alpha dW_e|| as measured, Frobenius norms; 0 where both are zero.
+        difference: relative error, ||lora_B @ lora_A - alpha dW_e|| / ||alpha dW_e|| as measured, Frobenius norms; 0 where
+            both are zero.
     """
 
     lora_A: Tensor
@@ -44,8 +45,10 @@ class ExpertLoRA:
 
     @classmethod
     @torch.no_grad()
-    def of(cls, experts: SpectralExperts, expert: int) -> ExpertLoRA:
+    def of(cls, experts: SpectralExperts, expert: int, rank: int | None = None) -> ExpertLoRA:
         left, right = experts.factors(expert)
+        if rank is not None:
+            left, right = _truncated(left, right, rank)
         lora_A, lora_B = right.float().contiguous(), left.float().contiguous()
         expected = experts.delta_weight(expert).to(lora_A.dtype)
         distance, norm = torch.linalg.norm(lora_B @ lora_A - expected), torch.linalg.norm(expected)
@@ -64,6 +67,17 @@ class ExpertLoRA:
         return self.lora_A.shape[0]
 
 
+def _truncated(left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Return the factors of the nearest matrix to left @ right of at most this rank (Eckart and Young)."""
+    if left.shape[1] <= rank:
+        return left, right
+    Q_left, R_left = torch.linalg.qr(left)
+    Q_right, R_right = torch.linalg.qr(right.T)
+    U, S, V = torch.linalg.svd(R_left @ R_right.T)
+    roots = S[:rank].sqrt()
+    return Q_left @ U[:, :rank] * roots, (Q_right @ V[:rank].T * roots).T
+
+
 @dataclass(frozen=True)
 class ProjectionExport:
     """What `export_loras` wrote for one projection: rank and measured difference of each expert's LoRA, see ExpertLoRA."""
@@ -75,7 +89,7 @@ class ProjectionExport:
     differences: list[float]
 
 
-def export_loras(model: nn.Module, directory: Path) -> list[ProjectionExport]:
+def export_loras(model: nn.Module, directory: Path, rank: int | None = None) -> list[ProjectionExport]:
     """Write `expert_0/`, `expert_1/`, ... (a peft adapter each, with the head), `router.safetensors` and `router.json`.
 
     `peft.PeftModel.from_pretrained(base, directory / "expert_3")` adds expert 3 to every adapted projection, with gate 1. The
@@ -87,12 +101,14 @@ def export_loras(model: nn.Module, directory: Path) -> list[ProjectionExport]:
 
     Args:
         directory: made if missing.
+        rank: at most this rank for each LoRA, by the nearest matrix (servers have limits; vLLM takes 512); None is exact.
 
     Returns:
         One line per projection.
 
     Raises:
-        UserError: if the adapter has no spectral experts, or a LoRA differs from its expert by more than rounding.
+        UserError: if the adapter has no spectral experts, or a LoRA that was not truncated differs from its expert by more
+            than rounding.
     """
     layers = {name: layer for name, layer in adapters(model).items() if isinstance(layer, FourierMoELinear)}
     if not layers or len(layers) < len(adapters(model)):
@@ -101,10 +117,12 @@ def export_loras(model: nn.Module, directory: Path) -> list[ProjectionExport]:
     exports = [ProjectionExport(name, layer.out_features, layer.in_features, [], []) for name, layer in layers.items()]
     num_experts = next(iter(layers.values())).router.num_experts
     for expert in range(num_experts):
-        loras = {name: ExpertLoRA.of(layer.experts, expert).reading(layer.input_moments) for name, layer in layers.items()}
+        loras = {
+            name: ExpertLoRA.of(layer.experts, expert, rank).reading(layer.input_moments) for name, layer in layers.items()
+        }
         for export in exports:
             lora = loras[export.name]
-            if not lora.difference <= LARGEST_DIFFERENCE:
+            if not lora.difference <= (LARGEST_DIFFERENCE if rank is None else 1):
                 raise UserError(
                     f"{export.name}: expert {expert} as LoRA differs from it by {lora.difference:.1e}, more than rounding"
                 )

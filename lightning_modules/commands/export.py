@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import tempfile
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
+
+from jsonargparse.typing import PositiveInt
 
 from fourier_moe import push_adapter, save_adapter
 from fourier_moe.errors import UserError
@@ -29,6 +32,7 @@ def export(
     format: Literal["adapter", "lora", "merged"],
     ckpt_path: str | None = None,
     output: str | None = None,
+    rank: PositiveInt | None = None,
     push: str | None = None,
 ) -> Path:
     """Write a trained adapter as an adapter directory, as LoRAs, or merged into the whole model.
@@ -37,10 +41,11 @@ def export(
 
     Args:
         line: the config and the arguments of fit.
-        format: `adapter`, its directory; `lora`, every expert as an exact LoRA that peft loads; `merged`, for methods without
-            routing, the whole model in its own library's format.
+        format: `adapter`, its directory; `lora`, every expert as a LoRA that peft loads, exact unless `rank` is smaller;
+            `merged`, for methods without routing, the whole model in its own library's format.
         ckpt_path: a training checkpoint, instead of `--model.adapter_path`.
         output: a new directory; `runs/export/<config's name>/<format>` by default.
+        rank: for the format lora: largest rank of a LoRA, for servers with a limit; the table shows what that loses.
         push: for the format adapter: also put it on the Hugging Face hub, as owner/name.
 
     Returns:
@@ -51,6 +56,8 @@ def export(
     """
     if push and format != "adapter":
         raise UserError(f"--push takes --format adapter, not {format}")
+    if rank and format != "lora":
+        raise UserError(f"--rank takes --format lora, not {format}")
     if push:
         check_repo_id(push)
     directory = Path(output or f"runs/export/{line.name}/{format}")
@@ -72,12 +79,12 @@ def export(
     if pushes_again:  # what was written before an earlier push failed
         _require_same_adapter(cli, directory)
     else:
-        write = {"adapter": _write_adapter, "lora": _write_loras, "merged": _write_merged}[format]
-        with new_directory(directory) as partial:  # an interrupted export leaves nothing behind
-            table, facts = write(cli, partial)
+        write = {"adapter": _write_adapter, "lora": partial(_write_loras, rank=rank), "merged": _write_merged}[format]
+        with new_directory(directory) as unfinished:  # an interrupted export leaves nothing behind
+            table, facts = write(cli, unfinished)
             if facts:
                 facts = {"format": format, "source": ckpt_path or cli.model.adapter_path, **facts}
-                (partial / "export.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+                (unfinished / "export.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
         print(f"\n{table}\n\nWritten to {directory}")
     if push:
         print(f"On the hub: {push_adapter(directory, push)}")
@@ -117,8 +124,8 @@ def _write_adapter(cli: AdaptationCLI, directory: Path) -> tuple[str, dict[str, 
     return f"adapter directory, {_mebibytes(directory)}", {}
 
 
-def _write_loras(cli: AdaptationCLI, directory: Path) -> tuple[str, dict[str, Any]]:
-    exports = export_loras(cli.model.model, directory)
+def _write_loras(cli: AdaptationCLI, directory: Path, rank: int | None) -> tuple[str, dict[str, Any]]:
+    exports = export_loras(cli.model.model, directory, rank)
     return lora_table(exports), {"projections": [asdict(export) for export in exports]}
 
 
@@ -138,7 +145,7 @@ def lora_table(exports: list[ProjectionExport]) -> str:
     for export in exports:
         shape = f"{export.out_features} x {export.in_features}"
         groups.setdefault((export.name.rpartition(".")[2], shape), []).append(export)
-    header = ["projection", "count", "out x in", "experts", "rank", "MiB per expert", "largest relative difference"]
+    header = ["projection", "count", "out x in", "experts", "rank", "MiB per expert", "largest relative error"]
     rows = []
     for (name, shape), members in groups.items():
         ranks = [rank for member in members for rank in member.ranks]

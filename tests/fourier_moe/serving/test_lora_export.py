@@ -49,6 +49,19 @@ def test_lora_is_the_experts_update_in_every_variant(variant, shape):
         assert lora.rank <= min(2 * 6, *shape)
 
 
+@pytest.mark.parametrize("shape", [(12, 7), (9, 40), (40, 2)])
+@pytest.mark.parametrize("rank", [1, 4, 100])
+def test_truncated_lora_is_the_nearest_of_its_rank_and_tells_its_error(shape, rank):
+    experts = experts_of(shape)
+    lora = ExpertLoRA.of(experts, 0, rank)
+    update = copy.deepcopy(experts).double().delta_weight(0).detach()
+    product = lora.lora_B.double() @ lora.lora_A.double()
+    lost = torch.linalg.svdvals(update)[rank:].norm() / update.norm()
+    assert lora.rank <= rank
+    assert float((product - update).norm() / update.norm()) == pytest.approx(float(lost), abs=1e-6)
+    assert lora.difference == pytest.approx(float(lost), abs=1e-6)
+
+
 def placed(positions, shape, **options):
     """Experts with two positions each at given (u, v)."""
     experts = experts_of(shape, pairs=2, **options)

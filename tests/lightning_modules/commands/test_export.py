@@ -226,9 +226,20 @@ def test_unknown_format_lists_the_known_ones(main, capsys):
     assert "adapter, lora, merged" in capsys.readouterr().err.replace("'", "")
 
 
-def test_push_takes_an_adapter_directory(export):
+def test_options_of_one_format(export):
     with pytest.raises(ValueError, match="--push takes --format adapter, not lora"):
         export("lora", *DEMO, "--model.adapter_path", "nowhere", "--push", "a/b")
+    with pytest.raises(ValueError, match="--rank takes --format lora, not merged"):
+        export("merged", *DEMO, "--model.adapter_path", "nowhere", "--rank", "8")
+
+
+def test_loras_of_a_limited_rank_tell_their_error(demo, export, capsys):
+    written = export("lora", *DEMO, *adapter_of(demo), "--rank", "2")
+    assert json.loads((written / "expert_0/adapter_config.json").read_text())["r"] == 2
+    projections = json.loads((written / "export.json").read_text())["projections"]
+    errors = [error for projection in projections for error in projection["differences"]]
+    assert 0.01 < max(errors) < 1
+    assert f"{max(errors):.1e}" in capsys.readouterr().out
 
 
 def test_name_on_the_hub_and_output_are_checked_before_anything_is_loaded(export, main, tmp_path):
