@@ -63,7 +63,8 @@ class AdaptationCLI(LightningCLI):
     """AdaptationModule with any LightningDataModule; `commands/front_door.py` adds the other commands.
 
     Every command starts from configs/defaults.yaml. Overrides these private methods of LightningCLI:
-    `_prepare_subcommand_parser`, `_set_seed`, `_run_subcommand`, `_prepare_subcommand_kwargs`, `_parse_ckpt_path`; calls `_get`.
+    `_prepare_subcommand_parser`, `_set_seed`, `_run_subcommand`, `_prepare_subcommand_kwargs`, `_parse_ckpt_path`;
+    calls `_get`.
 
     Args:
         args: the command line; None takes the process's own.

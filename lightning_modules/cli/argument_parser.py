@@ -36,7 +36,7 @@ class ArgumentParser(LightningArgumentParser):
         """Parse the text of a config, an older run's too."""
         return super().parse_string(update(content), *args, **kwargs)
 
-    def parse_args(self, args: Any = None, *rest: Any, **kwargs: Any) -> Namespace:
+    def parse_args(self, args: Any = None, *rest: Any, **kwargs: Any) -> Namespace:  # type: ignore[override]
         """Parse a command line, in which shipped configs may go by their names."""
         words = list(sys.argv[1:] if args is None else args)
         for place, word in enumerate(words):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import tempfile
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -79,9 +78,11 @@ def export(
     if pushes_again:  # what was written before an earlier push failed
         _require_same_adapter(cli, directory)
     else:
-        write = {"adapter": _write_adapter, "lora": partial(_write_loras, rank=rank), "merged": _write_merged}[format]
         with new_directory(directory) as unfinished:  # an interrupted export leaves nothing behind
-            table, facts = write(cli, unfinished)
+            if format == "lora":
+                table, facts = _write_loras(cli, unfinished, rank)
+            else:
+                table, facts = (_write_adapter if format == "adapter" else _write_merged)(cli, unfinished)
             if facts:
                 facts = {"format": format, "source": ckpt_path or cli.model.adapter_path, **facts}
                 (unfinished / "export.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
