@@ -131,7 +131,7 @@ def fitted(run, path, *words):
     assert list(directory.glob("events.out.tfevents.*"))
     assert (directory / "checkpoints/last.ckpt").is_file()
     for name in ("adapter", "adapter_last"):
-        assert {file.name for file in (directory / name).iterdir()} == {"adapter.json", "adapter.safetensors", "README.md"}
+        assert {"adapter.json", "adapter.safetensors", "README.md"} <= {file.name for file in (directory / name).iterdir()}
     return words, directory
 
 

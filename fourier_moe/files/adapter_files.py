@@ -16,6 +16,7 @@ from fourier_moe.errors import UserError, shorten
 from fourier_moe.files.format import CARD, DESCRIPTION, TENSORS, AdapterDescription, encode, read, tensors
 from fourier_moe.files.hub import local_directory
 from fourier_moe.files.model_card import is_edited, loading_code, model_card
+from fourier_moe.files.peft_files import PEFT_CONFIG, PEFT_TENSORS, peft_files
 from fourier_moe.files.writing import FileParts, replace_files
 from fourier_moe.inject import adapter_config, inject, is_adapted
 from fourier_moe.models.backbone import backbone_fingerprint, backbone_name, backbone_revision, check_backbone
@@ -104,7 +105,8 @@ def save_adapter(
     files: dict[str, FileParts] = {TENSORS: data, DESCRIPTION: [text]}
     if not is_edited(directory / CARD):
         files[CARD] = [model_card(description, code or loading_code(model)).encode()]
-    replace_files(directory, files, remove_first=(DESCRIPTION,))  # the old copy would not fit the new tensors
+    files |= peft_files(model, description, state)
+    replace_files(directory, files, remove_first=(DESCRIPTION, PEFT_CONFIG, PEFT_TENSORS))  # would not fit the new tensors
     return directory
 
 

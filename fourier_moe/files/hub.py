@@ -10,6 +10,7 @@ from pathlib import Path
 from fourier_moe.errors import UserError
 from fourier_moe.files.format import CARD, DESCRIPTION, TENSORS, read
 from fourier_moe.files.hub_files import HubError, Repository
+from fourier_moe.files.peft_files import PEFT_CONFIG, PEFT_TENSORS
 from fourier_moe.files.retrying import retry, status_of
 
 _log = logging.getLogger(__name__)
@@ -85,7 +86,7 @@ def push_adapter(
         commit = api.upload_folder(
             repo_id=repo_id,
             folder_path=Path(directory),
-            allow_patterns=[TENSORS, DESCRIPTION, CARD],
+            allow_patterns=[TENSORS, DESCRIPTION, CARD, PEFT_TENSORS, PEFT_CONFIG],
             commit_message=commit_message or f"Adapter: {type(description.config).__name__}",
         )
         return f"{SCHEME}{repo_id}@{commit.oid}"

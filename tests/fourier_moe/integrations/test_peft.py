@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import Dataset
 from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
-from fourier_moe import FourierMoEConfig, adapters, balance_loss, inject, recording
+from fourier_moe import FourierMoEConfig, adapters, balance_loss, inject, recording, save_adapter
 from fourier_moe.errors import UserError
 from fourier_moe.integrations import add_balance_loss
 from fourier_moe.integrations.peft import FourierMoEPeftConfig
@@ -80,6 +80,22 @@ def test_what_is_saved_is_loaded_to_the_bit(tmp_path, low_cpu_mem_usage):
     assert stored.keys() == again.keys()
     assert all(torch.equal(value, again[name]) for name, value in stored.items())
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
+
+
+def test_a_directory_of_save_adapter_loads_in_peft(tmp_path):
+    ours = fresh()
+    inject(ours, FourierMoEConfig(targets=["0.attention.self.query"], **METHOD, head=["classifier"]))
+    with torch.no_grad():
+        learn(ours).classifier.weight.add_(1)
+    save_adapter(ours, tmp_path)
+    theirs = PeftModel.from_pretrained(fresh(), tmp_path)
+    assert torch.equal(logits(theirs), logits(ours))
+    with theirs.disable_adapter():
+        assert torch.equal(logits(theirs), logits(fresh()))
+    shared = fresh()
+    inject(shared, FourierMoEConfig(targets=["query", "value"], **METHOD, router_scope="input"))
+    save_adapter(shared, tmp_path)  # which peft has not: its files of the old adapter must go
+    assert {path.name for path in tmp_path.iterdir()} == {"adapter.json", "adapter.safetensors", "README.md"}
 
 
 def test_adapters_are_disabled_chosen_removed_and_never_merged():
