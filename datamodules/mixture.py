@@ -164,6 +164,10 @@ class MixtureDataModule(BaseDataModule):
         return next(iter(self._tasks.values()))
 
     @property
+    def batch_keys(self) -> tuple[str, ...]:
+        return *self._any_task.batch_keys, "task", "classes"
+
+    @property
     def collate(self) -> Callable[[list[Any]], Any] | None:
         return self._any_task.collate
 

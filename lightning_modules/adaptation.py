@@ -147,6 +147,7 @@ class AdaptationModule(L.LightningModule):
             raise UserError(f"adapter.head={list(self.adapter.head)} is set by the task; remove it from the config")
         if self._trainer is not None:
             check_strategy(self._trainer.strategy, self.adapter, getattr(self.task, "quantization", None))
+        self.task.check_data(run_data(self._trainer))
         adapter_classes = self._stored.class_names if self._stored else None
         data_classes = list(run_data(self._trainer).class_names) or self.class_names  # without data, those of a checkpoint
         self.class_names = _agree(f"adapter_path={self.adapter_path!r}", adapter_classes, "the data", data_classes)

@@ -62,10 +62,13 @@ class Optimization:
     betas: tuple[float, float] = (0.9, 0.999)
 
     def __post_init__(self) -> None:
+        check_types(self)
         if self.schedule not in _SCHEDULES:
             raise UserError(f"schedule={self.schedule!r} must be one of {', '.join(_SCHEDULES)}")
         if not 0 <= self.warmup_ratio < 1:
             raise UserError(f"warmup_ratio={self.warmup_ratio} must be in [0, 1)")
+        if len(self.betas) != 2 or not all(isinstance(beta, float | int) and 0 <= beta < 1 for beta in self.betas):
+            raise UserError(f"betas={self.betas} must be two numbers in [0, 1)")
         groups = {field.name: getattr(self, field.name) for field in fields(self)}
         for kind, group in groups.items():
             for name, value in vars(group).items() if isinstance(group, ParameterGroup) else ():

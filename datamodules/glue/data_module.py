@@ -132,6 +132,10 @@ class GlueDataModule(TextDataModule):
         return self.dataset
 
     @property
+    def batch_keys(self) -> tuple[str, ...]:
+        return "input_ids", "attention_mask", "label"
+
+    @property
     def class_names(self) -> list[str]:
         """The name of each class, by label."""
         return list(self._task.class_names)

@@ -120,6 +120,10 @@ class ImageDataModule(BaseDataModule):
         return self.dataset
 
     @property
+    def batch_keys(self) -> tuple[str, ...]:
+        return "image", "label"
+
+    @property
     def num_classes(self) -> int | None:
         """Number of classes; None for `custom` with nothing but a `predict_directory`."""
         return len(self._class_names) or self._benchmark.num_classes

@@ -200,6 +200,10 @@ class InstructionDataModule(TextDataModule):
         self._files = None
 
     @property
+    def batch_keys(self) -> tuple[str, ...]:
+        return "input_ids", "attention_mask", "labels"
+
+    @property
     def collate(self) -> Collator:
         return Collator(self.load_tokenizer().pad_token_id)
 

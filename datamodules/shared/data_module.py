@@ -97,6 +97,11 @@ class BaseDataModule(L.LightningDataModule):
         return None
 
     @property
+    def batch_keys(self) -> tuple[str, ...]:
+        """What a training batch holds beside `id`, so that a task of another kind is refused early; empty if unknown."""
+        return ()
+
+    @property
     def collate(self) -> Callable[[list[Any]], Any] | None:
         """Makes a batch of examples; None for torch's."""
         return None

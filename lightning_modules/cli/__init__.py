@@ -34,6 +34,7 @@ from lightning_modules.interruption import (
 from lightning_modules.run_directory import attach_run_directory, require_no_run, run_directory
 from lightning_modules.tasks import Task
 from lightning_modules.tasks.backbones.hugging_face import tokenizer_name
+from lightning_modules.tasks.base import task_data
 from lightning_modules.training.supported_callbacks import without_use
 from lightning_modules.training.trainer_arguments import MAX_SEED, check_trainer_arguments, refused_by_lightning
 
@@ -123,6 +124,11 @@ class AdaptationCLI(LightningCLI):
             if not fits:
                 raise UserError(f"ckpt_path={path!r} and model.adapter_path={config.model.adapter_path!r}: give one of them")
             rank_zero_info(f"trained weights come from ckpt_path={path!r}, not from model.adapter_path")
+
+    def instantiate_classes(self) -> None:
+        """Refuse data of another kind than the task's before anything is loaded."""
+        super().instantiate_classes()
+        self.model.task.check_data(task_data(self.datamodule))
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Build the trainer. Its checkpoint files are checked, unless a plugin replaces the CheckpointIO.

@@ -143,6 +143,7 @@ class Task(nn.Module, ABC):
         pipeline_tag: the Hugging Face hub's name of this kind of task.
         prediction_columns: keys of `predict`'s rows that become columns of the predictions file; None for all of them, and for
             a classifier, whose rows have `id`, `label`, `probabilities` and perhaps `text`.
+        batch_keys: what the loss reads of a batch; data whose batches lack one of them are refused.
         model: None until `build`.
         split: the current split, `val`, `test` or `predict`; a task may do less in validation.
     """
@@ -152,6 +153,7 @@ class Task(nn.Module, ABC):
     monitor: ClassVar[tuple[str, Literal["max", "min"]]] = ("val/loss", "min")
     pipeline_tag: ClassVar[str | None] = None
     prediction_columns: ClassVar[tuple[str, ...] | None] = None
+    batch_keys: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self) -> None:
         super().__init__()
@@ -186,6 +188,20 @@ class Task(nn.Module, ABC):
     def arguments(self) -> dict[str, Any] | None:
         """Return the constructor arguments that determine `model`, for model cards; None if the card should not have them."""
         return None
+
+    def check_data(self, data: TaskData) -> None:
+        """Check the kind of the data, before model and data are loaded and again before `build`.
+
+        Raises:
+            UserError: if a batch lacks one of `batch_keys`. A DataModule without `batch_keys` is not checked.
+        """
+        keys = getattr(data, "batch_keys", ())
+        missing = [key for key in self.batch_keys if keys and key not in keys]
+        if missing:
+            raise UserError(
+                f"{type(self).__name__} needs batches with {', '.join(missing)}, and those of {type(data).__name__} have "
+                f"{', '.join(keys)}; choose a model.task.class_path and a data.class_path of one kind"
+            )
 
     def check(self, loaders: Sequence[Any]) -> None:
         """Check the sets of this split, one loader each, before anything is read.

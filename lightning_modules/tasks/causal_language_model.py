@@ -60,6 +60,7 @@ class CausalLanguageModel(Task):
 
     main_metric = "accuracy"
     pipeline_tag = "text-generation"
+    batch_keys = ("input_ids", "attention_mask", "labels")
 
     def __init__(
         self,

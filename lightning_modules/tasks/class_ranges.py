@@ -11,7 +11,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_modules.tasks.base import Batch, Evaluation
+from fourier_moe.errors import UserError
+from lightning_modules.tasks.base import Batch, Evaluation, TaskData
+
+
+def require_two_classes(data: TaskData) -> None:
+    """Refuse data of a single class, which would teach nothing.
+
+    Raises:
+        UserError: naming the class.
+    """
+    if data.num_classes == 1:
+        raise UserError(f"the data has one class ({', '.join(data.class_names) or 'without a name'}); a classifier needs two")
 
 
 def own_classes_only(logits: Tensor, batch: Batch) -> Tensor:

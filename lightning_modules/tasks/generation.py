@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from fourier_moe.config import check_types
 from fourier_moe.errors import UserError
 
 
@@ -24,13 +25,14 @@ class GenerationSettings:
         num_beams: 1 for greedy decoding; LLM-Adapters reports results with 4.
 
     Raises:
-        UserError: if one of them is below 1.
+        UserError: if one of them is no whole number of 1 or more.
     """
 
     max_new_tokens: int = 32
     num_beams: int = 1
 
     def __post_init__(self) -> None:
+        check_types(self)
         for name in ("max_new_tokens", "num_beams"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} must be 1 or more")

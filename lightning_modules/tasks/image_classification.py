@@ -20,8 +20,8 @@ from fourier_moe.errors import UserError
 from fourier_moe.models.attention import fuse_attention, is_split_attention
 from fourier_moe.routing.logits import without_autocast
 from lightning_modules.tasks.backbones.open_clip import check_model, fetch_weights, load_open_clip, save_open_clip
-from lightning_modules.tasks.base import Batch, Evaluation, Task
-from lightning_modules.tasks.class_ranges import class_rows, evaluate_classes, own_classes_only
+from lightning_modules.tasks.base import Batch, Evaluation, Task, TaskData
+from lightning_modules.tasks.class_ranges import class_rows, evaluate_classes, own_classes_only, require_two_classes
 from lightning_modules.tasks.scores import BalancedAccuracy
 
 
@@ -86,6 +86,7 @@ class ImageClassification(Task):
     main_metric = "accuracy"
     monitor = ("val/accuracy", "max")
     pipeline_tag = "image-classification"
+    batch_keys = ("image", "label")
 
     def __init__(
         self,
@@ -120,6 +121,10 @@ class ImageClassification(Task):
             size = clip.visual.image_size
             height, width = (size, size) if isinstance(size, int) else size
             return _count_flops(clip.visual, torch.empty(1, 3, height, width))
+
+    def check_data(self, data: TaskData) -> None:
+        super().check_data(data)
+        require_two_classes(data)
 
     def build(self, num_classes: int | None, class_names: Sequence[str] | None = None) -> ImageClassifier:
         """Load tower and head; see Task.

@@ -28,8 +28,8 @@ from lightning_modules.tasks.backbones.hugging_face import (
     tokenizer_name,
 )
 from lightning_modules.tasks.backbones.quantization import modules_outside_body
-from lightning_modules.tasks.base import Batch, Evaluation, Task
-from lightning_modules.tasks.class_ranges import class_rows, evaluate_classes, own_classes_only
+from lightning_modules.tasks.base import Batch, Evaluation, Task, TaskData
+from lightning_modules.tasks.class_ranges import class_rows, evaluate_classes, own_classes_only, require_two_classes
 from lightning_modules.tasks.padding import padded_right, real_tokens
 from lightning_modules.tasks.scores import F1, Matthews
 
@@ -66,6 +66,7 @@ class SequenceClassification(Task):
     main_metric = "accuracy"
     monitor = ("val/accuracy", "max")
     pipeline_tag = "text-classification"
+    batch_keys = ("input_ids", "attention_mask", "label")
 
     def __init__(
         self,
@@ -94,6 +95,10 @@ class SequenceClassification(Task):
     def fetch(self) -> None:
         if not self.tiny:
             fetch_model(self.model_name)
+
+    def check_data(self, data: TaskData) -> None:
+        super().check_data(data)
+        require_two_classes(data)
 
     def build(self, num_classes: int | None, class_names: Sequence[str] | None = None) -> PreTrainedModel:
         """Load the model with a new head; see Task.

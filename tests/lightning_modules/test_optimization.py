@@ -106,9 +106,11 @@ def test_negative_or_infinite_rate_is_an_error(field, value):
         ({"schedule": "cosin"}, "schedule='cosin' must be one of linear, cosine, constant"),
         ({"warmup_ratio": 1.0}, r"warmup_ratio=1.0 must be in \[0, 1\)"),
         ({"warmup_ratio": -0.1}, "warmup_ratio=-0.1"),
+        ({"warmup_ratio": True}, "warmup_ratio=True must be a number"),
+        ({"betas": (0.9, 1.0)}, r"betas=\(0.9, 1.0\) must be two numbers in \[0, 1\)"),
     ],
 )
-def test_impossible_schedule_is_an_error(values, message):
+def test_impossible_setting_is_an_error(values, message):
     with pytest.raises(ValueError, match=message):
         Optimization(**values)
 

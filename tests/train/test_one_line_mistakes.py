@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from PIL import Image
 
 import train
 
@@ -48,6 +49,10 @@ def said(main, capsys, monkeypatch):
         ("--model.adapter.init_args.top_k 1.5", "model.adapter.init_args.top_k=1.5 must be a whole number"),
         ("--model.adapter.init_args.scaling true", "scaling=True must be a finite number or relative"),
         ("--data null", "--data is missing"),
+        (
+            "--data datamodules.GlueDataModule --data.init_args.dataset cola --data.init_args.synthetic true",
+            "ImageClassification needs batches with image, and those of GlueDataModule have input_ids, attention_mask, label;",
+        ),
         ("--model.optimization null", "model.optimization is missing"),
         ("--trainer.max_epochs ten", "trainer.max_epochs=ten must be a whole number or null"),
         ("--trainer.max_epochs 0", "trainer.max_epochs=0 would train nothing"),
@@ -69,6 +74,15 @@ def said(main, capsys, monkeypatch):
 )
 def test_argument(said, words, line):
     assert line in said("fit", *DEMO, *words.split())
+
+
+def test_data_of_one_class(said, tmp_path):
+    for split in ("train", "test"):
+        (tmp_path / split / "cat").mkdir(parents=True)
+        for number in range(4):
+            Image.new("RGB", (8, 8), (60 * number, 0, 0)).save(tmp_path / split / "cat" / f"{number}.png")
+    custom = ("--data.init_args.dataset", "custom", "--data.init_args.directory", str(tmp_path))
+    assert said("fit", *DEMO, *custom) == "the data has one class (cat); a classifier needs two"
 
 
 @pytest.mark.parametrize(

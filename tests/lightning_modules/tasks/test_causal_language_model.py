@@ -166,9 +166,10 @@ def test_generation_under_autocast(model, batch):
 
 
 @pytest.mark.parametrize("name", ["max_new_tokens", "num_beams"])
-def test_settings_below_one_are_an_error(name):
-    with pytest.raises(ValueError, match=f"{name}=0 must be 1 or more"):
-        GenerationSettings(**{name: 0})
+def test_setting_that_is_no_number_of_one_or_more_is_an_error(name):
+    for value, valid in ((0, "1 or more"), (2.5, "a whole number")):
+        with pytest.raises(ValueError, match=f"{name}={value} must be {valid}"):
+            GenerationSettings(**{name: value})
 
 
 # ---------------------------------------------------------------- loss
