@@ -50,7 +50,16 @@ def _one_thread() -> Iterator[None]:
 
 
 @pytest.fixture
-def main(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out the figures at the end of training, which take longer than a short run. `trained` has them."""
+    from lightning_modules.callbacks import RouterLoad, SpectralOccupancy
+
+    for callback, draw in ((RouterLoad, "_draw"), (SpectralOccupancy, "_figures")):
+        monkeypatch.setattr(callback, draw, lambda *_: {})
+
+
+@pytest.fixture
+def main(monkeypatch: pytest.MonkeyPatch, no_figures: None) -> Callable[..., Any]:
     """`main("fit", "--config", ...)`: the command `python train.py fit --config ...` in the repository, without its bar."""
     import train
 

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import takewhile
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import numpy as np
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
+from PIL import Image
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+DPI = 150  # pixels per inch of a figure
 
 
 def logged_step(trainer: L.Trainer) -> int:
@@ -33,18 +37,29 @@ def tensorboards(trainer: L.Trainer) -> list[Any]:
     return [board.experiment for board in boards] if trainer.is_global_zero else []
 
 
-def show_figures(trainer: L.Trainer, figures: Mapping[str, Figure]) -> None:
-    """Log figures by tag as images in TensorBoard."""
-    for tag, figure in figures.items():
-        image = pixels(figure)
-        for board in tensorboards(trainer):
+def show_images(trainer: L.Trainer, images: Mapping[str, np.ndarray]) -> None:
+    """Log images (height, width, 4) by tag in TensorBoard."""
+    for board in tensorboards(trainer):
+        for tag, image in images.items():
             board.add_image(tag, image, logged_step(trainer), dataformats="HWC")
+
+
+def write_images(directory: Path, images: Mapping[str, np.ndarray]) -> None:
+    """Write images (height, width, 4) by name as PNG."""
+    for name, image in images.items():
+        Image.fromarray(image).save(directory / f"{name}.png")
+
+
+def rendered(figures: Mapping[str, Figure]) -> dict[str, np.ndarray]:
+    """Render figures by tag. Layout and drawing take seconds: do it once for all that shows them."""
+    return {tag: pixels(figure) for tag, figure in figures.items()}
 
 
 def pixels(figure: Figure) -> np.ndarray:
     """Render a figure as an image (height, width, 4), uint8."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
+    figure.set_dpi(DPI)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())

@@ -18,7 +18,13 @@ from lightning_modules.adaptation import AdaptationModule
 from lightning_modules.callbacks.any_module import adapted_model, num_examples
 from lightning_modules.callbacks.monitoring.load_report import load_map, task_map, task_table, write_layers, write_tasks
 from lightning_modules.callbacks.monitoring.load_sums import LoadSums
-from lightning_modules.callbacks.monitoring.logged import log_now, show_figures, tensorboards
+from lightning_modules.callbacks.monitoring.logged import (
+    log_now,
+    rendered,
+    show_images,
+    tensorboards,
+    write_images,
+)
 from lightning_modules.run_directory import run_directory
 
 MAPS = {"router/load_map": "router_load", "router/task_load_map": "task_load"}  # TensorBoard's tag and the file's name
@@ -143,8 +149,6 @@ class RouterLoad(L.Callback):
         self._stop()
         if not self._layers or self._epoch is None:
             return
-        title = "last epoch"
-        self._show_maps(trainer, self._epoch, title)
         if len(self._epoch.tasks) > 1:
             rank_zero_info(f"\n{task_table(self._epoch, self._layers)}\n")
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
@@ -155,8 +159,9 @@ class RouterLoad(L.Callback):
             write_layers(directory / "router_load.csv", self._layers, self._epoch)
             if self._epoch.tasks:
                 write_tasks(directory / "task_load.csv", self._layers, self._epoch)
-            for tag, figure in self._draw(self._epoch, title).items():
-                figure.savefig(directory / f"{MAPS[tag]}.png", dpi=150)
+            images = rendered(self._draw(self._epoch, "last epoch"))
+            show_images(trainer, images)
+            write_images(directory, {MAPS[tag]: image for tag, image in images.items()})
             rank_zero_info(f"Router load written: {directory / 'router_load.csv'}")
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
@@ -236,7 +241,7 @@ class RouterLoad(L.Callback):
 
     def _show_maps(self, trainer: L.Trainer, sums: LoadSums | None, title: str) -> None:
         if sums is not None and tensorboards(trainer):
-            show_figures(trainer, self._draw(sums, title))
+            show_images(trainer, rendered(self._draw(sums, title)))
 
     # ---------------------------------------------------------------- warnings
 

@@ -14,7 +14,14 @@ from fourier_moe import FourierMoEConfig, FourierMoELinear, SpectralExperts, ada
 from fourier_moe.errors import UserError
 from fourier_moe.inject import adapter_config
 from lightning_modules.callbacks.any_module import adapted_model
-from lightning_modules.callbacks.monitoring.logged import log_now, logged_step, show_figures, tensorboards
+from lightning_modules.callbacks.monitoring.logged import (
+    log_now,
+    logged_step,
+    rendered,
+    show_images,
+    tensorboards,
+    write_images,
+)
 from lightning_modules.callbacks.monitoring.model_spectra import ModelSpectra
 from lightning_modules.callbacks.monitoring.spectral_figures import overlap, radial_occupancy, rings
 from lightning_modules.run_directory import run_directory
@@ -130,13 +137,12 @@ class SpectralOccupancy(L.Callback):
             return
         directory = run_directory(trainer)  # asks all processes
         if trainer.is_global_zero:
-            figures = self._figures(spectra, step)
+            images = rendered(self._figures(spectra, step))
             if not drawn:
-                show_figures(trainer, figures)
+                show_images(trainer, images)
             directory.mkdir(parents=True, exist_ok=True)
             spectra.write(directory)
-            for tag, figure in figures.items():
-                figure.savefig(directory / f"{FILES[tag]}.png", dpi=150)
+            write_images(directory, {FILES[tag]: image for tag, image in images.items()})
             rank_zero_info(f"Spectral occupancy written: {directory / 'spectral_occupancy.csv'}")
 
     # ---------------------------------------------------------------- what
@@ -155,7 +161,7 @@ class SpectralOccupancy(L.Callback):
     def _report_and_show(self, trainer: L.Trainer, pl_module: L.LightningModule, measure: bool, draw: bool) -> None:
         spectra = self._report(trainer, pl_module, measure, draw)
         if draw and tensorboards(trainer):
-            show_figures(trainer, self._figures(spectra, trainer.global_step))
+            show_images(trainer, rendered(self._figures(spectra, trainer.global_step)))
 
     def _report(self, trainer: L.Trainer, pl_module: L.LightningModule, measure: bool, draw: bool) -> ModelSpectra:
         """Log the values of a measurement or a picture, without the picture itself."""

@@ -141,7 +141,7 @@ def test_intervals_count_optimizer_steps(tmp_path):
     assert [event.step for event in events.Images("spectrum/rings")] == [2, 3]
 
 
-def test_every_tenth_measurement_is_a_picture(tmp_path):
+def test_every_tenth_measurement_is_a_picture(tmp_path, no_figures):
     logger = CSVLogger(tmp_path, name="", version="")
     fit(tmp_path, SpectralOccupancy(every_n_steps=1), logger=logger, max_epochs=4)
     logged = rows(tmp_path / "metrics.csv")
@@ -149,7 +149,7 @@ def test_every_tenth_measurement_is_a_picture(tmp_path):
     assert [int(row["step"]) for row in logged if row["spectrum/effective_rank/expert_0"]] == [9, 11]
 
 
-def test_validations_within_an_epoch_and_the_end_of_training_are_measured(tmp_path):
+def test_validations_within_an_epoch_and_the_end_of_training_are_measured(tmp_path, no_figures):
     logger = CSVLogger(tmp_path, name="", version="")
     fit(tmp_path, SpectralOccupancy(), logger=logger, val_check_interval=2)
     assert [int(row["step"]) for row in rows(tmp_path / "metrics.csv") if row.get("spectrum/center/expert_0")] == [1, 2]
@@ -189,7 +189,7 @@ def test_fast_dev_run_writes_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("devices", [1, 2])
-def test_slow_measurements_leave_out_ends_of_epochs_unless_processes_have_to_agree(tmp_path, monkeypatch, devices):
+def test_slow_measurements_leave_out_ends_of_epochs_unless_processes_have_to_agree(tmp_path, monkeypatch, no_figures, devices):
     monkeypatch.setattr("lightning_modules.callbacks.monitoring.spectral_occupancy.time", Clock())
     callback, options = SpectralOccupancy(), {"max_epochs": 4, "limit_train_batches": 1, "limit_val_batches": 0}
     if devices > 1:
@@ -200,14 +200,14 @@ def test_slow_measurements_leave_out_ends_of_epochs_unless_processes_have_to_agr
         assert measured == ([0, 3] if devices == 1 else [0, 1, 2, 3])
 
 
-def test_a_callback_serves_two_runs(tmp_path):
+def test_a_callback_serves_two_runs(tmp_path, no_figures):
     callback = SpectralOccupancy()
     fit(tmp_path / "a", callback)
     fit(tmp_path / "b", callback)
     assert (tmp_path / "a/spectral_occupancy.csv").read_text() == (tmp_path / "b/spectral_occupancy.csv").read_text()
 
 
-def test_training_is_not_changed(tmp_path):
+def test_training_is_not_changed(tmp_path, no_figures):
     weights = []
     for callbacks in ([], [SpectralOccupancy(every_n_steps=1)]):
         trainer = fit(tmp_path, *callbacks)
