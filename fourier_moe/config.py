@@ -171,17 +171,15 @@ _KINDS: dict[Any, tuple[type, str]] = {
 def check_types(config: Any) -> None:
     """Refuse values of another type than a dataclass's annotations say; numbers are no strings, and true is no number.
 
-    Checks numbers, strings, booleans and choices (Literal); a whole number also fits `float`.
+    Checks numbers, strings, booleans, choices (Literal) and lists of these; a whole number also fits `float`.
 
     Raises:
         UserError: naming each field, its value, and what would be valid.
     """
     problems = []
     for name, value, options in _annotated(config):
-        if all(get_origin(option) is Literal or option in _KINDS for option in options) and not any(
-            _fits(value, option) for option in options
-        ):
-            expected = " or ".join(_KINDS[option][1] if option in _KINDS else _choices(option) for option in options)
+        if all(map(_is_known, options)) and not any(_fits(value, option) for option in options):
+            expected = " or ".join(map(_description, options))
             problems.append(f"{name}={value!r} must be {expected}")
     if problems:
         raise UserError(f"{type(config).__name__}: {'; '.join(problems)}")
@@ -195,9 +193,21 @@ def _annotated(config: Any) -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
         yield field.name, getattr(config, field.name), get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
 
 
+def _is_known(option: Any) -> bool:
+    return option in _KINDS or get_origin(option) in (Literal, Sequence)
+
+
+def _description(option: Any) -> str:
+    if get_origin(option) is Sequence:
+        return f"a list, each of it {_description(get_args(option)[0])}"
+    return _KINDS[option][1] if option in _KINDS else _choices(option)
+
+
 def _fits(value: Any, option: Any) -> bool:
     if get_origin(option) is Literal:
         return isinstance(value, str)  # `_unknown_choices` and a config's own checks look at which
+    if get_origin(option) is Sequence:
+        return isinstance(value, (list, tuple)) and all(_fits(entry, get_args(option)[0]) for entry in value)
     return isinstance(value, _KINDS[option][0]) and (option is bool or not isinstance(value, bool))
 
 

@@ -1,17 +1,19 @@
 """What the experts of a projection learned, read off their spectra: energy, radius, occupancy, overlap and rank.
 
-Shape legend: E experts, P positions per expert, M out_features, N in_features, R bins of the radius. Everything is computed
-in float64 on positions and coefficients; no M x N matrix is built.
+Shape legend: E experts, P positions of the largest one, M out_features, N in_features, R bins of the radius. Everything is
+computed in float64 on positions and coefficients; no M x N matrix is built.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from fourier_moe.models.projection import whole
 from fourier_moe.spectral.experts import SpectralExperts
@@ -30,10 +32,12 @@ class ExpertSpectra:
 
     Attributes:
         frequencies: int64 (E, P, 2), (u, v) of one member of each pair: 0 <= u <= M/2, and v > 0 where u is 0 or M/2.
-        coefficients: complex128 (E, P), c.
+        coefficients: complex128 (E, P), c; 0 beyond an expert's own positions. Where experts of different sizes have an alpha
+            each, times its ratio to the one in `scale`.
         out_features: M.
         in_features: N.
         scale: 2 alpha/(MN), which makes c the value of the spectrum at (u, v).
+        num_positions: of each expert (E,); empty if all have P.
     """
 
     frequencies: Tensor
@@ -41,17 +45,25 @@ class ExpertSpectra:
     out_features: int
     in_features: int
     scale: float
+    num_positions: tuple[int, ...] = ()
 
     @classmethod
     @torch.no_grad()
     def of(cls, experts: SpectralExperts) -> ExpertSpectra:
-        """Return the spectra as they are now, on the CPU. If they are sharded, all processes must call it together."""
-        coefficients_EPC = whole(experts.coefficients).detach()
+        """Return the spectra as they are now, on the CPU, the shared expert's as the last one.
+
+        If they are sharded, all processes must call it together.
+        """
+        coefficients_SPC = whole(experts.coefficients).detach()
         if experts.part != "complex":
-            coefficients_EPC = nn.functional.pad(coefficients_EPC, (0, 1) if experts.part == "real" else (1, 0))
-        c_EP = torch.view_as_complex(coefficients_EPC.cpu().double().contiguous())
+            coefficients_SPC = nn.functional.pad(coefficients_SPC, (0, 1) if experts.part == "real" else (1, 0))
+        coefficients_SPC = coefficients_SPC.cpu().double()
+        ratios = [experts.scaling_of(expert) / experts.scaling for expert in range(len(experts.segments))]
+        each = [experts.of_expert(expert, coefficients_SPC * ratio) for expert, ratio in enumerate(ratios)]
+        coefficients_EPC, frequencies_EPC = (pad_sequence([*part], batch_first=True) for part in zip(*each, strict=True))
+        c_EP = torch.view_as_complex(coefficients_EPC)
         M, N = experts.out_features, experts.in_features
-        u_EP, v_EP = experts.frequencies.cpu().long().unbind(-1)
+        u_EP, v_EP = frequencies_EPC.cpu().long().unbind(-1)
         mirrored_EP = torch.where((2 * u_EP) % M == 0, v_EP < 0, u_EP < 0)
         u_EP = u_EP.abs()
         v_EP = torch.where(mirrored_EP & (2 * v_EP != N), -v_EP, v_EP)  # N/2 and -N/2 are the same
@@ -60,7 +72,14 @@ class ExpertSpectra:
             place_EP = u_EP * N + v_EP % N
             first_EP = (place_EP.unsqueeze(2) == place_EP.unsqueeze(1)).int().argmax(-1)
             c_EP = torch.zeros_like(c_EP).scatter_add_(1, first_EP, c_EP / 2)
-        return cls(torch.stack([u_EP, v_EP], -1), c_EP, M, N, 2 * experts.scaling / (M * N))
+        num_positions = tuple(len(coefficients) for coefficients, _ in each)
+        return cls(torch.stack([u_EP, v_EP], -1), c_EP, M, N, 2 * experts.scaling / (M * N), num_positions)
+
+    @cached_property
+    def owned(self) -> Tensor:
+        """Return which of the positions are an expert's own, bool (E, P)."""
+        E, P = self.coefficients.shape
+        return torch.arange(P) < torch.tensor(self.num_positions or [P] * E).unsqueeze(1)
 
     @cached_property
     def radius(self) -> Tensor:
@@ -87,9 +106,17 @@ class ExpertSpectra:
         """Standard deviation of the radius (E,), weighted by energy."""
         return (self._share * (self.radius - self.center.unsqueeze(-1)).square()).sum(-1).sqrt()
 
-    def in_band(self, centers: list[float], bandwidth: float) -> Tensor:
-        """Return the share of the energy inside the expert's band (E,); `band_edges` says where a band begins and ends."""
-        weight_EP = torch.stack([band_weight(r, f, bandwidth) for r, f in zip(self.radius, centers, strict=True)])
+    def in_band(self, centers: Sequence[float], bandwidth: float | Sequence[float]) -> Tensor:
+        """Return the share of the energy inside the expert's band (E,); `band_edges` says where a band begins and ends.
+
+        Args:
+            centers: of the bands; the band of an expert without any is the whole plane.
+            bandwidth: B, one for all or one for each center.
+        """
+        bandwidths = bandwidth if isinstance(bandwidth, Sequence) else [bandwidth] * len(centers)
+        weight_EP = torch.ones_like(self.radius)
+        for expert, (center, width) in enumerate(zip(centers, bandwidths, strict=True)):
+            weight_EP[expert] = band_weight(self.radius[expert], center, width)
         return (self._share * (weight_EP >= math.exp(-1))).sum(-1)
 
     @property
@@ -100,7 +127,17 @@ class ExpertSpectra:
     @property
     def effective_rank(self) -> Tensor:
         """Effective number of singular values of dW_e (E,) (Roy and Vetterli, 2007): 1 to 2P, and 0 without energy."""
-        return torch.stack([effective_number(self.singular_values(expert)) for expert in range(len(self.coefficients))])
+        return torch.stack([effective_number(values) for values in self._singular_values])
+
+    @property
+    def rank(self) -> Tensor:
+        """Rank of dW_e (E,), int64: singular values above float64's rounding, 0 to 2P."""
+        rounding = max(self.out_features, self.in_features) * torch.finfo(torch.float64).eps
+        return torch.stack([(values > rounding * values.max()).sum() for values in self._singular_values])
+
+    @cached_property
+    def _singular_values(self) -> list[Tensor]:
+        return [self.singular_values(expert) for expert in range(len(self.coefficients))]
 
     def radial_occupancy(self, num_bins: int) -> Tensor:
         """Return the energy by radius (E, R): histogram over bins of equal width from rho = 0 to 1."""
@@ -126,8 +163,9 @@ class ExpertSpectra:
         by cosine and sine of |v|) for each pair. Pairs that have neither |u| nor |v| in common, not even by way of others, do
         not meet: its connected parts are decomposed one by one, parts of equal size together.
         """
-        u_P, v_P = self.frequencies[expert].unbind(-1)
-        blocks_P22 = self._blocks(expert)
+        own_P = self.owned[expert]
+        u_P, v_P = self.frequencies[expert, own_P].unbind(-1)
+        blocks_P22 = self._blocks(expert)[own_P]
         part_P = _connected_parts(u_P, v_P.abs())
         order = torch.argsort(part_P)
         sizes = torch.unique_consecutive(part_P[order], return_counts=True)[1]
@@ -159,7 +197,7 @@ class ExpertSpectra:
     def _share(self) -> Tensor:
         """Share of each pair in its expert's energy (E, P). Without any, all are equal: the expert is where it may learn."""
         total_E1 = self.pair_energy.sum(-1, keepdim=True)
-        return torch.where(total_E1 > 0, _ratio(self.pair_energy, total_E1), 1 / self.pair_energy.shape[1])
+        return torch.where(total_E1 > 0, _ratio(self.pair_energy, total_E1), self.owned / self.owned.sum(-1, keepdim=True))
 
 
 def band_edges(center: float, bandwidth: float) -> tuple[float, float]:

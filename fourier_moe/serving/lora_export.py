@@ -80,7 +80,10 @@ def _truncated(left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class ProjectionExport:
-    """What `export_loras` wrote for one projection: rank and measured difference of each expert's LoRA, see ExpertLoRA."""
+    """What `export_loras` wrote for one projection: rank and measured difference of each expert's LoRA, the shared one's last.
+
+    See ExpertLoRA.
+    """
 
     name: str
     out_features: int
@@ -93,11 +96,11 @@ def export_loras(model: nn.Module, directory: Path, rank: int | None = None) -> 
     """Write `expert_0/`, `expert_1/`, ... (a peft adapter each, with the head), `router.safetensors` and `router.json`.
 
     `peft.PeftModel.from_pretrained(base, directory / "expert_3")` adds expert 3 to every adapted projection, with gate 1. The
-    routed model is y = base(x) + sum_e g_e LoRA_e(x): p = softmax(R x + b) with R (E, N) under the projection's name in
-    router.safetensors, b (E,) under its name and `.bias` where the adapter has `normalize_input: moments`, else 0; g_e = p_e
-    for the `top_k` largest, divided by their sum where `normalize_gates` is true, else 0. router.json has these two and, as
-    `split_attention`, the modules that have to be replaced by `fourier_moe.models.attention.split_attention` of themselves
-    before peft can find the projections inside.
+    expert of `shared_coefficients` is in `shared/`. The routed model is y = base(x) + LoRA_shared(x) + sum_e g_e LoRA_e(x):
+    p = softmax(R x + b) with R (E, N) under the projection's name in router.safetensors, b (E,) under its name and `.bias`
+    where the adapter has `normalize_input: moments`, else 0; g_e = p_e for the `top_k` largest, divided by their sum where
+    `normalize_gates` is true, else 0. router.json has these two and, as `split_attention`, the modules that have to be replaced
+    by `fourier_moe.models.attention.split_attention` of themselves before peft can find the projections inside.
 
     Args:
         directory: made if missing.
@@ -115,20 +118,17 @@ def export_loras(model: nn.Module, directory: Path, rank: int | None = None) -> 
         method = type(adapter_config(model)).__name__
         raise UserError(f"{method} has no spectral experts to write as LoRAs; FourierMoEConfig has")
     exports = [ProjectionExport(name, layer.out_features, layer.in_features, [], []) for name, layer in layers.items()]
-    num_experts = next(iter(layers.values())).router.num_experts
-    for expert in range(num_experts):
+    for expert, folder in enumerate(next(iter(layers.values())).experts.names):
         loras = {
             name: ExpertLoRA.of(layer.experts, expert, rank).reading(layer.input_moments) for name, layer in layers.items()
         }
         for export in exports:
             lora = loras[export.name]
             if not lora.difference <= (LARGEST_DIFFERENCE if rank is None else 1):
-                raise UserError(
-                    f"{export.name}: expert {expert} as LoRA differs from it by {lora.difference:.1e}, more than rounding"
-                )
+                raise UserError(f"{export.name}: {folder} as LoRA differs from it by {lora.difference:.1e}, more than rounding")
             export.ranks.append(lora.rank)
             export.differences.append(lora.difference)
-        _write_expert(model, loras, directory / f"expert_{expert}")
+        _write_expert(model, loras, directory / folder)
     _write_router(model, layers, directory)
     return exports
 

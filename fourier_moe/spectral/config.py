@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -26,15 +26,21 @@ class FourierMoEConfig(ProjectionAdapterConfig):
     """FourierMoE (arXiv 2604.01762): per projection a token router and experts in separate frequency bands of the update.
 
     Args:
-        num_coefficients: n, trained spectral scalars of one projection, summed over its experts. Each expert gets
+        num_coefficients: n, trained spectral scalars of one projection, summed over its routed experts. Each expert gets
             P = n / (2 num_experts) conjugate pairs, a complex coefficient (two scalars) each.
+        shared_coefficients: trained scalars of a further expert, which serves every token with a gate of 1, at positions that
+            are drawn uniformly from the whole plane; 0 for none.
         num_experts: E.
         top_k: K, experts active per token.
-        bandwidth: B, width of an expert's band in units of the normalized radius (0 = DC, 1 = corner of the plane).
+        densities: one whole number for each expert, from DC outwards: [4, 2, 1, 1] gives the first expert half of the n
+            coefficients and the last an eighth, so that routing chooses the rank of a token's update (Corollary H.3). None:
+            all have equally many.
+        bandwidth: B, width of an expert's band in units of the normalized radius (0 = DC, 1 = corner of the plane); one for
+            all, or one for each expert.
         band_layout: where the bands lie. `cover`: centers (e + 1/2)/E, spread over all frequencies. `stack`: centers
             (e + 1/2) B, side by side from DC outwards (the paper's bandwidth sweep).
         scaling: alpha, the factor of the update. A number is the paper's. `relative` sets it from each projection's shape and
-            pair count such that coefficients of root mean square modulus 1 give an update of Frobenius norm
+            each expert's pair count such that coefficients of root mean square modulus 1 give an update of Frobenius norm
             sqrt(out_features), the norm of a typical pretrained weight: one learning rate then serves all widths, models and
             coefficient counts.
         dropout: dropout on the experts' input.
@@ -57,9 +63,11 @@ class FourierMoEConfig(ProjectionAdapterConfig):
     """
 
     num_coefficients: int
+    shared_coefficients: int = 0
     num_experts: int = 8
     top_k: int = 2
-    bandwidth: float = 0.12
+    densities: Sequence[int] | None = None
+    bandwidth: float | Sequence[float] = 0.12
     band_layout: Literal["cover", "stack"] = "cover"
     scaling: float | Literal["relative"] = "relative"
     dropout: float = 0.0
@@ -75,11 +83,21 @@ class FourierMoEConfig(ProjectionAdapterConfig):
     size_field = "num_coefficients"
     normalizes_input = True
 
+    def __post_init__(self) -> None:
+        for field in ("densities", "bandwidth"):
+            if isinstance(getattr(self, field), list):
+                object.__setattr__(self, field, tuple(getattr(self, field)))
+        super().__post_init__()
+
     def problems(self) -> list[str]:
-        problems = [*super().problems(), *at_least_one(self, "num_experts"), *top_k(self)]
-        problems += multiple(self, "num_coefficients", self.size_step, "2 * num_experts")
-        if not (self.bandwidth > 0 and math.isfinite(self.bandwidth)):
-            problems.append(f"bandwidth={self.bandwidth} must be a positive number, 0.12 in the paper")
+        problems = [*super().problems(), *at_least_one(self, "num_experts"), *top_k(self), *self._band_problems()]
+        if self.densities is not None and (len(self.densities) != self.num_experts or min(self.densities) < 1):
+            problems.append(f"densities={self.densities} must be num_experts={self.num_experts} positive whole numbers")
+        else:
+            meaning = "2 * num_experts" if self.densities is None else "2 * sum(densities)"
+            problems += multiple(self, "num_coefficients", self.size_step, meaning)
+        if self.shared_coefficients < 0 or self.shared_coefficients % 2:
+            problems.append(f"shared_coefficients={self.shared_coefficients} must be 0 or a positive even number")
         if isinstance(self.scaling, str):
             if self.scaling != "relative":
                 problems.append(f"scaling={self.scaling!r} must be a positive number or 'relative'")
@@ -90,6 +108,16 @@ class FourierMoEConfig(ProjectionAdapterConfig):
             problems.append(f"router_features={k!r} must be 'all' or a positive even number, two for each frequency")
         return [*problems, *dropout(self), *not_negative(self, "balance_weight")]
 
+    def _band_problems(self) -> list[str]:
+        if isinstance(self.bandwidth, Sequence):
+            bandwidths, count = self.bandwidth, self.num_experts
+            expected = f"num_experts={count} positive numbers, or one for all"
+        else:
+            bandwidths, count, expected = [self.bandwidth], 1, "a positive number, 0.12 in the paper"
+        if len(bandwidths) == count and all(b > 0 and math.isfinite(b) for b in bandwidths):
+            return []
+        return [f"bandwidth={self.bandwidth} must be {expected}"]
+
     def check_fit(self, in_features: int, out_features: int) -> str | None:
         largest = (in_features - 1) // 2 * 2  # without DC and Nyquist, which are real
         if self.router_features != "all" and self.router_features > largest:
@@ -98,12 +126,25 @@ class FourierMoEConfig(ProjectionAdapterConfig):
 
     @property
     def size_step(self) -> int:
-        return 2 * self.num_experts
+        return 2 * (self.num_experts if self.densities is None else sum(self.densities))
 
     @property
-    def pairs_per_expert(self) -> int:
-        """P, frequency positions of one expert."""
-        return self.num_coefficients // (2 * self.num_experts)
+    def expert_pairs(self) -> tuple[int, ...]:
+        """Frequency positions of each expert (E,), and of the shared one if there is one."""
+        shares = (1,) * self.num_experts if self.densities is None else self.densities
+        routed = (share * self.num_coefficients // self.size_step for share in shares)
+        return (*routed, self.shared_coefficients // 2) if self.shared_coefficients else tuple(routed)
+
+    @property
+    def bandwidths(self) -> tuple[float, ...]:
+        """B of each expert (E,)."""
+        return tuple(self.bandwidth) if isinstance(self.bandwidth, Sequence) else (self.bandwidth,) * self.num_experts
+
+    @property
+    def segment_pairs(self) -> int:
+        """P, positions of one segment: experts are made of whole segments of equal size, equal experts of one each."""
+        smallest = math.gcd(*(self.densities or (1,))) * self.num_coefficients // self.size_step
+        return math.gcd(smallest, self.shared_coefficients // 2)
 
     def check_stored(self, projections: Mapping[str, StoredProjection]) -> list[str]:
         """Find tensors of other shapes, positions outside of the plane, and orders that are no permutation.
@@ -129,11 +170,12 @@ class FourierMoEConfig(ProjectionAdapterConfig):
         return problems
 
     def _stored_shapes(self, in_features: int, out_features: int) -> dict[str, tuple[int, ...]]:
-        E, P = self.num_experts, self.pairs_per_expert
+        P = self.segment_pairs
+        S = (self.num_coefficients + self.shared_coefficients) // (2 * P)
         shapes: dict[str, tuple[int, ...]] = {
-            "router.weight": (E, in_features if self.router_features == "all" else self.router_features),
-            "experts.frequencies": (E, P, 2),
-            "experts.coefficients": (E, P, 2 if self.coefficients == "complex" else 1),
+            "router.weight": (self.num_experts, in_features if self.router_features == "all" else self.router_features),
+            "experts.frequencies": (S, P, 2),
+            "experts.coefficients": (S, P, 2 if self.coefficients == "complex" else 1),
         }
         if self.normalize_input != "none":
             shapes |= {"input_moments.mean": (in_features,), "input_moments.scale": (in_features,)}

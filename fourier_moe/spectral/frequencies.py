@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -29,13 +30,18 @@ def named_generator(seed: int, name: str) -> torch.Generator:
     return torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
-def band_centers(num_experts: int, bandwidth: float, layout: str) -> list[float]:
+def band_centers(num_experts: int, bandwidth: float | Sequence[float], layout: str) -> list[float]:
     """Return the center f_e of each expert's band, in units of the normalized radius.
 
     `cover` spreads the centers evenly over the radius, f_e = (e + 1/2) / E. `stack` puts bands of the given width side by
     side from DC outwards, f_e = (e + 1/2) B, so with a small B no band covers the high frequencies.
+
+    Args:
+        bandwidth: B, one for all or one for each expert.
     """
-    spacing = {"cover": 1.0 / num_experts, "stack": bandwidth}[layout]
+    if layout == "stack" and isinstance(bandwidth, Sequence):
+        return [sum(bandwidth[:expert]) + bandwidth[expert] / 2 for expert in range(num_experts)]
+    spacing = bandwidth if layout == "stack" and not isinstance(bandwidth, Sequence) else 1.0 / num_experts
     return [(expert + 0.5) * spacing for expert in range(num_experts)]
 
 
@@ -145,6 +151,7 @@ def draw_frequencies(
     bandwidth: float,
     half_plane: bool = True,
     alone: bool = False,
+    setting: str = "num_coefficients",
 ) -> Tensor:
     """Draw `count` different positions, each next one with probability proportional to its band weight.
 
@@ -153,6 +160,7 @@ def draw_frequencies(
         center: band center in units of rho; None draws uniformly (the ablation without frequency bias).
         half_plane: draw one member of each conjugate pair (Theorem 3.2); False draws single positions from the full plane.
         alone: there is no other band, so that this one may take every position of the plane.
+        setting: what asks for `count`, for the messages.
 
     Returns:
         int32 tensor (count, 2) of signed (u, v), ordered by (u, v).
@@ -163,9 +171,10 @@ def draw_frequencies(
     total = count_positions(out_features, in_features, half_plane=half_plane)
     where = f"a {out_features} x {in_features} projection"
     if count > total:
+        alternative = ", raise num_experts" if setting == "num_coefficients" else ""
         raise UserError(
-            f"num_coefficients asks for {count} frequencies per expert, but {where} has only {total}; "
-            "lower num_coefficients, raise num_experts or leave this projection out of targets"
+            f"{setting} asks for {count} frequencies per expert, but {where} has only {total}; "
+            f"lower {setting}{alternative} or leave this projection out of targets"
         )
     shape = (out_features, in_features)
     capacity = None if center is None or alone else band_capacity(*shape, center, bandwidth, half_plane, enough=count)

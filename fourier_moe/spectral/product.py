@@ -50,7 +50,7 @@ def routed_spectral_product(
     Args:
         x_TN: input, any floating dtype; half precisions are computed in float32.
         gates_TK: gates of the active experts.
-        experts_TK: int64, which experts these are, none twice for a token.
+        experts_TK: int64, which experts these are, none twice for a token but with gate 0.
         coefficients_EPC: real and imaginary part of every coefficient c_j, float32 or float64.
         frequencies_EPC: signed integer (u_j, v_j), |u| <= M/2, |v| <= N/2.
         out_features: M.

@@ -38,6 +38,18 @@ NAN, INF = float("nan"), float("inf")
         ({"bandwidth": -0.1}, r"bandwidth=-0.1 must be a positive number"),
         ({"bandwidth": NAN}, r"bandwidth=nan must be a positive number"),
         ({"bandwidth": INF}, r"bandwidth=inf must be a positive number"),
+        ({"bandwidth": [0.1, 0.2]}, r"bandwidth=\(0.1, 0.2\) must be num_experts=4 positive numbers, or one for all"),
+        ({"bandwidth": [0.1, 0.2, 0.1, 0]}, r"bandwidth=\(0.1, 0.2, 0.1, 0\) must be num_experts=4 positive numbers"),
+        ({"bandwidth": "wide"}, r"bandwidth='wide' must be a number or a list, each of it a number"),
+        ({"densities": [1, 2]}, r"densities=\(1, 2\) must be num_experts=4 positive whole numbers"),
+        ({"densities": [1, 1, 1, 0]}, r"densities=\(1, 1, 1, 0\) must be num_experts=4 positive whole numbers"),
+        ({"densities": [1.5, 1, 1, 1]}, r"densities=\(1.5, 1, 1, 1\) must be a list, each of it a whole number or null"),
+        (
+            {"densities": [4, 2, 2, 1]},
+            r"num_coefficients=32 must be a positive multiple of 2 \* sum\(densities\) = 18; .* 18 or 36",
+        ),
+        ({"shared_coefficients": 7}, r"shared_coefficients=7 must be 0 or a positive even number"),
+        ({"shared_coefficients": -2}, r"shared_coefficients=-2 must be 0 or a positive even number"),
         ({"scaling": "absolute"}, r"scaling='absolute' must be a positive number or 'relative'"),
         ({"scaling": 0.0}, r"scaling=0.0 must be a positive number or 'relative'"),
         ({"scaling": -2}, r"scaling=-2 must be a positive number or 'relative'"),
@@ -78,7 +90,7 @@ def test_nearest_valid_numbers_of_coefficients_are_valid_and_nearest(num_experts
     step = 2 * num_experts
     for asked in range(1, 5 * step):
         if asked % step == 0:
-            assert config(num_coefficients=asked, num_experts=num_experts, top_k=1).pairs_per_expert == asked // step
+            assert config(num_coefficients=asked, num_experts=num_experts, top_k=1).expert_pairs[0] == asked // step
             continue
         with pytest.raises(ValueError, match="nearest valid") as caught:
             config(num_coefficients=asked, num_experts=num_experts, top_k=1)
@@ -122,9 +134,9 @@ def test_unknown_argument_is_an_error():
 
 def test_defaults_are_the_paper_and_pairs_follow_from_n():
     paper = FourierMoEConfig(targets=["q_proj"], num_coefficients=3008)
-    assert (paper.num_experts, paper.top_k, paper.bandwidth, paper.pairs_per_expert) == (8, 2, 0.12, 188)
-    assert FourierMoEConfig(targets=["q_proj"], num_coefficients=1008).pairs_per_expert == 63
-    assert FourierMoEConfig(targets=["q_proj"], num_coefficients=8192).pairs_per_expert == 512
+    assert (paper.num_experts, paper.top_k, paper.bandwidth, paper.expert_pairs[0]) == (8, 2, 0.12, 188)
+    assert FourierMoEConfig(targets=["q_proj"], num_coefficients=1008).expert_pairs[0] == 63
+    assert FourierMoEConfig(targets=["q_proj"], num_coefficients=8192).expert_pairs[0] == 512
 
 
 def test_boundaries_are_valid():

@@ -13,8 +13,10 @@ from support.language_models import TinyLanguageModel, collate, example
 
 ADAPTER = FourierMoEConfig(
     targets=["q_proj", "v_proj", "down_proj"],
-    num_coefficients=32,
+    num_coefficients=40,
+    shared_coefficients=12,
     num_experts=4,
+    densities=[1, 2, 1, 1],
     balance_weight=0.5,
     normalize_input="moments",
     router_features=6,

@@ -33,12 +33,12 @@ CHARTS = {
         "balance loss (top_k is even)": r"router/balance_loss_unscaled",
     },
     "Are they specialized?": {
-        "energy of the update": r"spectrum/energy/expert_\d+",
+        "energy of the update": r"spectrum/energy/(expert_\d+|shared)",
         "bands: where each expert's energy lies (line) in the band that it owns (shade)": BANDS,
-        "center: mean radius of the spectrum": r"spectrum/center/expert_\d+",
+        "center: mean radius of the spectrum": r"spectrum/center/(expert_\d+|shared)",
         "share of the energy inside the expert's band": r"spectrum/in_band/expert_\d+",
-        "effective number of coefficients": r"spectrum/effective_coefficients/expert_\d+",
-        "effective rank of the update": r"spectrum/effective_rank/expert_\d+",
+        "effective number of coefficients": r"spectrum/effective_coefficients/(expert_\d+|shared)",
+        "effective rank of the update": r"spectrum/effective_rank/(expert_\d+|shared)",
     },
     "Does the model learn?": {
         "loss": r"(train|val)/loss",

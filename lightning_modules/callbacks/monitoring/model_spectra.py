@@ -1,6 +1,7 @@
 """ModelSpectra: the spectra of all adapted projections of a model at one time, and their files.
 
-Shape legend: L layers (adapted projections), E experts, P positions per expert, R bins of the radius.
+Shape legend: L layers (adapted projections), E experts with the shared one as the last, P positions of the largest expert, R
+bins of the radius.
 """
 
 from __future__ import annotations
@@ -27,20 +28,28 @@ class ModelSpectra:
 
     Attributes:
         layers: spectra by the name of the projection.
+        names: the experts' names (E,), as in `SpectralExperts.names`.
         config: what the model was adapted with; its bands are the experts'.
     """
 
     layers: Mapping[str, ExpertSpectra]
+    names: list[str]
     config: FourierMoEConfig
 
     @classmethod
     def of(cls, experts: Mapping[str, SpectralExperts], config: FourierMoEConfig) -> ModelSpectra:
         """Measure the current spectra. All processes must call it together."""
-        return cls({name: ExpertSpectra.of(layer) for name, layer in experts.items()}, config)
+        names = next(iter(experts.values())).names
+        return cls({name: ExpertSpectra.of(layer) for name, layer in experts.items()}, names, config)
+
+    @property
+    def short_names(self) -> list[str]:
+        """Return the experts' numbers, and `shared`."""
+        return [name.removeprefix("expert_") for name in self.names]
 
     @property
     def centers(self) -> list[float]:
-        """f_e of every expert, even without frequency bias."""
+        """f_e of every expert that has a band, even without frequency bias; a shared one has none."""
         return band_centers(self.config.num_experts, self.config.bandwidth, self.config.band_layout)
 
     @property
@@ -48,7 +57,7 @@ class ModelSpectra:
         """Inner and outer radius of each expert's band; none without frequency bias."""
         if not self.config.frequency_bias:
             return []
-        return [band_edges(center, self.config.bandwidth) for center in self.centers]
+        return [band_edges(center, width) for center, width in zip(self.centers, self.config.bandwidths, strict=True)]
 
     @cached_property
     def measures(self) -> dict[str, Tensor]:
@@ -58,7 +67,7 @@ class ModelSpectra:
             "energy": torch.stack([layer.energy for layer in layers]),
             "center": torch.stack([layer.center for layer in layers]),
             "radius_std": torch.stack([layer.radius_std for layer in layers]),
-            "in_band": torch.stack([layer.in_band(self.centers, self.config.bandwidth) for layer in layers]),
+            "in_band": torch.stack([layer.in_band(self.centers, self.config.bandwidths) for layer in layers]),
             "effective_coefficients": torch.stack([layer.effective_coefficients for layer in layers]),
         }
 
@@ -75,7 +84,8 @@ class ModelSpectra:
     @cached_property
     def positions(self) -> Tensor:
         """Share of all positions by radius (E, R): the `occupancy` if all coefficients were equal."""
-        equal = (replace(layer, coefficients=torch.ones_like(layer.coefficients), scale=1.0) for layer in self.layers.values())
+        layers = self.layers.values()
+        equal = (replace(layer, coefficients=layer.owned.to(layer.coefficients.dtype), scale=1.0) for layer in layers)
         counts = [layer.radial_occupancy(NUM_BINS) / layer.energy.sum() for layer in equal]
         return torch.stack(counts).mean(0)
 
@@ -90,33 +100,35 @@ class ModelSpectra:
         return torch.stack([layer.update_overlap() for layer in self.layers.values()]).mean(0)
 
     @property
-    def magnitudes(self) -> Tensor:
-        """|c| of every expert's coefficients in all layers (E, L*P)."""
-        return torch.cat([layer.coefficients.abs() for layer in self.layers.values()], 1)
+    def magnitudes(self) -> list[Tensor]:
+        """|c| of every expert's coefficients in all layers."""
+        layers = self.layers.values()
+        return [torch.cat([layer.coefficients[e, layer.owned[e]].abs() for layer in layers]) for e in range(len(self.names))]
 
     def write(self, directory: Path) -> None:
         """Write spectral_occupancy.csv (a row per layer and expert), radial_occupancy.csv and spectral_overlap.csv."""
         measures = {**self.measures, "effective_rank": self.effective_rank}
+        names = self.short_names
+        centers = [*self.centers, *[""] * len(names)]
         layers = {"all": [m.mean(0).tolist() for m in measures.values()]}
         layers |= {name: [m[index].tolist() for m in measures.values()] for index, name in enumerate(self.layers)}
         write_table(
             directory / "spectral_occupancy.csv",
             ["layer", "expert", "band_center", *measures],
-            ([layer, e, f, *(m[e] for m in values)] for layer, values in layers.items() for e, f in enumerate(self.centers)),
+            ([layer, n, centers[e], *(m[e] for m in values)] for layer, values in layers.items() for e, n in enumerate(names)),
             digits=6,
         )
-        experts = range(self.config.num_experts)
         shares = torch.cat([self.occupancy, self.positions]).T.tolist()
         write_table(
             directory / "radial_occupancy.csv",
-            ["radius", *(f"energy/expert_{e}" for e in experts), *(f"positions/expert_{e}" for e in experts)],
+            ["radius", *(f"{kind}/{name}" for kind in ("energy", "positions") for name in self.names)],
             ([(r + 0.5) / NUM_BINS, *row] for r, row in enumerate(shares)),
             digits=6,
         )
-        radial, update = self.radial_overlap.tolist(), self.update_overlap.tolist()
+        overlaps = torch.stack([self.radial_overlap, self.update_overlap], -1).tolist()
         write_table(
             directory / "spectral_overlap.csv",
             ["expert", "other", "radial_overlap", "update_overlap"],
-            ([e, f, radial[e][f], update[e][f]] for e in experts for f in experts),
+            ([names[e], names[f], *values] for e, row in enumerate(overlaps) for f, values in enumerate(row)),
             digits=6,
         )

@@ -33,7 +33,7 @@ def rings(spectra: ModelSpectra, layers: Sequence[str], title: str) -> Figure:
     """
     from matplotlib.figure import Figure  # here: it takes as long to import as a small run
 
-    colors = _colors(spectra.config.num_experts)
+    colors = _colors(spectra)
     figure = Figure(figsize=(PANEL * len(layers) + 1.5, PANEL + 0.9), layout="compressed")
     panels = figure.subplots(1, len(layers), squeeze=False, sharey=True)[0]
     names = dict(zip(spectra.layers, short_names(list(spectra.layers)), strict=True))
@@ -44,7 +44,7 @@ def rings(spectra: ModelSpectra, layers: Sequence[str], title: str) -> Figure:
         axes.set_xticks([-1, -0.5, 0, 0.5, 1])
         axes.set_yticks([-1, -0.5, 0, 0.5, 1])
     panels[0].set_ylabel("output frequency 2u/M")
-    _expert_bar(figure, panels, colors)
+    _expert_bar(figure, panels, colors, spectra.short_names)
     figure.suptitle(f"spectral coefficients, {title}")
     return figure
 
@@ -53,7 +53,7 @@ def radial_occupancy(spectra: ModelSpectra, title: str) -> Figure:
     """Draw the density of energy over the radius by expert, all layers together; dotted: if all coefficients were equal."""
     from matplotlib.figure import Figure
 
-    colors = _colors(spectra.config.num_experts)
+    colors = _colors(spectra)
     figure = Figure(figsize=(7.5, 3.6), layout="constrained")
     axes = figure.add_subplot()
     edges = np.linspace(0, 1, NUM_BINS + 1)
@@ -69,7 +69,7 @@ def radial_occupancy(spectra: ModelSpectra, title: str) -> Figure:
     axes.plot([], [], color="black", linewidth=1.5, label="energy")
     axes.plot([], [], color="black", linewidth=1, linestyle=":", label="positions")
     axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0.1, ncols=2, fontsize=8)
-    _expert_bar(figure, axes, colors)
+    _expert_bar(figure, axes, colors, spectra.short_names)
     return figure
 
 
@@ -77,8 +77,7 @@ def overlap(spectra: ModelSpectra, title: str) -> Figure:
     """Draw the overlap between experts, all layers together: share of energy at the same radii, cosine between updates."""
     from matplotlib.figure import Figure
 
-    num_experts = spectra.config.num_experts
-    side = 1.6 + 0.33 * min(num_experts, 20)
+    side = 1.6 + 0.33 * min(len(spectra.names), 20)
     figure = Figure(figsize=(2 * side + 1.6, side + 0.5), layout="constrained")
     left, right = figure.subplots(1, 2)
     _draw_matrix(left, spectra.radial_overlap, "energy at the same radii", cmap="Blues", vmin=0)
@@ -114,16 +113,16 @@ def _draw_bands(axes: Axes, spectra: ModelSpectra, colors: np.ndarray) -> None:
     if not bands:
         return
     depth = max(1.0, sum(min(outer, 1) - inner for inner, outer in bands if inner < 1))  # mean number of bands that overlap
-    for (inner, outer), color in zip(bands, colors, strict=True):
+    for (inner, outer), color in zip(bands, colors, strict=False):
         width = math.sqrt(2) * (outer - inner)
         axes.add_patch(Annulus((0, 0), math.sqrt(2) * outer, width, facecolor=color, alpha=0.12 / depth, linewidth=0))
 
 
 def _draw_coefficients(axes: Axes, spectra: ExpertSpectra, colors: np.ndarray) -> None:
     """Draw the largest dots first, so that none hides another."""
-    y, x = (2 * spectra.frequencies / torch.tensor([spectra.out_features, spectra.in_features])).flatten(0, 1).T.numpy()
-    expert = np.repeat(np.arange(len(spectra.coefficients)), spectra.coefficients.shape[1])
-    energy = spectra.pair_energy.flatten().numpy()
+    y, x = (2 * spectra.frequencies / torch.tensor([spectra.out_features, spectra.in_features]))[spectra.owned].T.numpy()
+    expert = spectra.owned.nonzero()[:, 0].numpy()
+    energy = spectra.pair_energy[spectra.owned].numpy()
     points = INK * (72 * PANEL) ** 2 / 2 * energy / (energy.sum() or 1.0)  # a pair is two dots
     area = np.clip(points, 0.3, 150)
     both = np.repeat(np.argsort(-energy), 2)
@@ -133,7 +132,7 @@ def _draw_coefficients(axes: Axes, spectra: ExpertSpectra, colors: np.ndarray) -
     axes.scatter(sign * x[both], sign * y[both], s=area[both], c=color, linewidth=edge[both], edgecolor="white")
 
 
-def _expert_bar(figure: Figure, panels: Any, colors: np.ndarray) -> None:
+def _expert_bar(figure: Figure, panels: Any, colors: np.ndarray, labels: Sequence[str]) -> None:
     """Draw the color bar of experts."""
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import BoundaryNorm, ListedColormap
@@ -141,12 +140,15 @@ def _expert_bar(figure: Figure, panels: Any, colors: np.ndarray) -> None:
     num_experts = len(colors)
     norm = BoundaryNorm(np.arange(num_experts + 1) - 0.5, num_experts)
     bar = figure.colorbar(ScalarMappable(norm, ListedColormap(colors)), ax=panels, label="expert", shrink=0.85, pad=0.01)
-    bar.set_ticks(range(0, num_experts, -(-num_experts // MAX_NUMBERS)))
+    every = -(-num_experts // MAX_NUMBERS)
+    bar.set_ticks(range(0, num_experts, every), labels=labels[::every])
     bar.minorticks_off()
 
 
-def _colors(num_experts: int) -> np.ndarray:
-    """Return a color per expert (E, 4), from low to high frequencies as in the rainbow."""
+def _colors(spectra: ModelSpectra) -> np.ndarray:
+    """Return a color per expert (E, 4), from low to high frequencies as in the rainbow; gray for the shared one."""
     from matplotlib import colormaps
 
-    return colormaps["turbo"](np.linspace(0.06, 0.94, num_experts))
+    num_routed = spectra.config.num_experts
+    colors = colormaps["turbo"](np.linspace(0.06, 0.94, num_routed))
+    return np.concatenate([colors, np.full((len(spectra.names) - num_routed, 4), [0.45, 0.45, 0.45, 1.0])])

@@ -41,7 +41,8 @@ TIME_BUDGET = 0.01  # share of the time that measurements at the end of an inter
 class SpectralOccupancy(L.Callback):
     """Log where each expert's update lies in the frequency plane, and how many of its coefficients are in use.
 
-    Means over the adapted projections (`fourier_moe.analysis.spectra` has the formulas), as `spectrum/{measure}/expert_{e}`:
+    Means over the adapted projections (`fourier_moe.analysis.spectra` has the formulas), as `spectrum/{measure}/expert_{e}`,
+    and `spectrum/{measure}/shared` of the expert that `shared_coefficients` makes:
 
     - `energy`, the squared Frobenius norm of the update; `center` and `radius_std`, mean and standard deviation of its
       radius;
@@ -172,7 +173,7 @@ class SpectralOccupancy(L.Callback):
         if measure:
             self._measured, self._num_measured = trainer.global_step, self._num_measured + 1
             for name, values in spectra.measures.items():
-                metrics |= self._by_expert(name, values)
+                metrics |= self._by_expert(spectra, name, values)
             for expert, edges in enumerate(spectra.bands):
                 metrics |= {
                     f"spectrum/band_{side}/expert_{expert}": e for side, e in zip(("inner", "outer"), edges, strict=True)
@@ -180,23 +181,25 @@ class SpectralOccupancy(L.Callback):
             self._show_histograms(trainer, spectra)
         if draw:
             self._drawn = trainer.global_step
-            metrics |= self._by_expert("effective_rank", spectra.effective_rank)
+            metrics |= self._by_expert(spectra, "effective_rank", spectra.effective_rank)
         if metrics:
             log_now(trainer, metrics)
         return spectra
 
-    def _by_expert(self, name: str, values: Tensor) -> dict[str, float]:
+    def _by_expert(self, spectra: ModelSpectra, name: str, values: Tensor) -> dict[str, float]:
         """Return a measure (layers, E) by tag."""
-        metrics = {f"spectrum/{name}/expert_{expert}": float(value) for expert, value in enumerate(values.mean(0))}
+        rows = {f"spectrum/{name}": values.mean(0)}
         if self.detailed:
-            for layer, row in zip(self._experts, values, strict=True):
-                metrics |= {f"spectrum_layers/{layer}/{name}/expert_{e}": float(value) for e, value in enumerate(row)}
+            rows |= {f"spectrum_layers/{layer}/{name}": row for layer, row in zip(self._experts, values, strict=True)}
+        metrics: dict[str, float] = {}
+        for tag, row in rows.items():
+            metrics |= {f"{tag}/{expert}": float(value) for expert, value in zip(spectra.names, row, strict=True)}
         return metrics
 
     def _show_histograms(self, trainer: L.Trainer, spectra: ModelSpectra) -> None:
         for board in tensorboards(trainer):
-            for expert, magnitude in enumerate(spectra.magnitudes):
-                board.add_histogram(f"spectrum/magnitude/expert_{expert}", magnitude, logged_step(trainer))
+            for expert, magnitude in zip(spectra.names, spectra.magnitudes, strict=True):
+                board.add_histogram(f"spectrum/magnitude/{expert}", magnitude, logged_step(trainer))
 
     def _figures(self, spectra: ModelSpectra, step: int) -> dict[str, Figure]:
         """Draw figures by tag."""

@@ -23,6 +23,8 @@ ABLATIONS = [
     {"conjugate_symmetry": False, "frequency_bias": False, "num_coefficients": 600},  # many partners
     {"conjugate_symmetry": False, "coefficients": "imaginary", "frequency_bias": False, "num_coefficients": 600},
     {"scaling": 16.0, "band_layout": "stack", "bandwidth": 0.2},
+    {"densities": [1, 4, 2, 1], "shared_coefficients": 14},
+    {"densities": [1, 4, 2, 1], "shared_coefficients": 40, "conjugate_symmetry": False},
 ]
 SHAPES = [(17, 24), (24, 17), (16, 20), (15, 13)]
 
@@ -41,7 +43,7 @@ def identifier(value):
 
 
 def updates(layer):
-    return torch.stack([layer.delta_weight(e).detach() for e in range(len(layer.frequencies))])
+    return torch.stack([layer.delta_weight(e).detach() for e in range(len(layer.segments))])
 
 
 def plane(M, N):
@@ -78,10 +80,12 @@ def test_measures_are_those_of_the_dense_update_and_its_transform(changes, shape
     torch.testing.assert_close(spectra.effective_coefficients, torch.special.entr(share).sum((1, 2)).exp() / 2)
     centers = band_centers(4, 0.3, "cover")
     inside = torch.stack([band_weight(radius, center, 0.3) >= math.exp(-1) for center in centers])
+    inside = torch.cat([inside, inside.new_ones(len(dense) - 4, M, N)])  # a shared expert's band is the plane
     torch.testing.assert_close(spectra.in_band(centers, 0.3), (share * inside).sum((1, 2)))
     occupancy = torch.stack([energy[:, (radius * 10).long().clamp(max=9) == r].sum(1) for r in range(10)], 1)
     torch.testing.assert_close(spectra.radial_occupancy(10), occupancy)
     singular = torch.linalg.svdvals(dense)
+    assert torch.equal(spectra.rank, torch.linalg.matrix_rank(dense))
     torch.testing.assert_close(
         spectra.effective_rank, torch.special.entr(singular / singular.sum(1, keepdim=True)).sum(1).exp()
     )

@@ -39,10 +39,11 @@ def saved(tmp_path):
         ),
         config(conjugate_symmetry=False, frequency_bias=False),
         config(permute=True),
+        config(densities=[1, 4, 2, 1], shared_coefficients=14, bandwidth=[0.3, 0.4, 0.5, 0.5]),
         FullFineTuning(head=["classifier"]),
         HeadOnly(head=["classifier"]),
     ],
-    ids=["default", "imaginary", "free", "permuted", "full", "head"],
+    ids=["default", "imaginary", "free", "permuted", "unequal", "full", "head"],
 )
 @pytest.mark.parametrize("prepared", [False, True], ids=["fresh", "adapted"])
 def test_round_trip_gives_bit_identical_output(tmp_path, settings, prepared):

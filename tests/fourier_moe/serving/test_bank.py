@@ -55,10 +55,14 @@ def trained(directory, model, config):
 
 
 HEAD = {"head": ["classifier"]}
+UNEQUAL = {"densities": [1, 3], "shared_coefficients": 6}
 SMALL = {"num_coefficients": 16, "num_experts": 2, "top_k": 1, "bandwidth": 1.0}
 CONFIGS = {
     "moe": (3, FourierMoEConfig(targets=["query", "value"], num_coefficients=64, num_experts=4, bandwidth=1.0, **HEAD)),
-    "other_moe": (5, FourierMoEConfig(targets=["key", "output.dense"], router_scope="block", dropout=0.5, **SMALL, **HEAD)),
+    "other_moe": (
+        5,
+        FourierMoEConfig(targets=["key", "output.dense"], router_scope="block", dropout=0.5, **UNEQUAL, **SMALL, **HEAD),
+    ),
     "lora": (2, LoRAConfig(targets=["query", "intermediate.dense"], r=3, dropout=0.5, **HEAD)),
     "dora": (3, DoRAConfig(targets=["value"], r=2, **HEAD)),
     "fourier_ft": (3, FourierFTConfig(targets=["value"], num_coefficients=20, **HEAD)),

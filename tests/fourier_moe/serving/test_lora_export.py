@@ -25,6 +25,7 @@ VARIANTS = {
     "asymmetric": {"conjugate_symmetry": False},
     "uniform": {"frequency_bias": False},
     "permuted": {"permute": True},
+    "unequal": {"densities": [3, 1], "shared_coefficients": 6},
 }
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 50}
 
@@ -39,14 +40,14 @@ def experts_of(shape, pairs=6, **options):
 @pytest.mark.parametrize("shape", [(12, 7), (7, 12), (16, 16), (9, 9), (2, 40), (40, 2)])
 def test_lora_is_the_experts_update_in_every_variant(variant, shape):
     experts = experts_of(shape, **VARIANTS[variant])
-    for expert in range(2):
+    for expert in range(len(experts.segments)):
         lora = ExpertLoRA.of(experts, expert)
         update = copy.deepcopy(experts).double().delta_weight(expert).detach()
         product = lora.lora_B.double() @ lora.lora_A.double()
         torch.testing.assert_close(product, update, rtol=0, atol=1e-6 * float(update.abs().max()))
         assert update.norm() > 0.1
         assert lora.difference < 1e-6
-        assert lora.rank <= min(2 * 6, *shape)
+        assert lora.rank <= min(2 * len(experts.of_expert(expert)[0]), *shape)
 
 
 @pytest.mark.parametrize("shape", [(12, 7), (9, 40), (40, 2)])
@@ -173,18 +174,20 @@ def test_ranks_are_those_of_whole_names(tmp_path):
 
 @pytest.mark.parametrize("top_k", [1, 2])
 def test_routed_model_can_be_computed_from_the_exported_files(tmp_path, top_k):
-    _, model = adapted(llama, ["q_proj", "k_proj", "v_proj"], router_scope="input", top_k=top_k)
+    unequal = {"densities": [1, 1, 4, 2], "shared_coefficients": 14} if top_k == 2 else {}
+    _, model = adapted(llama, ["q_proj", "k_proj", "v_proj"], router_scope="input", top_k=top_k, **unequal)
     export_loras(model, tmp_path)
     router = json.loads((tmp_path / "router.json").read_text())
     weights = load_file(tmp_path / "router.safetensors")
     assert router == {"top_k": top_k, "normalize_gates": top_k > 1, "split_attention": []}
-    experts = [load_file(tmp_path / f"expert_{expert}/adapter_model.safetensors") for expert in range(4)]
+    folders = [f"expert_{expert}" for expert in range(4)] + ["shared"] * (top_k == 2)
+    experts = [load_file(tmp_path / folder / "adapter_model.safetensors") for folder in folders]
     for name, layer in adapters(model).items():
         x = torch.randn(7, layer.in_features)
         gates, active = (x @ weights[name].T).softmax(-1).topk(router["top_k"])
         if router["normalize_gates"]:
             gates = gates / gates.sum(-1, keepdim=True)
-        gates = torch.zeros(7, 4).scatter(1, active, gates)
+        gates = torch.cat([torch.zeros(7, 4).scatter(1, active, gates), torch.ones(7, len(experts) - 4)], 1)
         y = layer.base(x)
         for expert, tensors in enumerate(experts):
             lora_A, lora_B = (tensors[f"base_model.model.{name}.lora_{side}.weight"] for side in "AB")
@@ -219,7 +222,7 @@ def test_a_lora_that_is_not_its_expert_is_refused(tmp_path, monkeypatch):
     _, model = adapted(llama, ["q_proj"])
     exact = SpectralExperts.factors
     monkeypatch.setattr(SpectralExperts, "factors", lambda *arguments: tuple(1.0001 * side for side in exact(*arguments)))
-    with pytest.raises(ValueError, match=r"layers\.0\.self_attn\.q_proj: expert 0 as LoRA differs from it by 2\.0e-04"):
+    with pytest.raises(ValueError, match=r"layers\.0\.self_attn\.q_proj: expert_0 as LoRA differs from it by 2\.0e-04"):
         export_loras(model, tmp_path)
     monkeypatch.setattr(fourier_moe.serving.lora_export, "LARGEST_DIFFERENCE", 1e-3)
     assert export_loras(model, tmp_path)[0].differences == pytest.approx([2e-4] * 4, rel=0.01)

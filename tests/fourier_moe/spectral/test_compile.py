@@ -43,7 +43,8 @@ def outputs_and_gradients(function, model, x):
     ],
 )
 def test_adapted_model_compiles_into_one_graph_with_the_same_gradients(backend, scope):
-    model, x = adapted(router_scope=scope), torch.randn(32, 7).T  # not contiguous
+    unequal = {"densities": [1, 3, 2, 2], "shared_coefficients": 6} if scope == "block" else {}
+    model, x = adapted(router_scope=scope, **unequal), torch.randn(32, 7).T  # not contiguous
     expected = outputs_and_gradients(model, model, x)
     compiled = outputs_and_gradients(torch.compile(model, fullgraph=True, backend=backend), model, x)
     torch.testing.assert_close(compiled, expected)

@@ -8,7 +8,7 @@ from support import reference as naive
 from support.models import config, randomize
 
 from fourier_moe import Routing, SpectralExperts
-from fourier_moe.spectral.frequencies import named_generator
+from fourier_moe.spectral.frequencies import named_generator, normalized_radius
 
 ABLATIONS = [
     {},
@@ -18,6 +18,13 @@ ABLATIONS = [
     {"conjugate_symmetry": False},
     {"conjugate_symmetry": False, "coefficients": "imaginary", "frequency_bias": False},
     {"scaling": 16.0, "band_layout": "stack", "bandwidth": 0.2},
+]
+UNEQUAL = [  # in segments of 4, 2, 2, 1 and 3 pairs
+    {"shared_coefficients": 8},
+    {"shared_coefficients": 20, "coefficients": "imaginary"},
+    {"densities": [4, 2, 1, 1]},
+    {"densities": [1, 3, 2, 2], "bandwidth": [0.3, 0.2, 0.4, 0.2], "shared_coefficients": 14, "conjugate_symmetry": False},
+    {"densities": [2, 4, 1, 1], "shared_coefficients": 6, "num_coefficients": 48, "scaling": 16.0, "permute": True},
 ]
 
 
@@ -31,7 +38,7 @@ def identifier(changes):
     return "-".join(f"{key}={value}" for key, value in changes.items()) or "default"
 
 
-@pytest.mark.parametrize("changes", [*ABLATIONS, {"permute": True}], ids=identifier)
+@pytest.mark.parametrize("changes", [*ABLATIONS, {"permute": True}, *UNEQUAL], ids=identifier)
 def test_forward_is_the_gated_sum_of_the_dense_updates(changes):
     layer = experts(**changes)
     generator = torch.Generator().manual_seed(0)
@@ -39,8 +46,9 @@ def test_forward_is_the_gated_sum_of_the_dense_updates(changes):
     gates = torch.rand(2, 5, 4, dtype=torch.float64, generator=generator).requires_grad_()
     y = layer(x, Routing.to_all(gates))
     assert y.shape == (2, 5, 17)
-    updates = torch.stack([layer.delta_weight(e) for e in range(4)])
-    dense = torch.einsum("...e,emn,...n->...m", gates, updates, x)
+    updates = torch.stack([layer.delta_weight(e) for e in range(len(layer.segments))])
+    shared = torch.ones(2, 5, len(updates) - 4, dtype=torch.float64)
+    dense = torch.einsum("...e,emn,...n->...m", torch.cat([gates, shared], -1), updates, x)
     naive.assert_relative(y, dense, 1e-10)
     leaves = (x, gates, layer.coefficients)
     for mine, theirs in zip(
@@ -95,12 +103,14 @@ def test_generic_rank_is_reached():
 
 
 @pytest.mark.parametrize("shape", [(32, 48), (48, 32), (33, 17), (64, 64)])
-@pytest.mark.parametrize("changes", [{}, {"coefficients": "real"}, {"coefficients": "imaginary"}, {"frequency_bias": False}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"coefficients": "real"}, {"coefficients": "imaginary"}, {"frequency_bias": False}, *UNEQUAL[:3]]
+)
 def test_relative_scaling_makes_the_norm_sqrt_m_times_the_root_mean_square(shape, changes):
     M, N = shape
     layer = experts(N, M, **changes)
-    for e in range(4):
-        magnitude = layer.coefficients[e].square().sum(-1).mean().sqrt()
+    for e in range(len(layer.segments)):
+        magnitude = layer.of_expert(e)[0].square().sum(-1).mean().sqrt()
         assert layer.delta_weight(e).norm().item() == pytest.approx(math.sqrt(M) * magnitude.item(), rel=1e-10)
 
 
@@ -167,6 +177,35 @@ def test_permuted_update_has_the_same_entries_elsewhere_by_whole_rows_and_column
         assert (permuted - expected).abs().max() > 0.1 * expected.abs().max()
 
 
+def test_top_k_of_unequal_experts_is_the_sum_of_the_chosen_ones():
+    layer = experts(densities=[4, 2, 1, 1], shared_coefficients=6)
+    x, gates = torch.randn(5, 24, dtype=torch.float64), torch.rand(5, 2, dtype=torch.float64)
+    chosen = torch.tensor([[0, 3], [1, 2], [3, 1], [2, 0], [0, 1]])
+    updates = torch.stack([layer.delta_weight(e) for e in range(5)])
+    expected = torch.einsum("tk,tkmn,tn->tm", gates, updates[chosen], x) + x @ updates[4].T
+    naive.assert_relative(layer(x, Routing(gates, chosen, gates)), expected, 1e-10)
+
+
+def test_a_shared_expert_leaves_the_others_positions_and_has_its_own_in_the_whole_plane():
+    layer, plain = experts(64, 48, shared_coefficients=400, permute=True), experts(64, 48, permute=True)
+    for e in range(4):
+        assert torch.equal(layer.of_expert(e)[1], plain.of_expert(e)[1])
+    assert torch.equal(layer.input_order, plain.input_order)
+    shared = layer.of_expert(4)[1]
+    assert len(set(map(tuple, shared.tolist()))) == 200
+    radius = normalized_radius(shared, 48, 64)
+    assert radius.min() < 0.2
+    assert radius.max() > 0.8
+    assert layer.names == ["expert_0", "expert_1", "expert_2", "expert_3", "shared"]
+
+
+def test_densities_share_out_the_coefficients():
+    layer = experts(num_coefficients=64, densities=[1, 4, 2, 1], coefficients="real", shared_coefficients=10, bandwidth=0.3)
+    assert [len(layer.of_expert(e)[1]) for e in range(5)] == [4, 16, 8, 4, 5]
+    assert layer.coefficients.numel() == 37
+    assert "pairs=[4, 16, 8, 4], shared_pairs=5" in repr(layer)
+
+
 def test_orders_differ_by_name_and_seed_and_only_the_control_has_any():
     drawn = [
         SpectralExperts(24, 24, config(permute=True), generator=named_generator(seed, name))
@@ -205,3 +244,5 @@ def test_any_leading_shape(shape):
 def test_too_many_positions_is_an_error():
     with pytest.raises(ValueError, match="asks for 125 frequencies per expert, but a 4 x 4 projection has only 6"):
         experts(4, 4, num_coefficients=1000)
+    with pytest.raises(ValueError, match=r"shared_coefficients asks for 500 frequencies .* lower shared_coefficients or leave"):
+        experts(shared_coefficients=1000)

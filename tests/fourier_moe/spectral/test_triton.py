@@ -27,6 +27,8 @@ for T, N, M, E, P in shapes:
     experts = torch.stack([torch.randperm(E)[:K] for _ in range(T)])
     if E > 2:  # an expert without a token
         experts = torch.arange(E)[torch.arange(E) != 1].expand(T, K).contiguous()
+    if E == 4:  # what fills up an expert of fewer segments than the largest
+        experts[:, 2], gates[:, 2] = experts[:, 1], 0
     u = torch.randint(-(M // 2), M // 2 + 1, (E, P))
     v = torch.randint(-(N // 2), N // 2 + 1, (E, P))
     u[0, 0], v[0, 0], u[-1, -1], v[-1, -1] = 0, 0, M // 2, N // 2

@@ -20,7 +20,7 @@ from lightning_modules.callbacks.monitoring.model_spectra import NUM_BINS, Model
 from lightning_modules.callbacks.monitoring.spectral_figures import overlap, radial_occupancy, rings
 from lightning_modules.optimization import Optimization, ParameterGroup
 
-E, P, LAYERS = ADAPTER.num_experts, ADAPTER.pairs_per_expert, ["q_proj", "v_proj"]
+E, P, LAYERS = ADAPTER.num_experts, ADAPTER.expert_pairs[0], ["q_proj", "v_proj"]
 MEASURES = ["energy", "center", "radius_std", "in_band", "effective_coefficients", "effective_rank"]
 FILES = [
     *("radial_occupancy.csv", "radial_occupancy.png", "spectral_occupancy.csv"),
@@ -256,6 +256,7 @@ def spectra(**changes):
         {"num_experts": 32, "num_coefficients": 64, "bandwidth": 0.5},
         {"bandwidth": 0.96},
         {"conjugate_symmetry": False},
+        {"densities": [1, 4, 2, 1], "num_experts": 4, "shared_coefficients": 40, "bandwidth": [0.2, 0.3, 0.1, 0.2]},
         {"band_layout": "stack", "bandwidth": 0.2, "num_experts": 4},  # the last bands reach beyond the plane
     ],
 )
@@ -285,6 +286,21 @@ def test_rings_show_every_coefficient_and_its_partner_where_they_are():
     torch.testing.assert_close(ratio, ratio.mean().expand_as(ratio))
     assert axes.get_title() == "q_proj"
     assert len(axes.patches) == 8
+
+
+def test_unequal_and_shared_experts_have_rows_and_dots_of_their_own(tmp_path):
+    of = spectra(densities=[1, 4, 2, 1], num_experts=4, shared_coefficients=40)
+    (dots,) = rings(of, list(of.layers), "now").axes[0].collections
+    assert len(dots.get_offsets()) == 2 * (128 + 40) // 2
+    assert [len(values) for values in of.magnitudes] == [8, 32, 16, 8, 20]
+    of.write(tmp_path)
+    table = rows(tmp_path / "spectral_occupancy.csv")
+    assert [row["expert"] for row in table if row["layer"] == "all"] == ["0", "1", "2", "3", "shared"]
+    assert (table[-1]["band_center"], table[-1]["in_band"]) == ("", "1")
+    assert sum(float(row["positions/shared"]) for row in rows(tmp_path / "radial_occupancy.csv")) == pytest.approx(
+        20 / 84, rel=1e-4
+    )
+    assert rows(tmp_path / "spectral_overlap.csv")[-1]["other"] == "shared"
 
 
 def test_without_bands_there_are_no_rings():
