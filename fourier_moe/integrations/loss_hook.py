@@ -29,7 +29,8 @@ def add_balance_loss(model: nn.Module, accumulation_steps: int = 1) -> Callable[
         A function that takes the hook away again.
 
     Raises:
-        UserError: if the model is not adapted, has the hook already, or accumulation_steps is less than 1.
+        UserError: if the model is not adapted, has the hook already, or accumulation_steps is less than 1; in the first
+            training step, if the output has no loss or the trainer ignores it, as those of TRL do.
     """
     if not (is_adapted(model) or adapters(model)):
         raise UserError(f"{type(model).__name__} is not adapted; call inject(model, config), or peft's get_peft_model, first")
@@ -47,8 +48,12 @@ def add_balance_loss(model: nn.Module, accumulation_steps: int = 1) -> Callable[
             output = forward(*args, **kwargs)
             extra = own_losses(model) / accumulation_steps
         loss = getattr(output, "loss", None)
-        if loss is not None:
-            output.loss = loss + extra.to(loss.device, loss.dtype)
+        if loss is None or "fused_lm_head" in kwargs:  # TRL's trainers compute their loss of what this returns
+            raise UserError(
+                f"add_balance_loss: the trainer does not take the loss from the output of {type(model).__name__}, so that the "
+                "balance loss would have no effect; call remove() and use AdapterTrainerMixin"
+            )
+        output.loss = loss + extra.to(loss.device, loss.dtype)
         return output
 
     with_balance_loss.without_balance_loss = forward  # type: ignore[attr-defined]

@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fourier_moe.adapter import adapters
+from fourier_moe.config import AdapterConfig
 from fourier_moe.errors import UserError
 from fourier_moe.files.adapter_files import load_adapter, save_adapter
-from fourier_moe.inject import adapter_config, after_step
+from fourier_moe.inject import adapter_config, after_step, is_adapted
 from fourier_moe.integrations.loss_hook import own_losses, token_mask
 from fourier_moe.report import trained_parameters
 from fourier_moe.routing.reader import StatisticsReader
@@ -26,7 +28,8 @@ class AdapterTrainerMixin:
       however it is divided into micro-batches and processes. Logs have the task's part as `task_loss`, the rest as
       `adapter_loss`, and the routers' `load_imbalance` (the busiest expert's tokens in multiples of an even share).
     - Parameters have learning rates by their role.
-    - Checkpoints hold the adapter (a file of `save_adapter`) instead of the whole model, and training resumes from them.
+    - Checkpoints hold the adapter (a file of `save_adapter`) instead of the whole model, and training resumes from them. For
+      a model that peft adapted they are peft's.
 
     Under gradient accumulation transformers 5.24 does not divide the loss of sequence classifiers, which take
     `num_items_in_batch` and ignore it: set `trainer.loss_is_scaled_for_ga = False` for them.
@@ -34,7 +37,7 @@ class AdapterTrainerMixin:
     Args:
         learning_rates: peak learning rate by kind of parameters: experts, router, adapter, head, backbone. A kind that it does
             not name has the rate of the TrainingArguments.
-        arguments: of the Trainer. Its model is adapted already (`inject`).
+        arguments: of the Trainer. Its model is adapted already, by `inject` or peft, or the Trainer lets peft adapt it.
 
     Raises:
         UserError: if the model is not adapted, or a rate is for parameters that are not trained.
@@ -50,13 +53,10 @@ class AdapterTrainerMixin:
 
     def __init__(self, *arguments: Any, learning_rates: Mapping[str, float] | None = None, **options: Any) -> None:
         self._trainer.__init__(*arguments, **options)
-        config = adapter_config(self.model)
-        trained = [str(kind) for kind, parameters in trained_parameters(self.model, config).items() if parameters]
+        trained = self._trained()
         unknown = [kind for kind in learning_rates or {} if kind not in trained]
         if unknown:
-            raise UserError(
-                f"learning_rates has {', '.join(unknown)}, and {type(config).__name__} trains {', '.join(trained)} here"
-            )
+            raise UserError(f"learning_rates has {', '.join(unknown)}, and the model trains {', '.join(trained)}")
         self.learning_rates = dict(learning_rates or {})
         self._reader: StatisticsReader | None = None
         self._hooked: Any = None  # the optimizer after whose steps `after_step` runs
@@ -76,12 +76,29 @@ class AdapterTrainerMixin:
         if self._reader is None:
             self._reader = StatisticsReader(self.model)
         with recording(self.model, token_mask(inputs)):
-            loss, outputs = self._trainer.compute_loss(model, inputs, return_outputs=True, **options)
+            # no outputs that are not asked for: TRL computes the logits of an SFTTrainer in a second forward pass
+            result = self._trainer.compute_loss(model, inputs, return_outputs=return_outputs, **options)
+            loss = result[0] if return_outputs else result
             extra = own_losses(self.model).to(loss.device)
         parts = self._accumulation_steps if self._is_scaled(options) else 1  # of the step's loss, of which this is one
         self._sums.append(torch.stack([loss.detach().float() * parts, extra.detach()]))
         total = loss + (extra / parts).to(loss.dtype)
-        return (total, outputs) if return_outputs else total
+        return (total, result[1]) if return_outputs else total
+
+    def _trained(self) -> dict[str, list[nn.Parameter]]:
+        """Return what is trained, by kind."""
+        of_peft = not is_adapted(self.model) and adapters(self.model)
+        config = AdapterConfig() if of_peft else adapter_config(self.model)
+        kinds: dict[str, list[nn.Parameter]] = {}
+        for kind, parameters in trained_parameters(self.model, config).items():
+            name = "head" if of_peft and kind == "backbone" else str(kind)  # peft's modules_to_save
+            kinds.setdefault(name, []).extend(parameter for parameter in parameters if parameter.requires_grad)
+        return {kind: parameters for kind, parameters in kinds.items() if parameters}
+
+    @property
+    def _saves_adapter(self) -> bool:
+        """Whether checkpoints are adapter files; Trainer knows how to save a peft model, and a whole one."""
+        return is_adapted(self.model) and not adapter_config(self.model).trains_backbone
 
     @property
     def _accumulation_steps(self) -> int:
@@ -114,8 +131,7 @@ class AdapterTrainerMixin:
                     "lr": self.learning_rates.get(kind, self.args.learning_rate),
                     "weight_decay": self.args.weight_decay,
                 }
-                for kind, parameters in trained_parameters(self.model, adapter_config(self.model)).items()
-                if parameters
+                for kind, parameters in self._trained().items()
             ]
             optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             self.optimizer = optimizer_class(groups, **settings)
@@ -126,7 +142,7 @@ class AdapterTrainerMixin:
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Write the adapter, the tokenizer and the arguments; all that Trainer saves beside the weights stays."""
-        if adapter_config(self.model).trains_backbone:
+        if not self._saves_adapter:
             self._trainer._save(output_dir, state_dict)
             return
         directory = Path(output_dir or self.args.output_dir)
@@ -137,10 +153,13 @@ class AdapterTrainerMixin:
             torch.save(self.args, directory / "training_args.bin")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str | os.PathLike[str], model: Any = None) -> None:
-        if adapter_config(self.model).trains_backbone:
-            self._trainer._load_from_checkpoint(resume_from_checkpoint, model)
-        else:
+        if self._saves_adapter:
             load_adapter(self.model, resume_from_checkpoint)
+        else:
+            self._trainer._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
-        self._load_from_checkpoint(self.state.best_model_checkpoint)
+        if self._saves_adapter:
+            self._load_from_checkpoint(self.state.best_model_checkpoint)
+        else:
+            self._trainer._load_best_model()

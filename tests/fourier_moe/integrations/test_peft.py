@@ -13,7 +13,7 @@ from transformers import BertConfig, BertForSequenceClassification, GPT2Config, 
 
 from fourier_moe import FourierMoEConfig, adapters, balance_loss, inject, recording, save_adapter
 from fourier_moe.errors import UserError
-from fourier_moe.integrations import add_balance_loss
+from fourier_moe.integrations import AdapterTrainerMixin, add_balance_loss
 from fourier_moe.integrations.peft import FourierMoEPeftConfig
 
 BERT = BertConfig(
@@ -162,6 +162,29 @@ def test_the_page_s_code_trains_saves_loads_and_resumes_to_the_bit(tmp_path, mon
     again = get_peft_model_state_dict(resumed)
     assert all(torch.equal(value, again[name]) for name, value in trained.items())
     assert any(value.any() for name, value in trained.items() if name.endswith("coefficients"))
+
+
+class AdapterTrainer(AdapterTrainerMixin, Trainer):
+    pass
+
+
+def test_the_mixin_has_rates_by_role_and_peft_s_checkpoints(tmp_path):
+    def train(resume=None):
+        args = TrainingArguments(
+            str(tmp_path), max_steps=4, save_steps=2, logging_steps=1, report_to=[], use_cpu=True, disable_tqdm=True
+        )
+        rates = {"experts": 1e-2, "router": 5e-3, "head": 1e-3}
+        trainer = AdapterTrainer(
+            model=get_peft_model(fresh(), config()), args=args, train_dataset=Sentences(), learning_rates=rates
+        )
+        trainer.train(resume_from_checkpoint=resume)
+        assert {group["name"]: group["initial_lr"] for group in trainer.optimizer.param_groups} == rates
+        assert all("adapter_loss" in row for row in trainer.state.log_history if "loss" in row)
+        return get_peft_model_state_dict(trainer.model)
+
+    end, again = train(), train(str(tmp_path / "checkpoint-2"))
+    assert (tmp_path / "checkpoint-2/adapter_model.safetensors").exists()
+    assert all(torch.equal(value, again[name]) for name, value in end.items())
 
 
 def test_the_balance_loss_falls():

@@ -192,5 +192,5 @@ def test_mistakes_are_named(tmp_path):
     add_balance_loss(model)
     with pytest.raises(UserError, match="adds its balance loss already"):
         add_balance_loss(model)
-    with pytest.raises(UserError, match=r"learning_rates has backbone, and FourierMoEConfig trains experts, router, head here"):
+    with pytest.raises(UserError, match="learning_rates has backbone, and the model trains experts, router, head"):
         train(tmp_path, classifier(), learning_rates={"backbone": 1e-3})
