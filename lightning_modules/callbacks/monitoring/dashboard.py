@@ -39,6 +39,7 @@ CHARTS = {
         "share of the energy inside the expert's band": r"spectrum/in_band/expert_\d+",
         "effective number of coefficients": r"spectrum/effective_coefficients/(expert_\d+|shared)",
         "effective rank of the update": r"spectrum/effective_rank/(expert_\d+|shared)",
+        "rank of a token's update, at most, by task": r"spectrum/token_rank/.+",
     },
     "Does the model learn?": {
         "loss": r"(train|val)/loss",

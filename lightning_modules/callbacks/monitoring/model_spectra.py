@@ -77,6 +77,11 @@ class ModelSpectra:
         return torch.stack([layer.effective_rank for layer in self.layers.values()])
 
     @cached_property
+    def rank(self) -> Tensor:
+        """Ranks (L, E), float64; as cheap as `effective_rank` once that is known."""
+        return torch.stack([layer.rank for layer in self.layers.values()]).double()
+
+    @cached_property
     def occupancy(self) -> Tensor:
         """Energy by radius (E, R), mean over the layers."""
         return torch.stack([layer.radial_occupancy(NUM_BINS) for layer in self.layers.values()]).mean(0)

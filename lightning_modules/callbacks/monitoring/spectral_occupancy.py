@@ -24,6 +24,7 @@ from lightning_modules.callbacks.monitoring.logged import (
 )
 from lightning_modules.callbacks.monitoring.model_spectra import ModelSpectra
 from lightning_modules.callbacks.monitoring.spectral_figures import overlap, radial_occupancy, rings
+from lightning_modules.callbacks.monitoring.token_ranks import LoadReader, TokenRanks
 from lightning_modules.run_directory import run_directory
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ FILES = {
     "spectrum/rings": "spectral_rings",
     "spectrum/radial_occupancy": "radial_occupancy",
     "spectrum/overlap": "spectral_overlap",
+    "spectrum/token_rank": "token_rank",
 }
 IMAGES_EVERY = 10  # measurements between two pictures
 TIME_BUDGET = 0.01  # share of the time that measurements at the end of an interval may take
@@ -49,10 +51,15 @@ class SpectralOccupancy(L.Callback):
     - `in_band`, share of the energy inside the expert's band, and `band_inner` and `band_outer`, the radii at its edges;
     - `effective_coefficients`, 1 to P complex coefficients in use, and `effective_rank`, 1 to 2P, with every picture.
 
+    With every picture also `spectrum/token_rank/all`, the sum of the ranks of the updates that serve a token (Corollary H.3),
+    mean over all tokens of training since the last picture and over the projections, and `spectrum/token_rank/{task}` where
+    batches name their task.
+
     TensorBoard also shows histograms of the coefficients' moduli (`spectrum/magnitude/expert_{e}`) and pictures: coefficients
-    on the frequency plane, colored by expert (`spectrum/rings`), energy by radius (`spectrum/radial_occupancy`) and the overlap
-    between experts (`spectrum/overlap`). At the end of training these are in the run directory as spectral_rings.png,
-    radial_occupancy.{png,csv}, spectral_overlap.{png,csv}, and the measures of every layer as spectral_occupancy.csv.
+    on the frequency plane, colored by expert (`spectrum/rings`), energy by radius (`spectrum/radial_occupancy`), the overlap
+    between experts (`spectrum/overlap`) and the tokens' ranks by layer and task (`spectrum/token_rank`). At the end of training
+    these are in the run directory as spectral_rings.png, radial_occupancy.{png,csv}, spectral_overlap.{png,csv},
+    token_rank.{png,csv}, and the measures of every layer as spectral_occupancy.csv.
     Models without FourierMoE adapters are ignored.
 
     Args:
@@ -83,6 +90,8 @@ class SpectralOccupancy(L.Callback):
         self.detailed = detailed
         self.layers = layers
         self._experts: dict[str, SpectralExperts] = {}
+        self._reader: LoadReader | None = None  # during training
+        self._ranks: TokenRanks | None = None  # at the last picture
         self._shown: list[str] = []  # layers in the picture of rings
         self._measured = self._drawn = self._seen = -1  # optimizer steps
         self._num_measured = 0
@@ -108,6 +117,10 @@ class SpectralOccupancy(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._seen = trainer.global_step
+        if self._experts:
+            model = adapted_model(pl_module, self)
+            found = {name: layer for name, layer in adapters(model).items() if isinstance(layer, FourierMoELinear)}
+            self._reader = LoadReader(model, found)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -134,6 +147,7 @@ class SpectralOccupancy(L.Callback):
         step = trainer.global_step
         drawn = self._drawn == step
         spectra = self._report(trainer, pl_module, measure=self._measured != step, draw=not drawn)
+        self._stop()
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         directory = run_directory(trainer)  # asks all processes
@@ -143,8 +157,18 @@ class SpectralOccupancy(L.Callback):
                 show_images(trainer, images)
             directory.mkdir(parents=True, exist_ok=True)
             spectra.write(directory)
+            assert self._ranks is not None
+            self._ranks.write(directory / "token_rank.csv")
             write_images(directory, {FILES[tag]: image for tag, image in images.items()})
             rank_zero_info(f"Spectral occupancy written: {directory / 'spectral_occupancy.csv'}")
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self._stop()
+
+    def _stop(self) -> None:
+        if self._reader is not None:
+            self._reader.close()
+        self._reader = None
 
     # ---------------------------------------------------------------- what
 
@@ -182,6 +206,9 @@ class SpectralOccupancy(L.Callback):
         if draw:
             self._drawn = trainer.global_step
             metrics |= self._by_expert(spectra, "effective_rank", spectra.effective_rank)
+            assert self._reader is not None
+            self._ranks = TokenRanks.of(spectra, self._reader.read(trainer))
+            metrics |= self._ranks.metrics()
         if metrics:
             log_now(trainer, metrics)
         return spectra
@@ -204,8 +231,10 @@ class SpectralOccupancy(L.Callback):
     def _figures(self, spectra: ModelSpectra, step: int) -> dict[str, Figure]:
         """Draw figures by tag."""
         title = f"step {step}"
+        assert self._ranks is not None
         return {
             "spectrum/rings": rings(spectra, self._shown, title),
             "spectrum/radial_occupancy": radial_occupancy(spectra, title),
             "spectrum/overlap": overlap(spectra, title),
+            "spectrum/token_rank": self._ranks.figure(title),
         }

@@ -2,6 +2,7 @@
 
 import csv
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,8 +10,9 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from PIL import Image
 from support.clock import Clock
 from support.models import randomize
-from support.token_task import ADAPTER, TokenData, token_module, token_trainer
+from support.token_task import ADAPTER, RATES, TokenData, token_batch, token_module, token_trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.data import DataLoader
 
 from fourier_moe import ExpertSpectra, FourierMoEConfig, HeadOnly, SpectralExperts, adapters
 from fourier_moe.spectral.frequencies import band_centers, named_generator
@@ -24,7 +26,7 @@ E, P, LAYERS = ADAPTER.num_experts, ADAPTER.expert_pairs[0], ["q_proj", "v_proj"
 MEASURES = ["energy", "center", "radius_std", "in_band", "effective_coefficients", "effective_rank"]
 FILES = [
     *("radial_occupancy.csv", "radial_occupancy.png", "spectral_occupancy.csv"),
-    *("spectral_overlap.csv", "spectral_overlap.png", "spectral_rings.png"),
+    *("spectral_overlap.csv", "spectral_overlap.png", "spectral_rings.png", "token_rank.csv", "token_rank.png"),
 ]
 
 
@@ -118,7 +120,7 @@ def test_tensorboard_gets_scalars_histograms_and_pictures(finished):
         modulus = torch.cat([layer.coefficients[e].abs() for layer in spectra_of(trainer).values()])
         assert histogram.num == len(LAYERS) * P
         assert (histogram.min, histogram.max) == pytest.approx((float(modulus.min()), float(modulus.max())))
-    assert sorted(tags["images"]) == ["spectrum/overlap", "spectrum/radial_occupancy", "spectrum/rings"]
+    assert sorted(tags["images"]) == ["spectrum/overlap", "spectrum/radial_occupancy", "spectrum/rings", "spectrum/token_rank"]
     assert all([event.step for event in events.Images(tag)] == [5] for tag in tags["images"])
 
 
@@ -301,6 +303,45 @@ def test_unequal_and_shared_experts_have_rows_and_dots_of_their_own(tmp_path):
         20 / 84, rel=1e-4
     )
     assert rows(tmp_path / "spectral_overlap.csv")[-1]["other"] == "shared"
+
+
+class TaskData(TokenData):
+    def train_dataloader(self):
+        batches = [{**token_batch(seed=seed), "task": ["arc"] * 3 + ["boolq"] * 5} for seed in (0, 1)]
+        return DataLoader([*batches, {**token_batch(seed=2), "task": ["boolq"] * 8}], batch_size=None)
+
+
+@pytest.mark.parametrize("scope", ["projection", "input"])
+def test_rank_of_a_tokens_update_by_task(tmp_path, scope):
+    changes = {"densities": [1, 2, 4, 1], "shared_coefficients": 6, "router_scope": scope, "bandwidth": 0.6}
+    settings = replace(ADAPTER, **changes, num_coefficients=32)
+    still = ParameterGroup(1e-30)  # routing stays what it is
+    module = token_module(settings, replace(RATES, experts=still, router=still))
+    trainer = token_trainer(tmp_path, SpectralOccupancy())
+    trainer.fit(module, TaskData())
+    found = adapters(module.model)
+    routers = {name: getattr(layer.router, "leader", layer.router) for name, layer in found.items()}
+    seen = {router: [] for router in routers.values()}
+    for router, chosen in seen.items():
+        router.register_forward_hook(lambda _, args, routing, chosen=chosen: chosen.append(routing.experts))
+    batches = list(TaskData().train_dataloader())
+    with torch.no_grad():
+        for batch in batches:
+            module.task.logits(batch)
+    table = {row["layer"]: row for row in rows(tmp_path / "token_rank.csv")}
+    for task, names in {"all": ["arc", "boolq"], "arc": ["arc"], "boolq": ["boolq"]}.items():
+        of_task = [batch["mask"] & torch.tensor([own in names for own in batch["task"]])[:, None] for batch in batches]
+        for name, layer in found.items():
+            ranks = torch.stack([torch.linalg.matrix_rank(layer.experts.double().delta_weight(e)) for e in range(5)])
+            assert ranks[2] > ranks[0] > 0
+            passes = seen[routers[name]]  # of all projections of a router together
+            masks = [mask for mask in of_task for _ in range(len(passes) // len(batches))]
+            chosen = torch.cat([experts[mask] for experts, mask in zip(passes, masks, strict=True)])
+            assert float(table[name][task]) == pytest.approx(
+                float((ranks[chosen].sum(-1) + ranks[4]).double().mean()), rel=1e-5
+            )
+        mean = sum(float(table[name][task]) for name in LAYERS) / 2
+        assert float(trainer.callback_metrics[f"spectrum/token_rank/{task}"]) == pytest.approx(mean, rel=1e-5)
 
 
 def test_without_bands_there_are_no_rings():
