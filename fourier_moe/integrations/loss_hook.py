@@ -22,8 +22,9 @@ def add_balance_loss(model: nn.Module, accumulation_steps: int = 1) -> Callable[
     Args:
         model: a model adapted by `inject` or by peft, whose output has `loss`, as all heads of transformers return it for
             `labels`.
-        accumulation_steps: micro-batches per optimizer step, where the trainer sums their losses instead of dividing them
-            (transformers' Trainer does that if the model's forward takes `num_items_in_batch`, as language models do).
+        accumulation_steps: micro-batches per optimizer step, of all processes together, where the trainer sums their losses
+            instead of dividing them (transformers' Trainer does that if the model's forward takes `num_items_in_batch`, as
+            language models do).
 
     Returns:
         A function that takes the hook away again.

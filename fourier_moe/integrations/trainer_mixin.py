@@ -19,6 +19,7 @@ from fourier_moe.integrations.loss_hook import own_losses, token_mask
 from fourier_moe.report import trained_parameters
 from fourier_moe.routing.reader import StatisticsReader
 from fourier_moe.routing.recording import recording
+from fourier_moe.routing.statistics import RouterStatistics
 
 
 class AdapterTrainerMixin:
@@ -26,13 +27,14 @@ class AdapterTrainerMixin:
 
     - The balance loss and the regularization are added to the task's loss, with the same weight in every optimizer step
       however it is divided into micro-batches and processes. Logs have the task's part as `task_loss`, the rest as
-      `adapter_loss`, and the routers' `load_imbalance` (the busiest expert's tokens in multiples of an even share).
+      `adapter_loss`, and the routers' `load_imbalance` (the busiest expert's tokens in multiples of an even share), over all
+      processes.
     - Parameters have learning rates by their role.
     - Checkpoints hold the adapter (a file of `save_adapter`) instead of the whole model, and training resumes from them. For
       a model that peft adapted they are peft's.
 
-    Under gradient accumulation transformers 5.24 does not divide the loss of sequence classifiers, which take
-    `num_items_in_batch` and ignore it: set `trainer.loss_is_scaled_for_ga = False` for them.
+    Under gradient accumulation, and with several processes, transformers 5.24 does not divide the loss of sequence classifiers,
+    which take `num_items_in_batch` and ignore it: set `trainer.loss_is_scaled_for_ga = False` for them.
 
     Args:
         learning_rates: peak learning rate by kind of parameters: experts, router, adapter, head, backbone. A kind that it does
@@ -44,6 +46,7 @@ class AdapterTrainerMixin:
     """
 
     model: Any  # what Trainer sets
+    accelerator: Any
     args: Any
     state: Any
     optimizer: Any
@@ -70,7 +73,9 @@ class AdapterTrainerMixin:
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        options = {} if num_items_in_batch is None else {"num_items_in_batch": num_items_in_batch}
+        # Trainer multiplies by the number of processes wherever it gives this number, used by the model or not
+        given = num_items_in_batch is not None and getattr(self, "loss_is_scaled_for_ga", None) is not False
+        options = {"num_items_in_batch": num_items_in_batch} if given else {}
         if not model.training:
             return self._trainer.compute_loss(model, inputs, return_outputs=return_outputs, **options)
         if self._reader is None:
@@ -114,12 +119,13 @@ class AdapterTrainerMixin:
 
     def log(self, logs: dict[str, float], *arguments: Any, **options: Any) -> None:
         if self._sums and "loss" in logs:
-            task, adapter = torch.stack(self._sums).mean(0).tolist()
+            task, adapter = self.accelerator.reduce(torch.stack(self._sums).mean(0), "mean").tolist()
             logs = {**logs, "task_loss": task, "adapter_loss": adapter}
             self._sums.clear()
             statistics = list(self._reader.read().values()) if self._reader is not None else []
             if statistics:
-                logs["load_imbalance"] = sum(float(one.load_imbalance) for one in statistics) / len(statistics)
+                sums = self.accelerator.reduce(torch.stack([one.sums for one in statistics]), "sum")
+                logs["load_imbalance"] = float(RouterStatistics(sums).load_imbalance.mean())
         self._trainer.log(logs, *arguments, **options)
 
     def create_optimizer(self, *arguments: Any, **options: Any) -> torch.optim.Optimizer:

@@ -66,9 +66,12 @@ def test_outputs_and_losses_are_those_of_inject_to_the_bit(dtype):
         assert torch.equal(balance_loss(ours), balance_loss(theirs))
 
 
-@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
-def test_what_is_saved_is_loaded_to_the_bit(tmp_path, low_cpu_mem_usage):
-    model = learn(get_peft_model(fresh(), config(seed=3)))
+@pytest.mark.parametrize(
+    ("settings", "low_cpu_mem_usage"),
+    [({"seed": 3}, False), ({"densities": [1, 2, 1, 1], "shared_coefficients": 8, "num_coefficients": 80}, True)],
+)
+def test_what_is_saved_is_loaded_to_the_bit(tmp_path, settings, low_cpu_mem_usage):
+    model = learn(get_peft_model(fresh(), config(**settings)))
     with torch.no_grad():
         model.base_model.model.classifier.modules_to_save["default"].weight.add_(1)
     model.save_pretrained(tmp_path)

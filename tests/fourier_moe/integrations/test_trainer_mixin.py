@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState, PartialState
 from support.pages import section_code
+from support.processes import run_in_two
 from torch.utils.data import Dataset
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
@@ -136,6 +138,29 @@ def test_accumulated_steps_have_the_gradient_of_one_large_batch(tmp_path, causal
         torch.testing.assert_close(parts[name], whole[name], rtol=1e-3, atol=1e-7)
     assert parts_loss == pytest.approx(whole_loss, rel=0.2)
     assert parts_total == pytest.approx(total, rel=0.05)
+
+
+def steps(directory, causal, **options):
+    """The logs and the end of three steps, in this process or as one of two."""
+    sizes = {"per_device_train_batch_size": 4, "scaled": None if causal else False, "learning_rate": 1e-2, **options}
+    model = language_model() if causal else classifier()
+    trainer = train(directory, model, causal=causal, max_steps=3, save_strategy="no", **sizes)
+    return [row for row in trainer.state.log_history if "loss" in row], adapter_state_dict(trainer.model)
+
+
+def steps_of_one_of_two(directory):
+    for state in (AcceleratorState, PartialState):  # of the process that this one was forked from
+        state._shared_state.clear()
+    return [steps(directory, causal, ddp_backend="gloo") for causal in (False, True)]
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_with_their_batches(tmp_path):
+    one = [steps(tmp_path / "one", causal, gradient_accumulation_steps=2) for causal in (False, True)]
+    for runs in run_in_two(steps_of_one_of_two, tmp_path / "two"):
+        for (logs, state), (expected, end) in zip(runs, one, strict=True):
+            assert logs == [pytest.approx(row, rel=1e-5) for row in expected]
+            assert all(torch.allclose(state[name], value, rtol=1e-4, atol=1e-6) for name, value in end.items())
 
 
 def test_the_loss_is_the_task_s_and_the_adapters_with_padding_left_out(tmp_path):
