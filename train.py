@@ -1,6 +1,15 @@
 """Train, evaluate, use and compare adapters: python train.py {fit,validate,test,predict,compare,sweep,analyze,export} ..."""
 
-from lightning_modules.commands.main import main, run
+import signal
+
+_quiet = __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+if _quiet:  # Ctrl-C while the libraries load, which takes seconds, ends the process without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+from lightning_modules.commands.main import main, run  # noqa: E402
+
+if _quiet:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 __all__ = ["main", "run"]
 

@@ -6,6 +6,8 @@ try:
     from lightning_modules.commands.main import run
 except ModuleNotFoundError as error:  # the method alone works without the trainer's libraries
     sys.exit(f"error: {error}; the commands need: pip install 'fourier-moe[train]'")
+except KeyboardInterrupt:
+    sys.exit(130)
 
 if __name__ == "__main__":
     run()

@@ -30,7 +30,7 @@ def warn_of_frozen(heads: Mapping[str, nn.Module]) -> None:
     if frozen:
         warnings.warn(
             f"{', '.join(frozen)} looks newly initialized and is frozen now, as it is neither adapter nor head: it would stay "
-            f"random. Name it in the config to train and save it: head={frozen!r}",
+            f"random. To train and save it, name it as a head: head={frozen!r} of an adapter config, or a task's head_names",
             stacklevel=3,
         )
 

@@ -8,7 +8,7 @@ import warnings
 from typing import Any
 
 import lightning as L
-from jsonargparse import set_parsing_settings
+from jsonargparse import Namespace, set_parsing_settings
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -108,6 +108,7 @@ class AdaptationCLI(LightningCLI):
         adapter = config.model.adapter.get("init_args", {})
         if "seed" in adapter and adapter.seed is None and config.seed_everything is not False:
             adapter.seed = int(config.seed_everything)
+        _read_version_numbers(config.trainer.logger)
         _follow_task(config.trainer.callbacks, config.model.task.class_path)
         _agree_on_tokenizer(config.data.get("init_args", {}), config.model.task.get("init_args", {}))
         if config.get("weights_only") is False:
@@ -212,6 +213,17 @@ class AdaptationCLI(LightningCLI):
 
     def _parse_ckpt_path(self) -> None:
         """Do nothing: Lightning would silently prefer hyper-parameters of the checkpoint to the command line."""
+
+
+def _read_version_numbers(loggers: Any) -> None:
+    """Let a logger's `version: 7` be a number, the directory version_7, and not the directory 7.
+
+    Loggers take a number or text; jsonargparse tries first what typing lists first, which depends on the order of all imports.
+    """
+    for logger in loggers if isinstance(loggers, list) else [loggers]:
+        arguments = logger.get("init_args", {}) if isinstance(logger, Namespace) else {}
+        if str(arguments.get("version")).isdecimal():
+            arguments["version"] = int(arguments["version"])
 
 
 def _follow_task(callbacks: Any, task: str) -> None:

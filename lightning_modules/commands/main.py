@@ -20,6 +20,8 @@ def run(args: list[str] | None = None) -> None:
     """Run one command for a person: what they did wrong is one line, and a fault of ours keeps its traceback."""
     try:
         main(args)
+    except KeyboardInterrupt:
+        sys.exit(130)  # as a shell reports it
     except Exception as error:
         mistake = user_error(error)
         if mistake is None:

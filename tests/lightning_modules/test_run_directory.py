@@ -10,12 +10,14 @@ from unittest.mock import Mock
 
 import pytest
 import yaml
+from jsonargparse import Namespace
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.loggers.logger import Logger
 from support.token_task import TokenData, token_module, token_trainer
 
 from fourier_moe.errors import UserError
 from lightning_modules.callbacks import AdapterCheckpoint
+from lightning_modules.cli import _read_version_numbers
 from lightning_modules.interruption.locks import take_lock
 from lightning_modules.run_directory import attach_run_directory, run_directory
 
@@ -87,6 +89,14 @@ def test_loggers_of_one_directory_share_its_number(tmp_path):
     board, table, other = TensorBoardLogger(tmp_path), CSVLogger(tmp_path), CSVLogger(tmp_path / "other")
     assert claimed(board, table, other) == tmp_path / "lightning_logs/version_0"
     assert (board.log_dir, other.log_dir) == (table.log_dir, str(tmp_path / "other/lightning_logs/version_0"))
+
+
+@pytest.mark.parametrize(("text", "version"), [("7", 7), (7, 7), ("mine", "mine"), (None, None)])
+def test_version_of_digits_is_a_number_whatever_jsonargparse_took_it_for(text, version):
+    logger = Namespace(class_path="x", init_args=Namespace(version=text))
+    for loggers in (logger, [True, logger], False):
+        _read_version_numbers(loggers)
+    assert logger.init_args.version == version
 
 
 def test_claim_is_made_once(tmp_path):

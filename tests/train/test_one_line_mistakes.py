@@ -1,5 +1,11 @@
 """A mistake on the command line or in a config is one line that names key, value and what is valid, before any model loads."""
 
+import runpy
+import signal
+import sys
+from types import ModuleType
+from unittest.mock import Mock
+
 import pytest
 import torch
 from PIL import Image
@@ -114,6 +120,29 @@ def test_config_file_is_named(said, tmp_path, content, line):
 )
 def test_command(said, words, line):
     assert line in said(*words.split())
+
+
+def test_interrupt_is_no_traceback(monkeypatch, main):
+    monkeypatch.setattr("lightning_modules.commands.main.FrontDoor", Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(SystemExit) as stop:
+        train.run([])
+    assert stop.value.code == 130
+
+
+def test_interrupt_while_libraries_load_ends_the_process_at_once(monkeypatch, main):
+    seen = []
+
+    class Commands(ModuleType):
+        def __getattr__(self, name):
+            seen.append((name, signal.getsignal(signal.SIGINT)))
+            return lambda: seen.append(("called", signal.getsignal(signal.SIGINT)))
+
+    monkeypatch.setitem(sys.modules, "lightning_modules.commands.main", Commands("main"))
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "__main__", sys.modules["__main__"])
+        runpy.run_path("train.py", run_name="__main__")
+    handlers = {name: handler for name, handler in seen if name in ("main", "run", "called")}
+    assert handlers == {"main": signal.SIG_DFL, "run": signal.SIG_DFL, "called": signal.default_int_handler}
 
 
 def test_checkpoint_that_cannot_be_resumed(said, tmp_path, trained):
