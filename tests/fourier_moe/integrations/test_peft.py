@@ -27,7 +27,7 @@ BERT = BertConfig(
     hidden_dropout_prob=0.0,
     attention_probs_dropout_prob=0.0,
 )
-METHOD = {"num_coefficients": 64, "num_experts": 4, "balance_weight": 0.1}
+METHOD = {"num_coefficients": 64, "shared_coefficients": 6, "num_experts": 4, "densities": [1, 3, 2, 2], "balance_weight": 0.1}
 BATCH = {"input_ids": torch.arange(1, 33).view(4, 8), "labels": torch.tensor([0, 1, 0, 1])}
 
 

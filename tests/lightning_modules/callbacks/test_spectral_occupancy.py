@@ -312,7 +312,8 @@ class TaskData(TokenData):
 
 
 @pytest.mark.parametrize("scope", ["projection", "input"])
-def test_rank_of_a_tokens_update_by_task(tmp_path, scope):
+def test_rank_of_a_tokens_update_by_task(tmp_path, monkeypatch, scope):
+    monkeypatch.setattr(SpectralOccupancy, "_figures", lambda *arguments: {})  # drawing takes longer than all else
     changes = {"densities": [1, 2, 4, 1], "shared_coefficients": 6, "router_scope": scope, "bandwidth": 0.6}
     settings = replace(ADAPTER, **changes, num_coefficients=32)
     still = ParameterGroup(1e-30)  # routing stays what it is
