@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any, Literal
 
-import torch
 from torch import nn
-from torch.optim import SGD, AdamW
+from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 from fourier_moe import AdapterConfig
@@ -18,7 +18,7 @@ from fourier_moe.errors import UserError
 from fourier_moe.inject import after_step
 from fourier_moe.report import trained_parameters
 
-_SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
+_SCHEDULES = ("linear", "cosine", "constant")
 
 
 @dataclass(frozen=True)
@@ -113,13 +113,8 @@ class Optimization:
         scheduler._last_lr = rates  # returned by get_last_lr
 
     def _share_of_peak(self, num_steps: int) -> Callable[[int], float]:
-        """Return transformers' schedule as a function of the step."""
-        from transformers.optimization import get_scheduler  # here, since it imports peft, which takes a second
-
         warmup = math.ceil(self.warmup_ratio * num_steps)
-        placeholder = SGD([torch.zeros(1)], lr=1.0)  # transformers needs an optimizer
-        name = _SCHEDULES[self.schedule]
-        return get_scheduler(name, placeholder, num_warmup_steps=warmup, num_training_steps=num_steps).lr_lambdas[0]
+        return partial(_share_of_peak, schedule=self.schedule, warmup=warmup, num_steps=num_steps)
 
     def override(self, checkpoint: dict[str, Any]) -> None:
         """Write these learning rates, weight decays and betas into a Lightning checkpoint's optimizer and scheduler states.
@@ -146,3 +141,15 @@ class Optimization:
 
     def _group(self, kind: str) -> ParameterGroup | None:
         return getattr(self, kind) or (self.experts if kind == "router" else None)
+
+
+def _share_of_peak(step: int, schedule: str, warmup: int, num_steps: int) -> float:
+    """Return the learning rate at a step as a share of its peak. transformers has the same, in a module slow to import."""
+    if step < warmup:
+        return step / warmup
+    if schedule == "constant":
+        return 1.0
+    rest = max(1, num_steps - warmup)
+    if schedule == "linear":
+        return max(0.0, (num_steps - step) / rest)
+    return max(0.0, 0.5 * (1.0 + math.cos(math.pi * ((step - warmup) / rest))))

@@ -19,6 +19,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from sklearn import datasets, model_selection  # noqa: F401 (the demo's data needs them: once for all children)
 
 from datamodules import ImageDataModule
 from fourier_moe import FourierMoEConfig

@@ -18,7 +18,7 @@ DEMO = ("--config", "configs/demo.yaml")
 HEAD_ONLY = ("--config", "configs/adapters/head_only.yaml")
 FULL = ("--config", "examples/digits_tower/full_fine_tuning.yaml")
 EXPERTS_LR = "--model.optimization.experts.lr"
-STEPS = 7  # 808 training images of the demo in batches of 128
+STEPS = 6  # 90 training images in batches of 16
 
 
 def run_directory(cli):
@@ -70,7 +70,14 @@ def test_resumed_run_continues_in_its_directory_to_the_weights_of_an_uninterrupt
     seen = []
     monkeypatch.setattr(AdaptationModule, "on_train_batch_start", lambda _, batch, index: seen.append(batch["id"]))
     words = (*DEMO, *overlay, "--trainer.max_epochs", "3", "--model.optimization.warmup_ratio", "0.5")
-    words += ("--data.init_args.batch_size", "128")
+    words += (
+        "--data.init_args.validation_fraction",
+        "0.9",
+        "--data.init_args.batch_size",
+        "16",
+        "--trainer.limit_val_batches",
+        "1",
+    )
     straight = run("fit", *words, "--trainer.logger.init_args.version", "6")
     straight_order, seen[:] = list(seen), []
     interrupted(run, monkeypatch, *words, epoch=2)
