@@ -151,7 +151,7 @@ class SpectralExperts(nn.Module):
         gates_TS, segments_TS = gates_TKL.flatten(1), segments_TKL.flatten(1)
         for expert in range(self.num_routed, len(self.segments)):
             own = self.segments[expert]
-            shape = (len(gates_TS), len(own))
+            shape = (gates_TS.shape[0], len(own))  # torch.export would take len for a constant
             gates_TS = torch.cat([gates_TS, gates_TS.new_full(shape, self.scaling_of(expert) / self.scaling)], 1)
             shared_S = torch.arange(own.start, own.stop, device=segments_TS.device)
             segments_TS = torch.cat([segments_TS, shared_S.expand(shape)], 1)

@@ -12,7 +12,7 @@ import train
 
 PAGE = (REPOSITORY / "docs/guides/serving.md").read_text(encoding="utf-8")
 COMMANDS = re.findall(r"^python train\.py (.+)$", PAGE, re.MULTILINE)
-SNIPPETS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+SNIPPETS = re.findall(r"```python\n(.*?)```", PAGE.partition("## torch.export and ONNX")[0], re.DOTALL)  # see test_export.py
 SHORT = ("--trainer.max_epochs", "1", "--trainer.limit_train_batches", "6")
 
 
