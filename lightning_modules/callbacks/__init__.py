@@ -7,6 +7,7 @@ from lightning_modules.callbacks.monitoring.throughput import Throughput
 from lightning_modules.callbacks.results.adapter_checkpoint import AdapterCheckpoint
 from lightning_modules.callbacks.results.evaluation_report import EvaluationReport
 from lightning_modules.callbacks.results.predictions import PredictionsWriter
+from lightning_modules.callbacks.results.training_history import TrainingHistory
 from lightning_modules.callbacks.sensitivity.spectral_sensitivity import SpectralSensitivity
 
 __all__ = [
@@ -18,4 +19,5 @@ __all__ = [
     "SpectralOccupancy",
     "SpectralSensitivity",
     "Throughput",
+    "TrainingHistory",
 ]

@@ -11,6 +11,7 @@ import lightning as L
 from jsonargparse import Namespace, set_parsing_settings
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_info
 
@@ -19,6 +20,7 @@ from fourier_moe.errors import UserError
 from lightning_modules.adaptation import AdaptationModule, untrained
 from lightning_modules.callbacks import EvaluationReport
 from lightning_modules.callbacks.monitoring.cpu_time import StepTime, bound_cpu_time
+from lightning_modules.callbacks.monitoring.progress_bar import progress_bar
 from lightning_modules.callbacks.results.next_commands import next_commands
 from lightning_modules.cli.argument_parser import ArgumentParser
 from lightning_modules.cli.config_files import ON_DEFAULTS
@@ -140,6 +142,8 @@ class AdaptationCLI(LightningCLI):
         callbacks = config.get("callbacks") or []
         callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
         logs, writes = config.get("logger") is not False, config.get("enable_checkpointing") is not False
+        if config.get("enable_progress_bar") is not False and not any(isinstance(each, ProgressBar) for each in callbacks):
+            callbacks = [*callbacks, progress_bar()]
         with refused_by_lightning(config):
             trainer = super().instantiate_trainer(**kwargs | {"callbacks": without_use(callbacks, logs, writes)})
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:

@@ -76,7 +76,7 @@ def test_old_command_lines(main, calls):
         ),
         (
             CommandLine(FIT.files, FIT.configs, ["--model.adapter_path", "adapter", *quiet]),
-            {"format": "lora", "ckpt_path": None, "output": None, "push": None},
+            {"format": "lora", "ckpt_path": None, "output": None, "rank": None, "push": None},
         ),
     ]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import lightning as L
 import numpy as np
 import torch
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from PIL import Image
 
 if TYPE_CHECKING:
@@ -37,11 +37,40 @@ def tensorboards(trainer: L.Trainer) -> list[Any]:
     return [board.experiment for board in boards] if trainer.is_global_zero else []
 
 
+def takes_images(trainer: L.Trainer) -> bool:
+    """Return whether a logger of this process takes images."""
+    return trainer.is_global_zero and any(isinstance(logger, tuple(_SHOW)) for logger in trainer.loggers)
+
+
 def show_images(trainer: L.Trainer, images: Mapping[str, np.ndarray]) -> None:
-    """Log images (height, width, 4) by tag in TensorBoard."""
-    for board in tensorboards(trainer):
-        for tag, image in images.items():
-            board.add_image(tag, image, logged_step(trainer), dataformats="HWC")
+    """Log images (height, width, 4) by tag in TensorBoard, W&B and MLflow."""
+    if not trainer.is_global_zero:
+        return
+    for logger in trainer.loggers:
+        for kind, show in _SHOW.items():
+            for tag, image in images.items() if isinstance(logger, kind) else ():
+                show(logger, tag, image, logged_step(trainer))
+
+
+def _in_tensorboard(logger: Any, tag: str, image: np.ndarray, step: int) -> None:
+    logger.experiment.add_image(tag, image, step, dataformats="HWC")
+
+
+def _in_wandb(logger: Any, tag: str, image: np.ndarray, step: int) -> None:
+    import wandb  # is there, since its logger is
+
+    logger.log_metrics({tag: wandb.Image(image)}, step)
+
+
+def _in_mlflow(logger: Any, tag: str, image: np.ndarray, step: int) -> None:
+    logger.experiment.log_image(logger.run_id, image, f"{tag}/step_{step:06}.png")
+
+
+_SHOW: dict[type[Logger], Callable[..., None]] = {
+    TensorBoardLogger: _in_tensorboard,
+    WandbLogger: _in_wandb,
+    MLFlowLogger: _in_mlflow,
+}
 
 
 def write_images(directory: Path, images: Mapping[str, np.ndarray]) -> None:

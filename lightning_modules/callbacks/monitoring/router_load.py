@@ -22,7 +22,7 @@ from lightning_modules.callbacks.monitoring.logged import (
     log_now,
     rendered,
     show_images,
-    tensorboards,
+    takes_images,
     write_images,
 )
 from lightning_modules.run_directory import run_directory
@@ -240,7 +240,7 @@ class RouterLoad(L.Callback):
         return figures
 
     def _show_maps(self, trainer: L.Trainer, sums: LoadSums | None, title: str) -> None:
-        if sums is not None and tensorboards(trainer):
+        if sums is not None and takes_images(trainer):
             show_images(trainer, rendered(self._draw(sums, title)))
 
     # ---------------------------------------------------------------- warnings

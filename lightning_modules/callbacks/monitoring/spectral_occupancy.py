@@ -19,6 +19,7 @@ from lightning_modules.callbacks.monitoring.logged import (
     logged_step,
     rendered,
     show_images,
+    takes_images,
     tensorboards,
     write_images,
 )
@@ -185,7 +186,7 @@ class SpectralOccupancy(L.Callback):
 
     def _report_and_show(self, trainer: L.Trainer, pl_module: L.LightningModule, measure: bool, draw: bool) -> None:
         spectra = self._report(trainer, pl_module, measure, draw)
-        if draw and tensorboards(trainer):
+        if draw and takes_images(trainer):
             show_images(trainer, rendered(self._figures(spectra, trainer.global_step)))
 
     def _report(self, trainer: L.Trainer, pl_module: L.LightningModule, measure: bool, draw: bool) -> ModelSpectra:
