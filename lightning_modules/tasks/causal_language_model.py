@@ -50,6 +50,8 @@ class CausalLanguageModel(Task):
         quantization: `int8` or `nf4` (4 bits) for the linear layers of the frozen model, null for none; embeddings, norms, the
             output layer and activations keep `dtype`. Needs bitsandbytes.
         tiny: use an untrained model with 2 layers of width 256 that reads bytes (configs/smoke.yaml).
+        attn_implementation: attention in transformers: `eager`, `sdpa`, `flash_attention_2` (needs flash-attn and a 16-bit
+            dtype), ...; null for its own choice.
 
     Attributes:
         finished: `output` and `loss` by id from an interrupted evaluation; these examples are graded, not answered again.
@@ -72,12 +74,14 @@ class CausalLanguageModel(Task):
         dtype: Literal["float32", "bfloat16", "float16"] = "float32",
         quantization: Literal["int8", "nf4"] | None = None,
         tiny: bool = False,
+        attn_implementation: str | None = None,
     ) -> None:
         super().__init__()
         check_model(model, dtype, quantization)
         if scoring not in ("generate", "likelihood"):
             raise UserError(f"scoring={scoring!r} must be 'generate' or 'likelihood'")
         self.model_name, self.dtype, self.quantization, self.tiny = model, dtype, quantization, tiny
+        self.attn_implementation = attn_implementation
         self.tokenizer_name = tokenizer or tokenizer_name(model, tiny)
         self.evaluation, self.scoring, self.generate_in_validation = evaluation, scoring, generate_in_validation
         self.finished: Mapping[str, dict[str, Any]] = {}
@@ -100,7 +104,7 @@ class CausalLanguageModel(Task):
             UserError: if one of them cannot be loaded, or the tokenizer is another model's.
         """
         self.tokenizer = load_fitting_tokenizer(self.tokenizer_name, self.model_name, self.tiny)
-        self.model = load_causal_language_model(**self.arguments())
+        self.model = load_causal_language_model(**self.arguments(), attn_implementation=self.attn_implementation)
         check_vocabulary(self.tokenizer, self.tokenizer_name, self.model, self.model_name)
         return self.model
 

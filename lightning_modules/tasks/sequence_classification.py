@@ -58,6 +58,8 @@ class SequenceClassification(Task):
             activations keep `dtype`. Needs bitsandbytes.
         tiny: use an untrained model with 2 layers of width 256 that reads bytes (configs/smoke.yaml).
         tokenizer: name or directory of the data's tokenizer, `bytes`, or null for the model's own. The command line sets it.
+        attn_implementation: attention in transformers: `eager`, `sdpa`, `flash_attention_2` (needs flash-attn and a 16-bit
+            dtype), ...; null for its own choice.
 
     Raises:
         UserError: for an unknown metric, dtype or quantization, a missing package, or a directory without a model.
@@ -76,6 +78,7 @@ class SequenceClassification(Task):
         quantization: Literal["int8", "nf4"] | None = None,
         tiny: bool = False,
         tokenizer: str | None = None,
+        attn_implementation: str | None = None,
     ) -> None:
         super().__init__()
         check_model(model, dtype, quantization)
@@ -83,6 +86,7 @@ class SequenceClassification(Task):
         if unknown:
             raise UserError(f"metrics={list(metrics)} must be some of accuracy, f1, matthews")
         self.model_name, self.dtype, self.quantization, self.tiny = model, dtype, quantization, tiny
+        self.attn_implementation = attn_implementation
         self.tokenizer_name = tokenizer or tokenizer_name(model, tiny)
         self._knows_tokenizer = tokenizer is not None
         self.metric_names = dict.fromkeys(["accuracy", *metrics])
@@ -110,7 +114,9 @@ class SequenceClassification(Task):
         if not self.num_classes:
             raise UserError("num_classes is unknown; give data with classes, or the adapter file that keeps them")
         tokenizer = load_fitting_tokenizer(self.tokenizer_name, self.model_name, self.tiny) if self._knows_tokenizer else None
-        model = load_sequence_classifier(num_labels=self.num_classes, **self.arguments())
+        model = load_sequence_classifier(
+            num_labels=self.num_classes, **self.arguments(), attn_implementation=self.attn_implementation
+        )
         if tokenizer is not None:
             check_vocabulary(tokenizer, self.tokenizer_name, model, self.model_name)
         self.head_names = modules_outside_body(model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import tempfile
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
@@ -119,7 +120,13 @@ def fetch_model(model: str, *, look_up: bool = True) -> str | None:
 
 
 def load_sequence_classifier(
-    model: str, num_labels: int, *, dtype: str = "float32", quantization: str | None = None, tiny: bool = False
+    model: str,
+    num_labels: int,
+    *,
+    dtype: str = "float32",
+    quantization: str | None = None,
+    tiny: bool = False,
+    attn_implementation: str | None = None,
 ) -> PreTrainedModel:
     """Load a pretrained encoder or decoder with a new classification head.
 
@@ -129,24 +136,32 @@ def load_sequence_classifier(
         dtype: dtype of the pretrained weights; with quantization, of activations and of the other weights.
         quantization: `int8` or `nf4` for the linear layers outside the head; None for no quantization.
         tiny: load an untrained model of the same architecture with 2 layers of width 256 and a vocabulary of bytes.
+        attn_implementation: `eager`, `sdpa`, `flash_attention_2`, ... of transformers; None for its own choice.
 
     Raises:
         UserError: if it cannot be loaded, or the architecture cannot classify sequences.
     """
-    loaded = _load(AutoModelForSequenceClassification, model, dtype, quantization, tiny, num_labels=num_labels)
+    loaded = _load(
+        AutoModelForSequenceClassification, model, dtype, quantization, tiny, attn_implementation, num_labels=num_labels
+    )
     loaded.config.use_cache = False  # not needed, and activation checkpointing would fill the cache twice
     return loaded
 
 
 def load_causal_language_model(
-    model: str, *, dtype: str = "float32", quantization: str | None = None, tiny: bool = False
+    model: str,
+    *,
+    dtype: str = "float32",
+    quantization: str | None = None,
+    tiny: bool = False,
+    attn_implementation: str | None = None,
 ) -> PreTrainedModel:
     """Load a pretrained decoder; arguments as for `load_sequence_classifier`.
 
     Raises:
         UserError: if it cannot be loaded, or is an encoder, which was not trained to continue text.
     """
-    return _load(AutoModelForCausalLM, model, dtype, quantization, tiny)
+    return _load(AutoModelForCausalLM, model, dtype, quantization, tiny, attn_implementation)
 
 
 def save_hugging_face(model: Any, tokenizer: str, directory: Path) -> None:
@@ -159,16 +174,27 @@ def save_hugging_face(model: Any, tokenizer: str, directory: Path) -> None:
         load_tokenizer(tokenizer).save_pretrained(directory)
 
 
-def _load(auto_class: Any, model: str, dtype: str, quantization: str | None, tiny: bool, **options: Any) -> PreTrainedModel:
+def _load(
+    auto_class: Any,
+    model: str,
+    dtype: str,
+    quantization: str | None,
+    tiny: bool,
+    attn_implementation: str | None,
+    **options: Any,
+) -> PreTrainedModel:
     check_model(model, dtype, quantization)
+    building: dict[str, Any] = {"dtype": DTYPES[dtype]}
+    if attn_implementation:
+        building["attn_implementation"] = attn_implementation
     if tiny:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(_UNTRAINED_SEED)
-            loaded = auto_class.from_config(_tiny_config(model, **options), dtype=DTYPES[dtype])
+            loaded = _built(auto_class, model, _tiny_config(model, **options), building)
         if quantization:
             with tempfile.TemporaryDirectory() as directory:  # transformers quantizes only weights that it reads from files
                 loaded.save_pretrained(directory)
-                loaded = _load(auto_class, directory, dtype, quantization, False)
+                loaded = _load(auto_class, directory, dtype, quantization, False, attn_implementation)
         loaded.config._name_or_path = f"{Path(model).name}/tiny"
         return loaded
     commit = fetch_model(model, look_up=False)
@@ -176,11 +202,11 @@ def _load(auto_class: Any, model: str, dtype: str, quantization: str | None, tin
     if auto_class is AutoModelForCausalLM:
         _check_continues_text(model, config)
     if without_weights():
-        return _named(_empty(auto_class, model, config, dtype), model, commit)
-    reading: dict[str, Any] = {"config": config, "dtype": DTYPES[dtype], "local_files_only": True}  # fetched above
+        return _named(_empty(auto_class, model, config, building), model, commit)
+    reading: dict[str, Any] = {"config": config, "local_files_only": True, **building}  # fetched above
     if quantization:
         with torch.device("meta"):
-            skeleton = auto_class.from_config(config, dtype=DTYPES[dtype])
+            skeleton = _built(auto_class, model, config, building)
         reading["quantization_config"] = quantization_config(quantization, skeleton)
     try:
         with _quiet():  # transformers reports the new head as "newly initialized"
@@ -193,9 +219,18 @@ def _load(auto_class: Any, model: str, dtype: str, quantization: str | None, tin
     return _named(loaded, model, commit)
 
 
-def _empty(auto_class: Any, model: str, config: PretrainedConfig, dtype: str) -> PreTrainedModel:
+def _built(auto_class: Any, model: str, config: PretrainedConfig, building: dict[str, Any]) -> PreTrainedModel:
+    """Build an untrained model of a config."""
+    try:
+        built: PreTrainedModel = auto_class.from_config(config, **building)
+    except (ImportError, ValueError) as error:  # attn_implementation is unknown, not installed, or not this model's
+        raise _not_loaded(model, error) from error
+    return built
+
+
+def _empty(auto_class: Any, model: str, config: PretrainedConfig, building: dict[str, Any]) -> PreTrainedModel:
     """Build a model on the meta device, which `from_pretrained` refuses."""
-    loaded = auto_class.from_config(config, dtype=DTYPES[dtype])
+    loaded = _built(auto_class, model, config, building)
     if loaded.can_generate():
         with suppress(OSError):  # a model without one has these settings in its config
             loaded.generation_config = GenerationConfig.from_pretrained(_source(model), local_files_only=True)
@@ -222,6 +257,8 @@ def _source(model: str) -> str:
 
 def _not_loaded(model: str, error: Exception) -> UserError:
     reason = " ".join(str(error).split())
+    if re.search("attn_implementation|flash.?attention", reason, re.IGNORECASE):
+        return UserError(f"attn_implementation of model={model!r}: {reason[:300]}")
     if isinstance(error, HubError) and error.remedy:
         return UserError(f"model={model!r} cannot be fetched: {reason}")
     reason = reason if isinstance(error, HubError) else reason[:300]

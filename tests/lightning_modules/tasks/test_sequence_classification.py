@@ -28,6 +28,7 @@ from transformers import (
 
 from datamodules.shared.tokenizers import load_tokenizer
 from fourier_moe import FourierMoEConfig, balance_loss, inject, recording
+from fourier_moe.errors import UserError
 from fourier_moe.models.backbone import backbone_name
 from lightning_modules.tasks import SequenceClassification
 from lightning_modules.tasks.backbones.hugging_face import load_causal_language_model, load_sequence_classifier
@@ -113,6 +114,20 @@ def test_tiny_models_keep_the_architecture_and_are_the_same_one_every_time(name)
     assert type(first).__name__[:4].lower() in name.lower()
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
     assert backbone_name(first) == f"{name.rpartition('/')[2]}/tiny"
+
+
+def test_attention_is_the_one_asked_for():
+    models = [
+        load_causal_language_model("meta-llama/Llama-2-7b-hf", tiny=True, attn_implementation=kind)
+        for kind in ("eager", "sdpa")
+    ]
+    assert [model.config._attn_implementation for model in models] == ["eager", "sdpa"]
+    ids = torch.arange(6)[None]
+    torch.testing.assert_close(models[0](ids).logits, models[1](ids).logits)
+    with pytest.raises(UserError, match=r"attn_implementation of model='roberta-large': .*fast.*"):
+        built("roberta-large", tiny=True, attn_implementation="fast")
+    with pytest.raises(UserError, match=r"attn_implementation of model='roberta-large': FlashAttention2"):
+        built("roberta-large", tiny=True, attn_implementation="flash_attention_2")
 
 
 def test_tiny_model_does_not_touch_the_run_s_random_numbers():
