@@ -20,6 +20,7 @@ class ArgumentParser(LightningArgumentParser):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._files = [Path(file) for file in kwargs.get("default_config_files") or ()]
+        self._directory = Path.cwd()
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})
 
     def parse_path(self, path: Any, *args: Any, **kwargs: Any) -> Namespace:
@@ -30,11 +31,12 @@ class ArgumentParser(LightningArgumentParser):
         """
         check_config_file(Path(path))
         self._files.append(Path(path).absolute())
+        self._directory = Path.cwd()  # jsonargparse changes to that of the file
         return super().parse_path(path, *args, **kwargs)
 
     def parse_string(self, content: str, *args: Any, **kwargs: Any) -> Namespace:
         """Parse the text of a config, an older run's too."""
-        return super().parse_string(update(content), *args, **kwargs)
+        return super().parse_string(update(content, self._directory), *args, **kwargs)
 
     def parse_args(self, args: Any = None, *rest: Any, **kwargs: Any) -> Namespace:  # type: ignore[override]
         """Parse a command line, in which shipped configs may go by their names."""

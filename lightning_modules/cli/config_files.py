@@ -28,20 +28,24 @@ def find_config(name: str) -> str:
     """
     if "\n" in name or Path(name).is_file():
         return name
-    return shipped(f"configs/{name.removeprefix('configs/').removesuffix('.yaml')}.yaml") or shipped(name) or name
+    here = Path.cwd()
+    name_in_configs = name.removeprefix("configs/").removesuffix(".yaml")
+    return shipped(f"configs/{name_in_configs}.yaml", here) or shipped(name, here) or name
 
 
-def shipped(path: str) -> str | None:
-    """Return where a file or directory of `configs/` or `examples/` is, relative to the working directory if it is below it."""
+def shipped(path: str, directory: Path) -> str | None:
+    """Return where a file or directory of `configs/` or `examples/` is, relative to `directory` if it is below it."""
     place = SHIPPED / path
     if not place.exists():
         return None
-    return os.path.relpath(place) if place.is_relative_to(Path.cwd()) else str(place)
+    return os.path.relpath(place, directory) if place.is_relative_to(directory) else str(place)
 
 
-def update(config: str) -> str:
+def update(config: str, directory: Path) -> str:
     """Return the YAML text with today's class paths and the examples' places, without removed options at their default."""
     for old, new in MOVED.items():
         config = config.replace(old, new)
     config = WITHOUT_EFFECT.sub("", config)
-    return EXAMPLES.sub(lambda found: found[0] if Path(found[0]).exists() else shipped(found[0]) or found[0], config)
+    return EXAMPLES.sub(
+        lambda found: found[0] if (directory / found[0]).exists() else shipped(found[0], directory) or found[0], config
+    )

@@ -61,7 +61,7 @@ def test_best_checkpoint_and_adapter_follow_the_task(monkeypatch, config, monito
         [*words, "--model.task.tiny=true"] if config == "glue_rte" else words, run=False
     ).config.trainer.callbacks
     followed = [callback.init_args for callback in found if callback.get("init_args", {}).get("monitor")]
-    assert [(arguments.monitor, arguments.mode) for arguments in followed] == [monitor] * 2
+    assert [(arguments.monitor, arguments.mode) for arguments in followed] == [monitor] * 3
 
 
 def test_mistake_in_the_defaults_names_their_file(main, capsys, tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import lightning as L
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from fourier_moe.errors import UserError
@@ -31,9 +32,9 @@ class TrainingHistory(L.Callback):
     """Write metrics.csv at every validation; at the end also metrics.png, the curves, and results.json.
 
     metrics.csv has a row per validation: epoch (from 1), step, seconds of training, the mean of the training loss that was
-    logged since the row before, and all that validation has logged. A resumed run continues its checkpoint's rows.
-    results.json has the best and the last row, the sizes and the seconds. Runs with fewer than two rows have no picture, and
-    fast_dev_run leaves nothing.
+    logged since the row before, and all that validation has logged. With CSVLogger it is that logger's own file. A resumed
+    run continues its checkpoint's rows. results.json has the best and the last row, the sizes and the seconds. Runs with
+    fewer than two rows have no picture, and fast_dev_run leaves nothing.
 
     Args:
         monitor: the logged value that selects the best row, and is drawn beside the loss.
@@ -71,7 +72,7 @@ class TrainingHistory(L.Callback):
         row |= {TRAIN_LOSS: sum(losses) / len(losses)} if losses else {}
         self.rows.append(row | {name: float(value) for name, value in logged.items() if name.startswith("val/")})
         self._losses = []
-        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if not trainer.fast_dev_run and not _has_csv_logger(trainer):  # type: ignore[attr-defined]
             self._write(run_directory(trainer) / "metrics.csv", _csv(self.rows))
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -124,6 +125,10 @@ def curves(rows: list[Row], monitor: str) -> Figure:
         axes.set_xlabel("step")
         axes.legend(frameon=False)
     return figure
+
+
+def _has_csv_logger(trainer: L.Trainer) -> bool:
+    return any(isinstance(logger, CSVLogger) for logger in trainer.loggers)
 
 
 def _csv(rows: list[Row]) -> str:
