@@ -90,9 +90,8 @@ class SpectralExperts(nn.Module):
         self.segments = [range(start, end) for start, end in zip([0, *ends], ends, strict=False)]
         table = None
         if len(self.frequencies) > E:
-            table = pad_sequence([torch.tensor(own) for own in self.segments[:E]], batch_first=True, padding_value=-1).to(
-                device
-            )
+            routed = [torch.tensor([*own], device="cpu") for own in self.segments[:E]]
+            table = pad_sequence(routed, batch_first=True, padding_value=-1).to(device)
         self.register_buffer("segment_table", table, persistent=False)
         self.num_routed = E
 

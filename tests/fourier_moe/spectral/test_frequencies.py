@@ -117,6 +117,8 @@ def test_band_weight_is_the_formula_and_finite_everywhere():
 def test_band_centers():
     assert band_centers(4, 0.3, "cover") == pytest.approx([0.125, 0.375, 0.625, 0.875])
     assert band_centers(4, 0.1, "stack") == pytest.approx([0.05, 0.15, 0.25, 0.35])
+    assert band_centers(3, (0.1, 0.4, 0.2), "stack") == pytest.approx([0.05, 0.3, 0.6])  # side by side
+    assert band_centers(2, (0.1, 0.4), "cover") == pytest.approx([0.25, 0.75])
 
 
 def mean_radii(layout, bandwidth, experts=8, size=128):
