@@ -1,6 +1,7 @@
 """The table of image data sets. A new one is a new row of `BENCHMARKS`."""
 
 import difflib
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -109,21 +110,27 @@ class DigitsBenchmark(ImageBenchmark):
     """scikit-learn's bundled handwritten digits, half of each class for train and half for test, always the same."""
 
     def open(self, name: str, revision: str | None = None) -> ImageSource:
-        from sklearn.datasets import load_digits  # here, since only the demo needs it
-        from sklearn.model_selection import train_test_split
+        return LoadedTables(_digits(), "scikit-learn's bundled digits")
 
-        digits = load_digits()
-        pixels = (digits.images * (255 / 16)).astype(np.uint8)
-        features = datasets.Features(
-            {"image": datasets.Image(), "label": datasets.ClassLabel(names=[str(digit) for digit in range(10)])}
-        )
-        halves = train_test_split(range(len(pixels)), test_size=0.5, stratify=digits.target, random_state=0)
-        tables = {}
-        for split, indices in zip((TRAIN, TEST), halves, strict=True):
-            images = [Image.fromarray(pixels[index]).convert("RGB") for index in indices]
-            rows = {"image": images, "label": digits.target[indices].tolist()}
-            tables[split] = datasets.Dataset.from_dict(rows, features=features)
-        return LoadedTables(tables, "scikit-learn's bundled digits")
+
+@functools.cache  # one process may run many times: compare, sweep
+def _digits() -> dict[str, datasets.Dataset]:
+    """Return the tables of digits by split."""
+    from sklearn.datasets import load_digits  # here, since only the demo needs it
+    from sklearn.model_selection import train_test_split
+
+    digits = load_digits()
+    pixels = (digits.images * (255 / 16)).astype(np.uint8)
+    features = datasets.Features(
+        {"image": datasets.Image(), "label": datasets.ClassLabel(names=[str(digit) for digit in range(10)])}
+    )
+    halves = train_test_split(range(len(pixels)), test_size=0.5, stratify=digits.target, random_state=0)
+    tables = {}
+    for split, indices in zip((TRAIN, TEST), halves, strict=True):
+        images = [Image.fromarray(pixels[index]).convert("RGB") for index in indices]
+        rows = {"image": images, "label": digits.target[indices].tolist()}
+        tables[split] = datasets.Dataset.from_dict(rows, features=features)
+    return tables
 
 
 @dataclass(frozen=True, kw_only=True)

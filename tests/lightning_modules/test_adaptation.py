@@ -256,8 +256,10 @@ import torch
 from torch.utils.data import DataLoader
 import train
 from datamodules import ImageDataModule
+from lightning_modules.callbacks import RouterLoad, SpectralOccupancy
 
 torch.set_num_threads(1)
+RouterLoad._draw = SpectralOccupancy._figures = lambda *_: {}
 ImageDataModule.train_dataloader = lambda self: DataLoader(self.val_dataloader().dataset, batch_size=45)
 train.main()
 """

@@ -19,9 +19,9 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from sklearn import datasets, model_selection  # noqa: F401 (the demo's data needs them: once for all children)
 
 from datamodules import ImageDataModule
+from datamodules.images.benchmarks import BENCHMARKS
 from fourier_moe import FourierMoEConfig
 from lightning_modules import AdaptationModule
 from lightning_modules.interruption import CheckedCheckpointIO, newest_intact
@@ -30,6 +30,7 @@ from lightning_modules.tasks import ImageClassification
 from support import REPOSITORY
 
 TOWER = REPOSITORY / "examples/digits_tower"
+BENCHMARKS["digits"].open("digits")  # once for all children
 HOOKS = [
     "on_train_start",
     "on_train_epoch_start",

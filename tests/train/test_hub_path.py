@@ -1,4 +1,4 @@
-"""The shipped configs as they are, but for a limit of steps, against a hub on this machine whose network has faults."""
+"""The shipped configs, in few steps and small batches, against a hub on this machine whose network has faults."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,11 @@ CLIP, CARS, ROBERTA, GLUE = (
     "nyu-mll/glue",
 )
 ONE_STEP = ("--trainer.max_steps", "1", "--trainer.limit_val_batches", "1", "--trainer.log_every_n_steps", "1")
-COMMANDS = {"cars": ("fit", "--config", "configs/clip_cars.yaml"), "cola": ("fit", "--config", "configs/glue_cola.yaml")}
+SMALL = ("--data.batch_size", "64", "--data.num_workers", "0", "--trainer.limit_train_batches", "1")
+COMMANDS = {
+    "cars": ("fit", "--config", "configs/clip_cars.yaml", *SMALL),
+    "cola": ("fit", "--config", "configs/glue_cola.yaml"),
+}
 
 
 @pytest.fixture

@@ -313,7 +313,7 @@ def test_unknown_quantization_and_missing_package_are_named_before_anything_is_l
 def test_smoke_overlay_quantizes_the_tiny_model_without_a_line_per_layer(run, caplog, tmp_path, config, quantization):
     words = ("--config", f"configs/{config}.yaml", "--config", "configs/smoke.yaml", "--trainer.callbacks", "null")
     words += ("--trainer.limit_train_batches", "2", "--trainer.limit_val_batches", "1")
-    words += ("--model.adapter.init_args.num_coefficients", "512")
+    words += ("--model.adapter.init_args.num_coefficients", "512", "--model.task.init_args.dtype", "float32")
     quantized = ("--model.task.init_args.quantization", quantization)
     logging.getLogger("bitsandbytes").propagate = True
     fitted = run("fit", *words, *quantized, "--trainer.accumulate_grad_batches", "1")
