@@ -22,8 +22,8 @@ class DenseFourierMoELinear(FourierMoELinear):
     Each expert is applied to its active tokens only, the cheapest use of dense matrices.
     """
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.base(x)
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        y = self.base(x) if y is None else y
         gates_TE = self.router(x).dense(self.router.num_experts).flatten(0, -2)
         x_TN = self.dropout(x).flatten(0, -2)
         update_TM: Tensor | None = None

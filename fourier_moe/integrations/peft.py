@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from fourier_moe.adapter import build_layer
 from fourier_moe.errors import UserError
 from fourier_moe.inject import check_projections
-from fourier_moe.models.known_output import KnownOutput, known_output
+from fourier_moe.models.known_output import KnownOutput
 from fourier_moe.models.pretrained_weight import PretrainedWeight
 from fourier_moe.routing.reminders import attach_reminders
 from fourier_moe.spectral.config import FourierMoEConfig
@@ -109,12 +109,11 @@ class FourierMoEPeftLinear(nn.Module, BaseTunerLayer):
         super().__init__()
         self.base_layer = base_layer
         self.fourier_moe_layers = nn.ModuleDict()
-        self._known = (KnownOutput(base_layer),)
 
     def update_layer(self, adapter_name: str, config: FourierMoEPeftConfig, name: str) -> None:
         """Add an adapter; `name` is the projection's name in its model."""
         layer = build_layer(self.base_layer, config.method(), name).train(self.base_layer.training)
-        layer.rebase(self._known[0])
+        layer.rebase(KnownOutput(self.base_layer))  # no child of the layer, which would save it
         layer.projection_name = name
         self.fourier_moe_layers[adapter_name] = layer
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
@@ -123,8 +122,7 @@ class FourierMoEPeftLinear(nn.Module, BaseTunerLayer):
         y = self.base_layer(x, *args, **kwargs)
         for name in [] if self.disable_adapters else self.active_adapters:
             if name in self.fourier_moe_layers:
-                with known_output(y):
-                    y = self.fourier_moe_layers[name](x)
+                y = self.fourier_moe_layers[name](x, y)
         return y
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

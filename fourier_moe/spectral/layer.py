@@ -58,8 +58,9 @@ class FourierMoELinear(Adapter):
         if config.router_scope != "projection":
             share_routers(adapters, config.router_scope)
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.base(x)
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        """Add the update to y, which is base(x) if not given."""
+        y = self.base(x) if y is None else y
         z = self.reads(x)
         return y + self.experts(self.dropout(z), self.router(z)).to(y.dtype)
 

@@ -139,6 +139,13 @@ def test_two_active_adapters_add_up_on_a_transposed_projection():
     torch.testing.assert_close(both - none, (first - none) + (second - none))
 
 
+def test_it_compiles_into_one_graph():
+    base = nn.Sequential(nn.Linear(32, 48), nn.Tanh(), nn.Linear(48, 32)).eval()
+    model = learn(get_peft_model(base, FourierMoEPeftConfig(target_modules=["0", "2"], **METHOD)))
+    x = torch.randn(4, 32)
+    assert torch.equal(torch.compile(model, backend="eager", fullgraph=True)(x), model(x))
+
+
 class Sentences(Dataset):
     def __len__(self):
         return 16
