@@ -20,10 +20,10 @@ from fourier_moe.errors import UserError
 from lightning_modules.adaptation import AdaptationModule, untrained
 from lightning_modules.callbacks import EvaluationReport
 from lightning_modules.callbacks.monitoring.cpu_time import StepTime, bound_cpu_time
-from lightning_modules.callbacks.monitoring.progress_bar import progress_bar
 from lightning_modules.callbacks.results.next_commands import next_commands
 from lightning_modules.cli.argument_parser import ArgumentParser
 from lightning_modules.cli.config_files import ON_DEFAULTS
+from lightning_modules.cli.progress_bar import progress_bar
 from lightning_modules.interruption import (
     CheckedCheckpointIO,
     checkpoint_directories,

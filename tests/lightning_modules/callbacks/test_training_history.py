@@ -16,8 +16,8 @@ from fourier_moe import inject
 from fourier_moe.errors import UserError
 from lightning_modules.callbacks import TrainingHistory
 from lightning_modules.callbacks.monitoring.logged import show_images, takes_images
-from lightning_modules.callbacks.monitoring.progress_bar import TQDMBar, progress_bar
 from lightning_modules.callbacks.results.training_history import curves
+from lightning_modules.cli.progress_bar import TQDMBar, progress_bar
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's advice on tiny runs
 
