@@ -128,6 +128,10 @@ class FourierMoEConfig(ProjectionAdapterConfig):
     def size_step(self) -> int:
         return 2 * (self.num_experts if self.densities is None else sum(self.densities))
 
+    def describe_size(self) -> str | None:
+        shared = f", shared_coefficients={self.shared_coefficients}" if self.shared_coefficients else ""
+        return f"{super().describe_size()}{shared}"
+
     @property
     def expert_pairs(self) -> tuple[int, ...]:
         """Frequency positions of each expert (E,), and of the shared one if there is one."""

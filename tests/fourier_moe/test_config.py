@@ -137,6 +137,9 @@ def test_defaults_are_the_paper_and_pairs_follow_from_n():
     assert (paper.num_experts, paper.top_k, paper.bandwidth, paper.expert_pairs[0]) == (8, 2, 0.12, 188)
     assert FourierMoEConfig(targets=["q_proj"], num_coefficients=1008).expert_pairs[0] == 63
     assert FourierMoEConfig(targets=["q_proj"], num_coefficients=8192).expert_pairs[0] == 512
+    unequal = config(num_coefficients=64, densities=[4, 2, 1, 1], shared_coefficients=6)
+    assert (unequal.expert_pairs, unequal.segment_pairs) == ((16, 8, 4, 4, 3), 1)
+    assert unequal.describe_size() == "num_coefficients=64, shared_coefficients=6"
 
 
 def test_boundaries_are_valid():
