@@ -40,16 +40,17 @@ def load_map(
 
     percent = 100 * load.numpy()
     num_rows, num_experts = percent.shape
-    figure = Figure(figsize=(3.5 + 0.5 * num_experts, min(max(0.25 * num_rows, 1) + 1.5, 20)), layout="constrained")
+    # TensorBoard shows a figure 350 pixels wide: the narrower it is, the larger its letters
+    figure = Figure(figsize=(2.4 + 0.3 * num_experts, min(max(0.22 * num_rows, 1) + 1.1, 20)), layout="constrained")
     axes = figure.add_subplot()
     top = min(max(200 * even, percent.max()), 100) if even < 1 else 200
     image = axes.imshow(percent, cmap="RdBu_r", norm=TwoSlopeNorm(100 * even, 0, top), aspect="auto", interpolation="nearest")
-    figure.colorbar(image, label=f"% of tokens (even: {100 * even:.3g})")
-    axes.set_xticks(range(num_experts))
+    figure.colorbar(image, label=f"% of tokens (even: {100 * even:.3g})", aspect=30, pad=0.02)
+    axes.set_xticks(range(0, num_experts, -(-num_experts // MAX_NUMBERS)))
     axes.set_xlabel("expert")
     every = -(-num_rows // MAX_LABELS)
     axes.set_yticks(range(0, num_rows, every), labels=short_names(rows)[::every], fontsize=8)
-    axes.set_title(title)
+    figure.suptitle(title, fontsize=10)
     if num_rows <= MAX_NUMBERS:
         for (row, expert), value in np.ndenumerate(percent):
             dark = value > 0.8 * top or value < 20 * even
@@ -70,7 +71,7 @@ def task_map(sums: LoadSums, layers: Sequence[str], even: float, title: str) -> 
     names = short_names(layers)
     load = torch.stack([task.load[layer] for layer in widest for task in sums.tasks.values()])
     rows = [f"{names[layer]}: {task}" for layer in widest for task in sums.tasks]
-    return load_map(load, rows, even, f"load by task, layers where tasks differ most\n{title}", group=len(sums.tasks))
+    return load_map(load, rows, even, f"layers where tasks differ most, {title}", group=len(sums.tasks))
 
 
 def _widest_layers(sums: LoadSums) -> list[int]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -95,7 +94,9 @@ def pixels(figure: Figure) -> np.ndarray:
 
 
 def short_names(names: Sequence[str]) -> list[str]:
-    """Return the names without the dotted prefix that all of them share."""
+    """Return the names without the dotted parts that all of them share; the last part stays."""
     split = [name.split(".") for name in names]
-    shared = sum(1 for _ in takewhile(lambda parts: len(set(parts)) == 1, zip(*(parts[:-1] for parts in split), strict=False)))
-    return [".".join(parts[shared:]) for parts in split]
+    differs = [len(set(parts)) > 1 for parts in zip(*(parts[:-1] for parts in split), strict=False)]
+    if len({len(parts) for parts in split}) > 1:  # parts of the same place only compare as long as nothing differs
+        differs = [any(differs[: place + 1]) for place in range(len(differs))]
+    return [".".join(part for place, part in enumerate(parts) if differs[place : place + 1] != [False]) for parts in split]

@@ -54,7 +54,7 @@ def radial_occupancy(spectra: ModelSpectra, title: str) -> Figure:
     from matplotlib.figure import Figure
 
     colors = _colors(spectra)
-    figure = Figure(figsize=(7.5, 3.6), layout="constrained")
+    figure = Figure(figsize=(5, 3.4), layout="constrained")
     axes = figure.add_subplot()
     edges = np.linspace(0, 1, NUM_BINS + 1)
     total = float(spectra.occupancy.sum()) or 1.0
@@ -63,12 +63,21 @@ def radial_occupancy(spectra: ModelSpectra, title: str) -> Figure:
         axes.stairs(energy, edges, fill=True, color=color, alpha=0.3)
         axes.stairs(energy, edges, color=color, linewidth=1.5)
         axes.stairs(positions, edges, color=color, linewidth=1, linestyle=":")
-    axes.set(xlim=(0, 1), xlabel="normalized radius (0: constant, 1: corner of the plane)", ylabel="energy per unit of radius")
+    axes.set(xlim=(0, 1), xlabel="normalized radius (0: constant, 1: corner)", ylabel="energy per unit of radius")
     axes.set_ylim(bottom=0)
-    axes.set_title(f"radial occupancy, {title}", loc="left")
+    axes.set_title(f"radial occupancy, {title}", loc="left", fontsize=9)
     axes.plot([], [], color="black", linewidth=1.5, label="energy")
     axes.plot([], [], color="black", linewidth=1, linestyle=":", label="positions")
-    axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0.1, ncols=2, fontsize=8)
+    axes.legend(
+        frameon=False,
+        loc="lower right",
+        bbox_to_anchor=(1, 1),
+        borderaxespad=0.1,
+        ncols=2,
+        fontsize=7,
+        columnspacing=1,
+        handlelength=1,
+    )
     _expert_bar(figure, axes, colors, spectra.short_names)
     return figure
 
@@ -77,12 +86,12 @@ def overlap(spectra: ModelSpectra, title: str) -> Figure:
     """Draw the overlap between experts, all layers together: share of energy at the same radii, cosine between updates."""
     from matplotlib.figure import Figure
 
-    side = 1.6 + 0.33 * min(len(spectra.names), 20)
-    figure = Figure(figsize=(2 * side + 1.6, side + 0.5), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    _draw_matrix(left, spectra.radial_overlap, "energy at the same radii", cmap="Blues", vmin=0)
-    _draw_matrix(right, spectra.update_overlap, "cosine between updates", cmap="RdBu_r", vmin=-1)
-    figure.suptitle(f"overlap between experts, {title}")
+    side = 1.2 + 0.3 * min(len(spectra.names), 20)
+    figure = Figure(figsize=(side + 1, 2 * side + 0.5), layout="constrained")
+    upper, lower = figure.subplots(2, 1)
+    _draw_matrix(upper, spectra.radial_overlap, "energy at the same radii", cmap="Blues", vmin=0)
+    _draw_matrix(lower, spectra.update_overlap, "cosine between updates", cmap="RdBu_r", vmin=-1)
+    figure.suptitle(f"overlap between experts, {title}", fontsize=10)
     return figure
 
 

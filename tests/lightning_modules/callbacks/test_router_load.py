@@ -407,7 +407,7 @@ def test_maps_of_any_size_are_drawn(num_rows, top_k, busiest):
 def test_labels_of_a_map_leave_out_what_all_share():
     figure = load_map(torch.rand(2, 4), ["model.layers.0.q_proj", "model.layers.1.q_proj"], 0.5, "load")
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["0.q_proj", "1.q_proj"]
-    assert figure.axes[0].get_title() == "load"
+    assert figure.get_suptitle() == "load"
 
 
 class DataOfProcess(TokenData):
