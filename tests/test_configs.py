@@ -11,6 +11,7 @@ import pytest
 import yaml
 from PIL import Image
 from support import REPOSITORY
+from support.commands import SMOKE
 
 from fourier_moe import FourierMoEConfig
 from lightning_modules.cli import AdaptationCLI
@@ -32,7 +33,6 @@ USED = [
 ]
 FITTED_ALONE = [path for path in CLASSIFIERS if path not in USED]
 COMMENTED = [DEFAULTS, *RUNS, *RECIPES, *STRATEGIES, Path("configs/smoke.yaml")]
-SMOKE = ("--config", "configs/smoke.yaml")
 
 # The paper's Table 14.
 TABLE_14 = {

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from support import REPOSITORY
+from support.commands import ParsedError
 from torch import nn
 
 import lightning_modules.commands.compare
@@ -134,10 +135,6 @@ def words_of(run_directory, tmp_path):
         return [ANY_RUN.sub(str(run_directory), word) for word in words]
 
     return words_of
-
-
-class ParsedError(Exception):
-    pass
 
 
 @pytest.fixture

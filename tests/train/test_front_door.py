@@ -6,6 +6,7 @@ from typing import get_args
 import pytest
 import torch
 import yaml
+from support.commands import DEMO
 
 import train
 from fourier_moe.errors import UserError
@@ -16,7 +17,6 @@ from lightning_modules.commands.sweep import StudyName
 from lightning_modules.experiments.studies import STUDIES
 
 ALL = ("fit", "validate", "test", "predict", "compare", "sweep", "analyze", "export")
-DEMO = ("--config", "configs/demo.yaml")
 FIT = CommandLine(["configs/demo.yaml"], [*DEMO], [])
 
 

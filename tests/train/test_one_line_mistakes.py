@@ -9,10 +9,10 @@ from unittest.mock import Mock
 import pytest
 import torch
 from PIL import Image
+from support.commands import DEMO
 
 import train
 
-DEMO = ("--config", "configs/demo.yaml")
 TYPO = "trainer.max_epohcs is no option; did you mean --trainer.max_epochs?"
 
 

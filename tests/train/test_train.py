@@ -1,13 +1,13 @@
 """The commands of train.py, in this process, on the demo: what is trained and what is written."""
 
 import copy
-from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from PIL import Image
 from support import REPOSITORY
+from support.commands import DEMO, FULL, HEAD_ONLY, SMOKE, run_directory
 from torch import nn
 
 import lightning_modules.adaptation
@@ -16,15 +16,7 @@ from fourier_moe.adapter import build_layer
 from lightning_modules import AdaptationModule
 from lightning_modules.cli import AdaptationCLI
 
-DEMO = ("--config", "configs/demo.yaml")
-SMOKE = ("--config", "configs/smoke.yaml")
-HEAD_ONLY = ("--config", "configs/adapters/head_only.yaml")
-FULL = ("--config", "examples/digits_tower/full_fine_tuning.yaml")
 EXPERTS_LR = "--model.optimization.experts.lr"
-
-
-def run_directory(cli):
-    return Path(cli.trainer.log_dir)
 
 
 @pytest.fixture

@@ -4,11 +4,11 @@ import json
 import subprocess
 import sys
 import traceback
-from pathlib import Path
 
 import pytest
 import torch
 from support import REPOSITORY
+from support.commands import DEMO, SMOKE, run_directory
 from support.limits import HANGS_AFTER
 from torch import nn
 
@@ -16,13 +16,6 @@ from fourier_moe import FourierMoEConfig, describe_adapter, inject
 from fourier_moe.adapter import build_layer
 from lightning_modules import AdaptationModule
 from lightning_modules.cli import user_error
-
-DEMO = ("--config", "configs/demo.yaml")
-SMOKE = ("--config", "configs/smoke.yaml")
-
-
-def run_directory(cli):
-    return Path(cli.trainer.log_dir)
 
 
 @pytest.mark.parametrize(

@@ -1,28 +1,21 @@
 """train.py with checkpoints: runs that go on, and checkpoints that do not fit."""
 
 import math
-from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
 from support import REPOSITORY
+from support.commands import DEMO, FULL, HEAD_ONLY, run_directory
 from torch.utils.data import DataLoader
 
 from datamodules import ImageDataModule
 from fourier_moe import adapter_state_dict
 from lightning_modules import AdaptationModule
 
-DEMO = ("--config", "configs/demo.yaml")
-HEAD_ONLY = ("--config", "configs/adapters/head_only.yaml")
-FULL = ("--config", "examples/digits_tower/full_fine_tuning.yaml")
 EXPERTS_LR = "--model.optimization.experts.lr"
 STEPS = 6  # 90 training images in batches of 16
-
-
-def run_directory(cli):
-    return Path(cli.trainer.log_dir)
 
 
 @pytest.fixture

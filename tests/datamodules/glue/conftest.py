@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from pathlib import Path
 
-import datasets
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
@@ -11,14 +10,6 @@ from transformers import PreTrainedTokenizerFast
 from datamodules.glue.benchmarks import TASKS
 
 VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *(f"w{number}" for number in range(20))]
-
-
-@pytest.fixture(autouse=True)
-def _no_hub_and_own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keeps ``datasets`` away from the network, and tokens and tables out of the user's cache."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets_cache"))
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
 
 
 @pytest.fixture

@@ -3,11 +3,11 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
-import lightning as L
 import pytest
 import torch
 from jsonargparse import ArgumentParser
 from support import REPOSITORY
+from support.recorder import Recorder, trainer
 
 from datamodules import GlueDataModule
 from datamodules.glue import data_module as glue
@@ -50,35 +50,13 @@ def directory(tmp_path) -> Path:
     return tmp_path / "glue"
 
 
-class Recorder(L.LightningModule):
-    """Remembers what the trainer feeds it."""
-
+class GlueRecorder(Recorder):
     def __init__(self):
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.zeros(()))
-        self.seen: list[str] = []
-
-    def training_step(self, batch, batch_idx):
-        self.seen += batch["id"]
-        return self.weight * batch["label"].float().mean()
-
-    def validation_step(self, batch, batch_idx, dataloader_idx=0):
-        assert batch["label"].dtype == torch.int64
-
-    def test_step(self, batch, batch_idx, dataloader_idx=0):
-        self.seen += batch["id"]
+        super().__init__("label")
 
     def predict_step(self, batch, batch_idx, dataloader_idx=0):
         assert "label" not in batch
         self.seen += batch["id"]
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.1)
-
-
-def trainer(**options) -> L.Trainer:
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
-    return L.Trainer(accelerator="cpu", max_epochs=1, **quiet, **options)
 
 
 # Arguments
@@ -309,7 +287,7 @@ def test_generated_data_go_at_teardown_and_come_back_the_same(tmp_path, monkeypa
 
 @pytest.mark.parametrize("name", ["cola", "mnli"])
 def test_trainer_fits_tests_and_predicts_generated_data_one_after_the_other(name):
-    data, model = module(name, synthetic=True), Recorder()
+    data, model = module(name, synthetic=True), GlueRecorder()
     trainer().fit(model, data)
     assert len(model.seen) == 72
     model.seen.clear()
@@ -324,7 +302,7 @@ def test_prepare_data_tokenizes_so_that_setup_finds_it(directory, monkeypatch):
     seen: list[int] = []
     original = tokenization._tokenize
     monkeypatch.setattr(tokenization, "_tokenize", lambda *words: seen.append(len(data._datasets)) or original(*words))
-    trainer().test(Recorder(), data, verbose=False)
+    trainer().test(GlueRecorder(), data, verbose=False)
     assert seen == [0]  # one split, before setup built anything
 
 

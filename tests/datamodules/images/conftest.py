@@ -13,15 +13,6 @@ from PIL import Image
 Rows = list[tuple[bytes, int]]
 
 
-@pytest.fixture(autouse=True)
-def _no_hub_and_own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keeps ``datasets`` away from the network and from the user's cache."""
-    cache = tmp_path_factory.mktemp("datasets_cache")
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-
-
 @pytest.fixture
 def encode() -> Callable[..., bytes]:
     def encode(image: Image.Image | None = None, file_format: str = "JPEG", **options: object) -> bytes:

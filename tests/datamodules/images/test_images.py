@@ -4,13 +4,13 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
-import lightning as L
 import pytest
 import torch
 from jsonargparse import ArgumentParser
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from PIL import Image
 from support import REPOSITORY
+from support.recorder import Recorder, trainer
 
 from datamodules import ImageDataModule
 from datamodules.images import data_module as images
@@ -44,34 +44,12 @@ def loose_images(tmp_path, encode) -> Path:
     return tmp_path / "loose"
 
 
-class Recorder(L.LightningModule):
-    """Remembers what the trainer feeds it."""
-
+class ImageRecorder(Recorder):
     def __init__(self):
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.zeros(()))
-        self.seen: list[str] = []
-
-    def training_step(self, batch, batch_idx):
-        self.seen += batch["id"]
-        return self.weight * batch["image"].mean()
-
-    def validation_step(self, batch, batch_idx):
-        assert batch["label"].dtype == torch.int64
-
-    def test_step(self, batch, batch_idx):
-        self.seen += batch["id"]
+        super().__init__("image")
 
     def predict_step(self, batch, batch_idx):
         return batch
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.1)
-
-
-def trainer(**options) -> L.Trainer:
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
-    return L.Trainer(accelerator="cpu", max_epochs=1, **quiet, **options)
 
 
 # Arguments
@@ -154,7 +132,7 @@ def test_batch_has_images_labels_and_ids(directory):
 def test_trainer_normalizes_what_the_workers_hand_over_as_bytes(directory):
     data, seen = module(directory=str(directory)), []
 
-    class Model(Recorder):
+    class Model(ImageRecorder):
         def test_step(self, batch, batch_idx):
             seen.append(batch["image"])
 
@@ -259,7 +237,7 @@ def test_digits_need_nothing():
 def test_predict_directory_needs_no_data_set_and_has_no_labels(loose_images, messages):
     data = module("cars", predict_directory=str(loose_images))
     assert data.num_classes == 196
-    (batch,) = trainer().predict(Recorder(), datamodule=data)
+    (batch,) = trainer().predict(ImageRecorder(), datamodule=data)
     assert batch["id"] == ["deep/er/a.jpg", "z.png"]
     assert set(batch) == {"image", "id"}
     assert messages == [f"cars: predict 2 images without labels, from '{loose_images}'"]
@@ -370,7 +348,7 @@ def test_copy_in_another_process_leaves_the_generated_data_alone(generated_direc
 
 
 def test_trainer_fits_and_tests_generated_data_one_after_the_other():
-    data, model = module("cars", synthetic=True), Recorder()
+    data, model = module("cars", synthetic=True), ImageRecorder()
     trainer().fit(model, datamodule=data)
     assert len(set(model.seen)) == 29
     model.seen.clear()

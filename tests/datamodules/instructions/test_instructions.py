@@ -3,11 +3,11 @@ import os
 from collections import Counter
 from types import SimpleNamespace
 
-import lightning as L
 import pytest
 import torch
 from jsonargparse import ArgumentParser
 from support import REPOSITORY
+from support.recorder import Recorder, trainer
 from torch.utils.data import DistributedSampler
 
 from datamodules import CommonsenseDataModule, InstructionDataModule, MathReasoningDataModule
@@ -71,17 +71,10 @@ def seen(data):
     return [id_ for batch in data.train_dataloader() for id_ in batch["id"]]
 
 
-class Recorder(L.LightningModule):
-    """Remembers what the trainer feeds it."""
-
+class InstructionRecorder(Recorder):
     def __init__(self):
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.zeros(()))
-        self.trained, self.validated, self.tested = [], Counter(), {}
-
-    def training_step(self, batch, batch_idx):
-        self.trained += batch["id"]
-        return self.weight * batch["input_ids"].float().mean()
+        super().__init__("input_ids")
+        self.validated, self.tested = Counter(), {}
 
     def validation_step(self, batch, batch_idx, dataloader_idx=0):
         self.validated[dataloader_idx] += len(batch["id"])
@@ -89,14 +82,6 @@ class Recorder(L.LightningModule):
     def test_step(self, batch, batch_idx, dataloader_idx=0):
         graded = [rule.grade(answer, answer).correct for rule, answer in zip(batch["benchmark"], batch["answer"], strict=True)]
         self.tested.setdefault(dataloader_idx, []).extend(graded)
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.1)
-
-
-def trainer():
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
-    return L.Trainer(accelerator="cpu", max_epochs=1, **quiet)
 
 
 # Arguments
@@ -240,10 +225,10 @@ def test_training_on_own_files_fetches_no_benchmark(tmp_path, monkeypatch, test)
 
     monkeypatch.setattr(PinnedFiles, "get", get)
     data = module(train=write_own(tmp_path / "mine.json", 12), test=test, cache_directory=str(tmp_path / "cache"))
-    trainer().fit(Recorder(), data)
+    trainer().fit(InstructionRecorder(), data)
     assert fetched == []
     if test:
-        trainer().test(Recorder(), data, verbose=False)
+        trainer().test(InstructionRecorder(), data, verbose=False)
         assert set(fetched) == {"dataset/boolq/test.json", "dataset/piqa/test.json"}
         assert list(data.test_dataloader()) == test
 
@@ -403,9 +388,9 @@ def test_the_contaminated_sets_are_known_without_any_file(train, noted):
 @pytest.mark.parametrize("kind", [CommonsenseDataModule, MathReasoningDataModule])
 def test_synthetic_data_go_through_the_trainer(kind, num_workers):
     data = kind(tokenizer="bytes", synthetic=True, num_workers=num_workers, batch_size=8, prompt="plain", validation_sets=None)
-    model, run = Recorder(), trainer()
+    model, run = InstructionRecorder(), trainer()
     run.fit(model, data)
-    assert len(model.trained) == len(set(model.trained)) > 30
+    assert len(model.seen) == len(set(model.seen)) > 30
     assert model.validated == {0: 120 + 16}  # with the two batches of the check before training
     run.test(model, data)
     assert len(model.tested) == len(data.benchmarks)
@@ -419,9 +404,9 @@ def test_synthetic_data_go_through_the_trainer(kind, num_workers):
 def test_several_validation_sets_are_named_and_none_is_possible(directory):
     data = fitted(directory, validation_size=5, validation_sets=["openbookqa"])
     assert {name: len(loader.dataset) for name, loader in data.val_dataloader().items()} == {"held_out": 5, "openbookqa": 3}
-    model = Recorder()
+    model = InstructionRecorder()
     trainer().fit(model, module(directory, validation_size=0))
-    assert (len(model.trained), model.validated) == (20, {})
+    assert (len(model.seen), model.validated) == (20, {})
 
 
 def test_predict_goes_through_the_test_sets(directory):

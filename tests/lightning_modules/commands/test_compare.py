@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from support.commands import DEMO
 
 import lightning_modules.experiments.grid
 import lightning_modules.experiments.plots
@@ -18,7 +19,6 @@ from lightning_modules.experiments.graded_examples import load_examples
 from lightning_modules.experiments.report import format_table, method_labels, unfair_runs
 from lightning_modules.experiments.results import Result, result_frame
 
-DEMO = ("--config", "configs/demo.yaml")
 SHORT = ("--trainer.limit_train_batches", "6", "--trainer.limit_val_batches", "1", "--trainer.limit_test_batches", "6")
 PARAMETERS = {"experts": 0, "router": 0, "head": 650, "backbone": 0}
 RESULT = Result("HeadOnly", "head_only", 0, "test/accuracy", {"test/accuracy": 0.5, "test/loss": 1.0}, PARAMETERS, 2.0)
@@ -322,11 +322,6 @@ def test_bug_shows_its_traceback_and_nothing_but_failures_is_no_table(compare, o
     assert "Traceback" in capsys.readouterr().err
     assert re.fullmatch(r"failed: head_only, seed 0: RuntimeError: .*size.*\n", (output / "results.md").read_text())
     assert json.loads((output / "results.json").read_text()) == []
-
-
-@pytest.fixture
-def _no_run(monkeypatch):
-    monkeypatch.setattr(lightning_modules.experiments.grid, "run_one", lambda *_: pytest.fail("a run began"))
 
 
 @pytest.mark.parametrize(

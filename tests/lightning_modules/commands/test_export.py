@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support import REPOSITORY
+from support.commands import DEMO
 from support.language_models import TinyLanguageModel
 from torch import nn
 from torch.nn import functional as F
@@ -25,7 +26,6 @@ from lightning_modules import AdaptationModule
 from lightning_modules.cli import AdaptationCLI, user_error
 from lightning_modules.tasks.backbones.open_clip import load_open_clip
 
-DEMO = ("--config", "configs/demo.yaml")
 QUICK = ("--trainer.max_epochs", "1", "--trainer.limit_train_batches", "12")
 GLUE = ("--config", "configs/glue_rte.yaml", "--config", "configs/smoke.yaml")
 

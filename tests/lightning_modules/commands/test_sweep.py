@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import yaml
 from support import REPOSITORY
+from support.commands import DEMO
 
 import lightning_modules.experiments.grid
 import lightning_modules.experiments.plots
@@ -16,7 +17,6 @@ from lightning_modules.experiments.report import publish
 from lightning_modules.experiments.results import Result
 from lightning_modules.experiments.studies import ABLATIONS, STUDIES, Setting, choose_settings, study_frame, study_table
 
-DEMO = ("--config", "configs/demo.yaml")
 OWN = FourierMoEConfig(targets=["q_proj"], num_coefficients=512, num_experts=8, top_k=2)
 OVERLAYS = sorted((REPOSITORY / ABLATIONS).glob("*.yaml"))
 PARAMETERS = {"experts": 4096, "router": 4096, "head": 650, "backbone": 0}
@@ -47,11 +47,6 @@ def trained(monkeypatch):
     monkeypatch.setattr(lightning_modules.experiments.grid, "_train_and_test", train_and_test)
     monkeypatch.setattr(lightning_modules.experiments.plots, "plot_study", lambda *_: None)  # slower than all the rest
     return runs
-
-
-@pytest.fixture
-def _no_run(monkeypatch):
-    monkeypatch.setattr(lightning_modules.experiments.grid, "run_one", lambda *_: pytest.fail("a run began"))
 
 
 def anything(adapter):

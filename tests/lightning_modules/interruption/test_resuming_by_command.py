@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
+from support.commands import DEMO
 
 from lightning_modules import AdaptationModule
 from lightning_modules.cli import AdaptationCLI, user_error
 from lightning_modules.interruption import CheckedCheckpointIO
 
-DEMO = ("--config", "configs/demo.yaml")
 SAVE = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": {"save_last": True, "every_n_train_steps": 1}}
 SHORT = ("--trainer.limit_val_batches", "0", "--trainer.logger.init_args.version", "job_1", "--trainer.callbacks", str([SAVE]))
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from support import REPOSITORY
+from support.commands import ParsedError
 from support.processes import run_in_two
 
 from lightning_modules import cli
@@ -57,10 +58,6 @@ PAGES = [REPOSITORY / "docs/guides/cluster.md", *SCRIPTS]
 LINES = sorted({line for page in PAGES for line in re.findall(r"train\.py .*", page.read_text().replace("\\\n", " "))})
 VALUES = {"$SLURM_NNODES": "2", "$SLURM_NTASKS_PER_NODE": "1", "$config": "configs/math_qwen2_5_14b.yaml"}
 RUN = "runs/math_qwen2_5_14b/version_0"
-
-
-class ParsedError(Exception):
-    pass
 
 
 @pytest.mark.parametrize("line", [line for line in LINES if f"--ckpt_path {RUN}" not in line])
