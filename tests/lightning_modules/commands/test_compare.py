@@ -328,7 +328,7 @@ def test_bug_shows_its_traceback_and_nothing_but_failures_is_no_table(compare, o
     ("words", "message"),
     [
         (("--adapters", "config,had_only"), "'had_only'.*known: config, fourier_moe, .*head_only.*ablations/real_only"),
-        (("--adapters", "ablations/reel_only"), "configs/ablations/reel_only.yaml not found"),
+        (("--adapters", "ablations/reel_only"), "ablations/reel_only not found; known: config"),
         (
             ("--adapters", "lora,configs/adapters/lora.yaml"),
             "--adapters lora,configs/adapters/lora.yaml: names must differ",
