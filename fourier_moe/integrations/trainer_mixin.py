@@ -27,8 +27,8 @@ class AdapterTrainerMixin:
 
     - The balance loss and the regularization are added to the task's loss, with the same weight in every optimizer step
       however it is divided into micro-batches and processes. Logs have the task's part as `task_loss`, the rest as
-      `adapter_loss`, and the routers' `load_imbalance` (the busiest expert's tokens in multiples of an even share), over all
-      processes.
+      `adapter_loss`, and the `load_imbalance` of the active routers (the busiest expert's tokens in multiples of an even
+      share), over all processes.
     - Parameters have learning rates by their role.
     - Checkpoints hold the adapter (a file of `save_adapter`) instead of the whole model, and training resumes from them. For
       a model that peft adapted they are peft's.
@@ -122,10 +122,12 @@ class AdapterTrainerMixin:
             task, adapter = self.accelerator.reduce(torch.stack(self._sums).mean(0), "mean").tolist()
             logs = {**logs, "task_loss": task, "adapter_loss": adapter}
             self._sums.clear()
-            statistics = list(self._reader.read().values()) if self._reader is not None else []
-            if statistics:
-                sums = self.accelerator.reduce(torch.stack([one.sums for one in statistics]), "sum")
-                logs["load_imbalance"] = float(RouterStatistics(sums).load_imbalance.mean())
+            sums = [one.sums for one in self._reader.read().values()] if self._reader is not None else []
+            if sums:
+                reduced = self.accelerator.reduce(torch.cat(sums), "sum").cpu().split([len(one) for one in sums])
+                active = [one for one in map(RouterStatistics, reduced) if one.tokens > 0]  # not peft's inactive adapters
+                if active:
+                    logs["load_imbalance"] = float(torch.stack([one.load_imbalance for one in active]).mean())
         self._trainer.log(logs, *arguments, **options)
 
     def create_optimizer(self, *arguments: Any, **options: Any) -> torch.optim.Optimizer:

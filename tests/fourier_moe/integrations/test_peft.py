@@ -179,22 +179,27 @@ class AdapterTrainer(AdapterTrainerMixin, Trainer):
 
 
 def test_the_mixin_has_rates_by_role_and_peft_s_checkpoints(tmp_path):
-    def train(resume=None):
+    logs = []
+
+    def train(resume=None, inactive=None):
         args = TrainingArguments(
             str(tmp_path), max_steps=4, save_steps=2, logging_steps=1, report_to=[], use_cpu=True, disable_tqdm=True
         )
         rates = {"experts": 1e-2, "router": 5e-3, "head": 1e-3}
-        trainer = AdapterTrainer(
-            model=get_peft_model(fresh(), config()), args=args, train_dataset=Sentences(), learning_rates=rates
-        )
+        model = get_peft_model(fresh(), config())
+        if inactive:
+            model.add_adapter("second", inactive)
+        trainer = AdapterTrainer(model=model, args=args, train_dataset=Sentences(), learning_rates=rates)
         trainer.train(resume_from_checkpoint=resume)
         assert {group["name"]: group["initial_lr"] for group in trainer.optimizer.param_groups} == rates
-        assert all("adapter_loss" in row for row in trainer.state.log_history if "loss" in row)
+        logs.append([(row["adapter_loss"], row["load_imbalance"]) for row in trainer.state.log_history if "loss" in row])
         return get_peft_model_state_dict(trainer.model)
 
     end, again = train(), train(str(tmp_path / "checkpoint-2"))
     assert (tmp_path / "checkpoint-2/adapter_model.safetensors").exists()
     assert all(torch.equal(value, again[name]) for name, value in end.items())
+    train(inactive=config(num_experts=8, densities=None))
+    assert logs[0] == logs[2]
 
 
 def test_the_balance_loss_falls():
