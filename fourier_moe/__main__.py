@@ -1,6 +1,9 @@
 """`fourier-moe` and `python -m fourier_moe`: the commands of train.py, in the installed package."""
 
 import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent / "trainer"))  # before a package of the same name in the working directory
 
 try:
     from lightning_modules.commands.main import run

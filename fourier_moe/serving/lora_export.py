@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,23 +36,26 @@ class ExpertLoRA:
         bias: (out_features,), float32, of lora_B, where the expert reads centered input; else None.
         difference: relative error, ||lora_B @ lora_A - alpha dW_e|| / ||alpha dW_e|| as measured, Frobenius norms; 0 where
             both are zero.
+        truncated: whether the rank is smaller than the update's.
     """
 
     lora_A: Tensor
     lora_B: Tensor
     difference: float
     bias: Tensor | None = None
+    truncated: bool = False
 
     @classmethod
     @torch.no_grad()
     def of(cls, experts: SpectralExperts, expert: int, rank: int | None = None) -> ExpertLoRA:
         left, right = experts.factors(expert)
-        if rank is not None:
+        truncated = rank is not None and left.shape[1] > rank
+        if truncated:
             left, right = _truncated(left, right, rank)
         lora_A, lora_B = right.float().contiguous(), left.float().contiguous()
         expected = experts.delta_weight(expert).to(lora_A.dtype)
         distance, norm = torch.linalg.norm(lora_B @ lora_A - expected), torch.linalg.norm(expected)
-        return cls(lora_A, lora_B, float(distance / norm) if distance > 0 else 0.0)
+        return cls(lora_A, lora_B, float(distance / norm) if distance > 0 else 0.0, truncated=truncated)
 
     def reading(self, moments: InputMoments | None) -> ExpertLoRA:
         """The same update of an input that is centered and scaled: lora_B (lora_A diag(scale) x - lora_A diag(scale) mean)."""
@@ -60,7 +63,7 @@ class ExpertLoRA:
             return self
         lora_A, shift = moments.as_affine(self.lora_A)
         bias = self.lora_B.double() @ shift
-        return ExpertLoRA(lora_A.float().contiguous(), self.lora_B, self.difference, bias.float())
+        return replace(self, lora_A=lora_A.float().contiguous(), bias=bias.float())
 
     @property
     def rank(self) -> int:
@@ -69,8 +72,6 @@ class ExpertLoRA:
 
 def _truncated(left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Return the factors of the nearest matrix to left @ right of at most this rank (Eckart and Young)."""
-    if left.shape[1] <= rank:
-        return left, right
     Q_left, R_left = torch.linalg.qr(left)
     Q_right, R_right = torch.linalg.qr(right.T)
     U, S, V = torch.linalg.svd(R_left @ R_right.T)
@@ -124,7 +125,7 @@ def export_loras(model: nn.Module, directory: Path, rank: int | None = None) -> 
         }
         for export in exports:
             lora = loras[export.name]
-            if not lora.difference <= (LARGEST_DIFFERENCE if rank is None else 1):
+            if not lora.difference <= (1 if lora.truncated else LARGEST_DIFFERENCE):
                 raise UserError(f"{export.name}: {folder} as LoRA differs from it by {lora.difference:.1e}, more than rounding")
             export.ranks.append(lora.rank)
             export.differences.append(lora.difference)

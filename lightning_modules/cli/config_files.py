@@ -15,8 +15,12 @@ MOVED = {
     "datamodules.arithmetic.ArithmeticDataModule": "datamodules.instructions.arithmetic.ArithmeticDataModule",
     "lightning_modules.sharding.ShardedBaseStrategy": "lightning_modules.strategies.sharding.ShardedBaseStrategy",
 }
-WITHOUT_EFFECT = re.compile(r"^ *init_std: 0(\.0)?\n", re.MULTILINE)  # its default; another value is refused as an unknown key
+# Of FourierMoEConfig, at its default; another value is refused as an unknown key.
+WITHOUT_EFFECT = re.compile(
+    r"(class_path: fourier_moe\.FourierMoEConfig\n *init_args:\n(?: +\w+:.*\n(?: +- .*\n)*)*?) *init_std: 0(?:\.0)?\n"
+)
 EXAMPLES = re.compile(r"(?<=: )examples/[\w./-]+")
+NAME = re.compile(r"[\w./-]{1,200}")
 
 
 def find_config(name: str) -> str:
@@ -26,11 +30,11 @@ def find_config(name: str) -> str:
         name: a path, or the name of a shipped config: `clip_cars`, `adapters/lora`, `configs/clip_cars.yaml`. An existing file
             comes first. Other text is returned as it is.
     """
-    if "\n" in name or Path(name).is_file():
+    if not NAME.fullmatch(name) or Path(name).is_file():
         return name
-    here = Path.cwd()
     name_in_configs = name.removeprefix("configs/").removesuffix(".yaml")
-    return shipped(f"configs/{name_in_configs}.yaml", here) or shipped(name, here) or name
+    path = name if name.startswith("examples/") else f"configs/{name_in_configs}.yaml"
+    return shipped(path, Path.cwd()) or name
 
 
 def shipped(path: str, directory: Path) -> str | None:
@@ -44,8 +48,8 @@ def shipped(path: str, directory: Path) -> str | None:
 def update(config: str, directory: Path) -> str:
     """Return the YAML text with today's class paths and the examples' places, without removed options at their default."""
     for old, new in MOVED.items():
-        config = config.replace(old, new)
-    config = WITHOUT_EFFECT.sub("", config)
+        config = config.replace(f"class_path: {old}\n", f"class_path: {new}\n")
+    config = WITHOUT_EFFECT.sub(r"\1", config)
     return EXAMPLES.sub(
         lambda found: found[0] if (directory / found[0]).exists() else shipped(found[0], directory) or found[0], config
     )

@@ -11,12 +11,14 @@ from support.commands import DEMO
 import train
 from fourier_moe.errors import UserError
 from lightning_modules.cli import AdaptationCLI
+from lightning_modules.cli.config_files import find_config, update
 from lightning_modules.commands.command_line import CommandLine, split_command_line
 from lightning_modules.commands.front_door import COMMANDS, FrontDoor
 from lightning_modules.commands.sweep import StudyName
 from lightning_modules.experiments.studies import STUDIES
 
 ALL = ("fit", "validate", "test", "predict", "compare", "sweep", "analyze", "export")
+REPOSITORY = Path(__file__).parents[2]
 FIT = CommandLine(["configs/demo.yaml"], [*DEMO], [])
 
 
@@ -104,7 +106,8 @@ def test_the_saved_config_of_a_run_is_taken_by_every_command(main, calls, traine
 def test_config_of_an_older_run(tmp_path):
     path = tmp_path / "config.yaml"
     path.write_text(
-        "model:\n  adapter:\n    init_args:\n      init_std: 0.0\n      top_k: 3\n"
+        "model:\n  adapter:\n    class_path: fourier_moe.FourierMoEConfig\n    init_args:\n      targets:\n      - q_proj\n"
+        "      num_coefficients: 512\n      init_std: 0.0\n      top_k: 3\n"
         "trainer:\n  strategy:\n    class_path: lightning_modules.sharding.ShardedBaseStrategy\n"
         "data:\n  class_path: datamodules.arithmetic.ArithmeticDataModule\n"
     )
@@ -115,6 +118,23 @@ def test_config_of_an_older_run(tmp_path):
     path.write_text(path.read_text().replace("init_std: 0.0", "init_std: 0.5"))
     with pytest.raises(SystemExit):
         AdaptationCLI(["--config", "configs/demo_math.yaml", "--config", str(path)], run=False)
+
+
+@pytest.mark.parametrize(
+    "text", ["class_path: my.FourierMoEConfig\ninit_args:\n  init_std: 0.0\n", "a: my.examples/x\n", "examples/\n"]
+)
+def test_other_configs_are_not_changed(text, tmp_path):
+    assert update(text, tmp_path) == text
+
+
+def test_names_of_configs(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    names = {"demo": "demo", "configs/demo.yaml": "demo", "adapters/lora": "adapters/lora"}
+    assert {name: find_config(name) for name in names} == {k: str(REPOSITORY / f"configs/{v}.yaml") for k, v in names.items()}
+    for name in ("", "examples", "README.md", "nothing", "a: 1\nb: 2", "{" + "x" * 5000):
+        assert find_config(name) == name
+    (tmp_path / "demo").write_text("")
+    assert find_config("demo") == "demo"
 
 
 def test_printed_config_runs(main, calls, capsys, tmp_path):

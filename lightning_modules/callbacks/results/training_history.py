@@ -7,18 +7,14 @@ import io
 import json
 import math
 import time
-from pathlib import Path
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 import lightning as L
 from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.utilities import rank_zero_only
 
 from fourier_moe.errors import UserError
-from fourier_moe.files.writing import replacing, write_file
-from fourier_moe.inject import adapter_config
-from fourier_moe.report import trained_parameters
-from lightning_modules.callbacks.any_module import adapted_model
+from fourier_moe.files.writing import write_file
 from lightning_modules.run_directory import run_directory
 
 if TYPE_CHECKING:
@@ -45,10 +41,18 @@ class TrainingHistory(L.Callback):
         if mode not in ("max", "min"):
             raise UserError(f"mode={mode!r} must be 'max' or 'min'")
         self.monitor, self.mode = monitor, mode
+        self._begin()
+
+    def _begin(self) -> None:
         self.rows: list[Row] = []
-        self._losses: list[float] = []
+        self._losses: list[float] = []  # logged since the last row
+        self._step = 0  # the newest whose loss was looked at
         self._seconds = 0.0  # before `_start`
-        self._start = 0.0
+        self._start: float | None = None
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if stage == "fit":
+            self._begin()  # a checkpoint's rows come after this
 
     def state_dict(self) -> dict[str, Any]:
         return {"rows": self.rows, "losses": self._losses, "seconds": self._elapsed()}
@@ -57,10 +61,12 @@ class TrainingHistory(L.Callback):
         self.rows, self._losses, self._seconds = state_dict["rows"], state_dict["losses"], state_dict["seconds"]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._start = time.monotonic()
+        self._start, self._step = time.monotonic(), trainer.global_step
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
-        if trainer.global_step % trainer.log_every_n_steps == 0 and TRAIN_LOSS in trainer.logged_metrics:  # type: ignore[attr-defined]
+        every, step = trainer.log_every_n_steps, trainer.global_step  # type: ignore[attr-defined]
+        is_new, self._step = step != self._step, step  # several batches of a step have the same number
+        if is_new and every and step % every == 0 and TRAIN_LOSS in trainer.logged_metrics:
             self._losses.append(float(trainer.logged_metrics[TRAIN_LOSS]))
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -73,43 +79,42 @@ class TrainingHistory(L.Callback):
         self.rows.append(row | {name: float(value) for name, value in logged.items() if name.startswith("val/")})
         self._losses = []
         if not trainer.fast_dev_run and not _has_csv_logger(trainer):  # type: ignore[attr-defined]
-            self._write(run_directory(trainer) / "metrics.csv", _csv(self.rows))
+            self._write(trainer, {"metrics.csv": _csv(self.rows)})
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        directory = run_directory(trainer)
-        if len(self.rows) > 1:
-            self._draw(directory / "metrics.png")
-        model = adapted_model(pl_module, self)
-        trained = trained_parameters(model, adapter_config(model))
         rows = [row for row in self.rows if not math.isnan(row.get(self.monitor, math.nan))]
         choose = max if self.mode == "max" else min
         results = {
             "steps": trainer.global_step,
             "seconds": round(self._elapsed(), 3),
-            "trained_parameters": {kind: sum(p.numel() for p in tensors) for kind, tensors in trained.items() if tensors},
+            "trained_parameters": sum(parameter.numel() for parameter in pl_module.parameters() if parameter.requires_grad),
             "monitor": self.monitor,
             "best": choose(rows, key=lambda row: row[self.monitor]) if rows else None,
             "last": self.rows[-1] if self.rows else None,
         }
-        self._write(directory / "results.json", json.dumps(results, indent=2) + "\n")
+        files: dict[str, str | bytes] = {"results.json": json.dumps(_without_nan(results), indent=2, allow_nan=False) + "\n"}
+        if len(self.rows) > 1 and trainer.is_global_zero:
+            files["metrics.png"] = _png(curves(self.rows, self.monitor))
+        self._write(trainer, files)
+        self._seconds, self._start = self._elapsed(), None
 
     def _elapsed(self) -> float:
-        return self._seconds + (time.monotonic() - self._start if self._start else 0.0)
+        return self._seconds + (time.monotonic() - self._start if self._start is not None else 0.0)
 
-    @rank_zero_only
-    def _write(self, path: Path, text: str) -> None:
-        write_file(path, text)
-
-    @rank_zero_only
-    def _draw(self, path: Path) -> None:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg  # here, since matplotlib is slow to import
-
-        buffer = io.BytesIO()
-        FigureCanvasAgg(curves(self.rows, self.monitor)).print_png(buffer)
-        with replacing(path) as file:
-            file.write(buffer.getvalue())
+    def _write(self, trainer: L.Trainer, files: Mapping[str, str | bytes]) -> None:
+        """Write files of the run; an error ends all processes, which would otherwise wait for the first."""
+        directory, problem, cause = run_directory(trainer), None, None
+        if trainer.is_global_zero:
+            try:
+                for name, content in files.items():
+                    write_file(directory / name, content)
+            except OSError as error:
+                problem, cause = f"the history of step {trainer.global_step} was not written: {error}", error
+        problem = trainer.strategy.broadcast(problem)
+        if problem:
+            raise UserError(problem) from cause
 
 
 def curves(rows: list[Row], monitor: str) -> Figure:
@@ -125,6 +130,21 @@ def curves(rows: list[Row], monitor: str) -> Figure:
         axes.set_xlabel("step")
         axes.legend(frameon=False)
     return figure
+
+
+def _png(figure: Figure) -> bytes:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # here, since matplotlib is slow to import
+
+    buffer = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(buffer)
+    return buffer.getvalue()
+
+
+def _without_nan(value: Any) -> Any:
+    """Replace numbers that JSON does not have by None."""
+    if isinstance(value, dict):
+        return {name: _without_nan(item) for name, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _has_csv_logger(trainer: L.Trainer) -> bool:

@@ -63,6 +63,18 @@ def test_truncated_lora_is_the_nearest_of_its_rank_and_tells_its_error(shape, ra
     assert lora.difference == pytest.approx(float(lost), abs=1e-6)
 
 
+def test_a_rank_that_truncates_nothing_does_not_excuse_a_wrong_lora(monkeypatch, tmp_path):
+    layer = nn.Sequential(nn.Linear(12, 12))
+    inject(layer, FourierMoEConfig(targets=["0"], num_coefficients=8, num_experts=2, bandwidth=2.0))
+    randomize(layer)
+    factors = SpectralExperts.factors
+    monkeypatch.setattr(
+        SpectralExperts, "factors", lambda self, expert: (1.5 * factors(self, expert)[0], factors(self, expert)[1])
+    )
+    with pytest.raises(ValueError, match="more than rounding"):
+        export_loras(layer, tmp_path, rank=12)
+
+
 def placed(positions, shape, **options):
     """Experts with two positions each at given (u, v)."""
     experts = experts_of(shape, pairs=2, **options)

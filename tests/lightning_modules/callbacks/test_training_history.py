@@ -16,6 +16,7 @@ from fourier_moe import inject
 from fourier_moe.errors import UserError
 from lightning_modules.callbacks import TrainingHistory
 from lightning_modules.callbacks.monitoring.logged import show_images, takes_images
+from lightning_modules.callbacks.results import training_history
 from lightning_modules.callbacks.results.training_history import curves
 from lightning_modules.cli.progress_bar import TQDMBar, progress_bar
 
@@ -23,15 +24,15 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's advice on tiny 
 
 
 class Own(L.LightningModule):
-    def __init__(self):
+    def __init__(self, scores):
         super().__init__()
         self.model = TokenModel(2)
         inject(self.model, ADAPTER)
-        self.scores = iter([0.5, 0.75, 0.25, 0.5])
+        self.scores = iter(scores)
 
     def training_step(self, batch, batch_idx):
         loss = self.model(batch["tokens"], batch["mask"]).square().mean()
-        self.log("train/loss", float(self.global_step))
+        self.log("train/loss", float(self.trainer.fit_loop.epoch_loop.total_batch_idx))
         return loss
 
     def validation_step(self, batch, batch_idx):
@@ -43,13 +44,18 @@ class Own(L.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def fit(directory, history, ckpt_path=None, **options):
-    data = DataLoader([token_batch(2)] * 4, batch_size=None)
+def fit(directory, history, ckpt_path=None, scores=(0.5, 0.75, 0.25, 0.5), num_batches=4, log_every_n_steps=2, **options):
+    data = DataLoader([token_batch(2)] * num_batches, batch_size=None)
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     trainer = L.Trainer(
-        default_root_dir=directory, callbacks=[history], accelerator="cpu", log_every_n_steps=2, **quiet, **options
+        default_root_dir=directory,
+        callbacks=[history],
+        accelerator="cpu",
+        log_every_n_steps=log_every_n_steps,
+        **quiet,
+        **options,
     )
-    module = Own()
+    module = Own(scores)
     if ckpt_path:
         next(module.scores), next(module.scores)
     trainer.fit(module, data, DataLoader([token_batch(2)], batch_size=None), ckpt_path=ckpt_path)
@@ -78,7 +84,7 @@ def test_a_row_per_validation_that_a_resumed_run_continues(tmp_path):
     results = json.loads((tmp_path / "results.json").read_text())
     assert (results["steps"], results["best"]["epoch"], results["last"]["epoch"]) == (12, 2, 3)
     assert results["seconds"] >= results["last"]["seconds"] >= float(first[1]["seconds"])
-    assert results["trained_parameters"]["experts"] > 0
+    assert results["trained_parameters"] > 0
     assert (tmp_path / "metrics.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -95,10 +101,26 @@ def test_no_validation_one_row_and_fast_dev_run(tmp_path):
 
 
 def test_a_score_that_is_not_a_number_is_not_the_best(tmp_path):
-    history = TrainingHistory("val/score", "min")
-    history.rows = [{"step": 1, "val/score": math.nan}, {"step": 2}]
-    fit(tmp_path, history, max_epochs=1)
-    assert json.loads((tmp_path / "results.json").read_text())["best"]["val/score"] == 0.5
+    fit(tmp_path, TrainingHistory("val/score", "min"), max_epochs=2, scores=[0.5, math.nan])
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert (results["best"]["val/score"], results["last"]["val/score"]) == (0.5, None)
+
+
+def test_only_logged_steps_count_under_accumulation_and_a_second_run_begins_anew(tmp_path):
+    history = TrainingHistory("val/score")
+    for directory, every, loss in (("two", 2, "7.0"), ("one", 1, "5.0"), ("none", 0, "7.0")):  # of batches 0 to 7
+        fit(tmp_path / directory, history, max_epochs=1, num_batches=8, accumulate_grad_batches=4, log_every_n_steps=every)
+        assert [row["train/loss"] for row in rows(tmp_path / directory)] == [loss]
+    assert history.state_dict()["seconds"] == history.state_dict()["seconds"]  # the clock has stopped
+
+
+def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(training_history, "write_file", full)
+    with pytest.raises(UserError, match="the history of step 4 was not written: No space left"):
+        fit(tmp_path, TrainingHistory("val/score"), max_epochs=1)
 
 
 @pytest.mark.parametrize(("monitor", "panels"), [("val/loss", [2]), ("val/score", [2, 1])])
