@@ -49,8 +49,9 @@ class ExpertLoRA:
     @torch.no_grad()
     def of(cls, experts: SpectralExperts, expert: int, rank: int | None = None) -> ExpertLoRA:
         left, right = experts.factors(expert)
-        truncated = rank is not None and left.shape[1] > rank
-        if truncated:
+        truncated = False
+        if rank is not None and left.shape[1] > rank:
+            truncated = True
             left, right = _truncated(left, right, rank)
         lora_A, lora_B = right.float().contiguous(), left.float().contiguous()
         expected = experts.delta_weight(expert).to(lora_A.dtype)
