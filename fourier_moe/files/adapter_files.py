@@ -16,7 +16,7 @@ from fourier_moe.errors import UserError, shorten
 from fourier_moe.files.format import CARD, DESCRIPTION, TENSORS, AdapterDescription, encode, read, tensors
 from fourier_moe.files.hub import local_directory
 from fourier_moe.files.model_card import is_edited, loading_code, model_card
-from fourier_moe.files.peft_files import PEFT_CONFIG, PEFT_TENSORS, peft_files
+from fourier_moe.files.peft_files import PEFT_CONFIG, PEFT_TENSORS, check_replaceable, peft_files
 from fourier_moe.files.writing import FileParts, replace_files
 from fourier_moe.inject import adapter_config, inject, is_adapted
 from fourier_moe.models.backbone import backbone_fingerprint, backbone_name, backbone_revision, check_backbone
@@ -72,7 +72,8 @@ def save_adapter(
         The directory.
 
     Raises:
-        UserError: if the model is not adapted, or the adapter holds values that are not finite.
+        UserError: if the model is not adapted, the adapter holds values that are not finite, or another PEFT method's adapter
+            is in the directory.
         OSError: with the path, if it cannot be written; the old adapter is kept.
     """
     config = adapter_config(model)
@@ -101,6 +102,7 @@ def save_adapter(
     directory = Path(directory)
     if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
         return directory
+    check_replaceable(directory)
     data, text = encode(description, state)
     files: dict[str, FileParts] = {TENSORS: data, DESCRIPTION: [text]}
     if not is_edited(directory / CARD):

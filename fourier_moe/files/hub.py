@@ -62,7 +62,8 @@ def push_adapter(
 ) -> str:
     """Put an adapter directory on the Hugging Face hub, as a new repository or a new commit of one.
 
-    Its adapter.safetensors, adapter.json and README.md are sent, nothing else. Log in first: `hf auth login`, or HF_TOKEN.
+    Its adapter.safetensors, adapter.json, README.md and PEFT's files are sent, nothing else; PEFT's files of an older adapter
+    are removed there. Log in first: `hf auth login`, or HF_TOKEN.
 
     Args:
         repo_id: `owner/name`.
@@ -77,6 +78,7 @@ def push_adapter(
     """
     check_repo_id(repo_id)
     description, _ = read(Path(directory))
+    stale = [name for name in (PEFT_TENSORS, PEFT_CONFIG) if not (Path(directory) / name).exists()]
     import huggingface_hub
 
     api = huggingface_hub.HfApi(library_name="fourier_moe")
@@ -87,6 +89,7 @@ def push_adapter(
             repo_id=repo_id,
             folder_path=Path(directory),
             allow_patterns=[TENSORS, DESCRIPTION, CARD, PEFT_TENSORS, PEFT_CONFIG],
+            delete_patterns=stale or None,
             commit_message=commit_message or f"Adapter: {type(description.config).__name__}",
         )
         return f"{SCHEME}{repo_id}@{commit.oid}"

@@ -8,11 +8,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
+from pathlib import Path
 
 from safetensors.torch import save as serialize_safetensors
 from torch import Tensor, nn
 
 from fourier_moe.adapter import adapters
+from fourier_moe.errors import UserError
 from fourier_moe.files.format import AdapterDescription
 from fourier_moe.files.writing import FileParts
 from fourier_moe.models.attention import is_split_attention
@@ -20,6 +22,7 @@ from fourier_moe.models.module_names import head_modules
 from fourier_moe.spectral.config import FourierMoEConfig
 
 PEFT_CONFIG, PEFT_TENSORS = "adapter_config.json", "adapter_model.safetensors"
+_PEFT_TYPE = "FOURIER_MOE"
 _PREFIX = "base_model.model."
 
 
@@ -42,7 +45,7 @@ def peft_files(model: nn.Module, description: AdapterDescription, state: Mapping
     ends = tuple(f".{name}" for name in projections)  # what peft takes for the projection, too
     settings = {name: value for name, value in asdict(config).items() if name not in ("targets", "head")}
     text = {
-        "peft_type": "FOURIER_MOE",
+        "peft_type": _PEFT_TYPE,
         "task_type": None,
         "base_model_name_or_path": description.backbone,
         "revision": description.backbone_revision,
@@ -60,3 +63,20 @@ def peft_files(model: nn.Module, description: AdapterDescription, state: Mapping
         PEFT_TENSORS: [serialize_safetensors(tensors, {"format": "pt"})],
         PEFT_CONFIG: [(json.dumps(text, indent=2) + "\n").encode()],
     }
+
+
+def check_replaceable(directory: Path) -> None:
+    """Refuse a directory with an adapter of another peft method, which has files of the same names.
+
+    Raises:
+        UserError: naming it.
+    """
+    path = directory / PEFT_CONFIG
+    try:
+        peft_type = json.loads(path.read_bytes())["peft_type"]
+    except FileNotFoundError:
+        return
+    except (ValueError, TypeError, KeyError):
+        peft_type = "unknown"
+    if peft_type != _PEFT_TYPE:
+        raise UserError(f"{path} is of another adapter (peft_type {peft_type}), which would be lost; save to another directory")

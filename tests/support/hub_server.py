@@ -166,6 +166,8 @@ class Handler(BaseHTTPRequestHandler):
             paths = [file["path"] for file in json.loads(body)["files"]]
             return self._json({"files": [{"path": path, "uploadMode": "regular", "shouldIgnore": False} for path in paths]})
         for line in map(json.loads, body.splitlines()):
+            if line["key"] == "deletedFile":
+                del self.server.models[name].files[line["value"]["path"]]
             if line["key"] == "file":
                 self.server.models[name].files[line["value"]["path"]] = b64decode(line["value"]["content"])
         commit = self.server.models[name].commit

@@ -215,6 +215,18 @@ def test_a_push_gets_over_one_server_error_and_is_loaded_back(hub, saved, where)
     assert describe_adapter(path) == describe_adapter(saved)
 
 
+def test_a_push_replaces_the_older_adapter_s_peft_files_or_removes_them(hub, saved):
+    names = {"adapter_config.json", "adapter_model.safetensors"}
+    for present in (names, set()):
+        for name in names:
+            (saved / name).write_text("new") if name in present else (saved / name).unlink(missing_ok=True)
+        hub.models["owner/name"] = Repository(dict.fromkeys([*names, "notes.txt"], b"old"))
+        push_adapter(saved, "owner/name")
+        pushed = hub.models["owner/name"].files
+        assert {name for name in pushed if pushed[name] == b"new"} == names & pushed.keys() == present
+        assert pushed["notes.txt"] == b"old"
+
+
 def test_package_does_not_import_the_hub_before_it_is_needed():
     import subprocess
     import sys

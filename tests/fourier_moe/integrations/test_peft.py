@@ -99,6 +99,14 @@ def test_a_directory_of_save_adapter_loads_in_peft(tmp_path):
     inject(shared, FourierMoEConfig(targets=["query", "value"], **METHOD, router_scope="input"))
     save_adapter(shared, tmp_path)  # which peft has not: its files of the old adapter must go
     assert {path.name for path in tmp_path.iterdir()} == {"adapter.json", "adapter.safetensors", "README.md"}
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    for foreign, message in (('{"peft_type": "LORA"}', "peft_type LORA"), ("[", "peft_type unknown")):
+        (tmp_path / "adapter_config.json").write_text(foreign, encoding="utf-8")
+        with pytest.raises(UserError, match=rf"adapter_config.json is of another adapter \({message}\)"):
+            save_adapter(ours, tmp_path)
+        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {
+            **before, "adapter_config.json": foreign.encode()
+        }  # fmt: skip
 
 
 def test_adapters_are_disabled_chosen_removed_and_never_merged():
