@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +24,8 @@ class RunDirectory(L.Callback):
 
     The first logger names it: TensorBoardLogger and CSVLogger by `log_dir`, other loggers by `<save_dir>/<name>/<version>`. A
     number that the logger does not set is claimed by creating the directory, so two runs that start at the same moment get
-    different ones. A run holds a lock while it trains, until its process ends: a second run of the same name is refused. A run
-    that is refused before its first batch leaves no directory, see `discard`.
+    different ones. A run holds a lock while it trains, until its process ends: a second run of the same name is refused. The
+    command line calls `discard` when a run ends before its first batch; a Trainer of your own leaves the directory.
 
     Attributes:
         path: the directory, known after `claim`; a guess on all processes but the first, see `run_directory`.
@@ -34,7 +33,8 @@ class RunDirectory(L.Callback):
 
     def __init__(self) -> None:
         self.path: Path | None = None
-        self._created: list[list[Path]] = []
+        self.written: set[Path] = set()  # absolute paths of files of this run that `discard` may remove
+        self._created: list[Path] = []  # absolute, a directory before those in it
         self._begun = False
         self._lock: Lock | None = None
 
@@ -80,15 +80,35 @@ class RunDirectory(L.Callback):
 
     on_train_batch_end = on_validation_batch_end = on_test_batch_end = on_predict_batch_end = _begin
 
-    def discard(self) -> None:
-        """Remove what `claim` has created, with all files in it, if the run has not finished a batch."""
-        for path, *above in [] if self._begun else self._created:
+    def keep(self) -> None:
+        """Make `discard` do nothing, as after the first batch. For batches in processes that the launcher starts."""
+        self._begun = True
+
+    def discard(self, files: bool) -> None:
+        """Remove the directories that this run created, if it has not finished a batch. Anything of another run stays.
+
+        Args:
+            files: remove also this run's own files, where there are no others and the file system has locks.
+        """
+        for directory in [] if self._begun else reversed(self._created):
             with contextlib.suppress(OSError):  # a BlockingIOError if another run has begun there
-                lock = take_lock(path)
-                shutil.rmtree(path, ignore_errors=True)
-                release_lock(lock)
-                for directory in above:
-                    directory.rmdir()
+                if files and directory.exists():
+                    self._remove_files(directory)
+                directory.rmdir()  # fails, and so do all above, if another run has a file in it
+
+    def _remove_files(self, directory: Path) -> None:
+        lock = take_lock(directory)
+        try:
+            paths = list(directory.iterdir())
+            for path in paths if lock is not None and all(map(self._is_own, paths)) else []:
+                path.unlink()
+        finally:
+            release_lock(lock)
+
+    def _is_own(self, path: Path) -> bool:
+        """Return whether this process wrote the file before its first batch; hparams.yaml only tells this by its company."""
+        name = path.name
+        return path in self.written or name == "hparams.yaml" or ("tfevents" in name and f".{os.getpid()}." in name)
 
     def _unlock(self) -> None:
         release_lock(self._lock)
@@ -135,8 +155,8 @@ def require_no_run(directory: Path) -> None:
         )
 
 
-def _claim(trainer: L.Trainer, numbered: bool, created: list[list[Path]] | None) -> Path:
-    """Create the directory, unless `created` is None; append to `created` what was not there, a directory before its parent."""
+def _claim(trainer: L.Trainer, numbered: bool, created: list[Path] | None) -> Path:
+    """Create the directory, unless `created` is None; append to `created` what was not there."""
     loggers = trainer.loggers
     if not loggers:
         root = Path(trainer.default_root_dir)
@@ -174,32 +194,39 @@ def _version_name(version: int | str | None) -> str:
     return version if isinstance(version, str) else f"version_{version}"
 
 
-def _next_version(root: Path, option: str, created: list[list[Path]] | None) -> Path:
+def _next_version(root: Path, option: str, created: list[Path] | None) -> Path:
     """Return the first free `version_<k>` after all existing ones, created unless `created` is None."""
     numbers = [path.name.removeprefix("version_") for path in root.glob("version_*")]
     number = max((int(text) for text in numbers if text.isdecimal()), default=-1) + 1
     if created is None:
         return root / f"version_{number}"
     require_writable(root, option)
-    above = _missing(root)
     while True:
         path = root / f"version_{number}"
         with contextlib.suppress(FileExistsError):
-            path.mkdir(parents=True)
-            created.append([path, *above])
+            _create(path, created)
             return path
         number += 1
 
 
-def _made(path: Path, option: str, created: list[list[Path]] | None) -> Path:
+def _made(path: Path, option: str, created: list[Path] | None) -> Path:
     if created is not None and "://" not in str(path):
         require_writable(path, option)
-        if missing := _missing(path):
-            created.append(missing)
-        path.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileExistsError):
+            _create(path, created)
     return path
 
 
-def _missing(path: Path) -> list[Path]:
-    """Return the directory and those above it that do not exist yet, from the inside out."""
-    return [directory for directory in (path, *path.parents) if not directory.exists()]
+def _create(path: Path, created: list[Path]) -> None:
+    """Create a directory and those above it; append to `created` those that no other process created.
+
+    Raises:
+        FileExistsError: if it exists.
+    """
+    try:
+        path.mkdir()
+    except FileNotFoundError:
+        with contextlib.suppress(FileExistsError):  # another process has just created it
+            _create(path.parent, created)
+        path.mkdir()
+    created.append(path.absolute())

@@ -13,6 +13,7 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities import rank_zero_info
 
 from fourier_moe import AdapterConfig
@@ -60,6 +61,7 @@ class SaveConfig(SaveConfigCallback):
         if stage == "fit" or not self._path.exists():
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self.parser.save(self.config, self._path, skip_none=False, overwrite=True, multifile=self.multifile)
+            attach_run_directory(trainer).written.add(self._path.absolute())
 
 
 class AdaptationCLI(LightningCLI):
@@ -67,7 +69,7 @@ class AdaptationCLI(LightningCLI):
 
     Every command starts from configs/defaults.yaml. Overrides these private methods of LightningCLI:
     `_prepare_subcommand_parser`, `_set_seed`, `_run_subcommand`, `_prepare_subcommand_kwargs`, `_parse_ckpt_path`;
-    calls `_get`.
+    calls `_get`. Asks for the private `_MultiProcessingLauncher`.
 
     Args:
         args: the command line; None takes the process's own.
@@ -194,12 +196,11 @@ class AdaptationCLI(LightningCLI):
         self.config_init[self.subcommand].return_predictions = False
 
     def _run_subcommand(self, subcommand: str) -> None:
-        """Leave no directory behind if the run is refused before its first batch."""
+        """Leave no directory behind if the run is refused before its first batch, and no empty one after any other error."""
         try:
             super()._run_subcommand(subcommand)
-        except Exception as error:
-            if user_error(error) is not None:
-                attach_run_directory(self.trainer).discard()
+        except BaseException as error:
+            attach_run_directory(self.trainer).discard(files=user_error(error) is not None)
             raise
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
@@ -208,12 +209,18 @@ class AdaptationCLI(LightningCLI):
             bound_cpu_time(self.trainer, self.model.task, self.datamodule)
             self.trainer.callbacks.append(StepTime())  # type: ignore[attr-defined]
         self.model.task.fetch()
+        if self._runs_elsewhere():
+            attach_run_directory(self.trainer).keep()
         return super()._prepare_subcommand_kwargs(subcommand)
 
     def after_validate(self) -> None:
-        """Refuse to report success if there was nothing to validate."""
-        if not sum(self.trainer.num_val_batches):
+        """Refuse to report success if there was nothing to validate. Batches in other processes are not counted here."""
+        if not self._runs_elsewhere() and not sum(self.trainer.num_val_batches):
             raise UserError("nothing was validated: the data has no validation set; hold a part out, or use test")
+
+    def _runs_elsewhere(self) -> bool:
+        """Return whether all batches run in processes that the launcher starts, as with ddp_fork and ddp_spawn."""
+        return isinstance(self.trainer.strategy.launcher, _MultiProcessingLauncher)
 
     def _parse_ckpt_path(self) -> None:
         """Do nothing: Lightning would silently prefer hyper-parameters of the checkpoint to the command line."""

@@ -207,6 +207,87 @@ def test_directory_of_a_run_that_has_begun_stays(run, tmp_path, monkeypatch, oth
     assert (tmp_path / "demo/version_0/config.yaml").is_file()
 
 
+OWN = ("config.yaml", "hparams.yaml", f"events.out.tfevents.1.host.{os.getpid()}.0")
+
+
+@pytest.mark.parametrize("locks", [True, False])
+@pytest.mark.parametrize(
+    "other", [None, "adapter", "checkpoints/last.ckpt", "events.out.tfevents.1.host.1.0", "sub/version_0/x"]
+)
+def test_only_a_refused_run_s_own_files_are_removed(tmp_path, monkeypatch, other, locks):
+    trainer = token_trainer(tmp_path, logger=[TensorBoardLogger(tmp_path / "runs", "a", "mine")])
+    callback = attach_run_directory(trainer)
+    directory = callback.claim(trainer)
+    names = {*OWN, other} - {None}
+    for name in names:
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        (directory / name).touch()
+    callback.discard(files=True)  # did not write config.yaml, as far as it knows
+    assert directory.exists()
+    callback.written.add(directory / "config.yaml")
+    if not locks:
+        monkeypatch.setattr("lightning_modules.run_directory.take_lock", Mock(return_value=None))
+    callback.discard(files=True)
+    assert {name for name in names if (directory / name).exists()} == (names if other or not locks else set())
+    assert os.listdir(tmp_path) == (["runs"] if other or not locks else [])
+
+
+def test_run_that_finished_while_another_of_its_name_fetched_its_model_keeps_its_files(run, tmp_path, monkeypatch):
+    path = tmp_path / "demo/mine/adapter/adapter.json"
+
+    def fetch(*_):
+        path.parent.mkdir()
+        path.touch()
+        raise UserError("refused")
+
+    monkeypatch.setattr("lightning_modules.tasks.ImageClassification.fetch", fetch)
+    with pytest.raises(UserError, match="refused"):
+        run("fit", *DEMO, "--trainer.logger.init_args.version", "mine")
+    assert path.exists()
+
+
+def test_interrupted_fetch_leaves_no_directory(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("lightning_modules.tasks.ImageClassification.fetch", Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        run("fit", *DEMO)
+    assert os.listdir(tmp_path) == []
+
+
+def test_directories_that_another_run_created_stay(tmp_path, monkeypatch):
+    (tmp_path / "other/runs/a").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    loggers = [TensorBoardLogger("runs", "a"), CSVLogger("more", "b"), CSVLogger("more", "c", "mine")]
+    trainer = token_trainer(None, logger=loggers)
+    attach_run_directory(trainer).claim(trainer)
+    with monkeypatch.context() as patch:
+        patch.setattr("lightning_modules.run_directory.require_writable", lambda path, _: path.mkdir(parents=True))
+        late = token_trainer(None, logger=[TensorBoardLogger("late", "a", "mine")])  # another run is a moment earlier
+        attach_run_directory(late).claim(late)
+    monkeypatch.chdir(tmp_path / "other")
+    for each in (trainer, late):
+        attach_run_directory(each).discard(files=True)
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == [
+        *("late", "late/a", "late/a/mine"),
+        *("other", "other/runs", "other/runs/a"),
+    ]
+
+
+def test_evaluation_in_other_processes_keeps_its_directory(run, trained, tmp_path):
+    words = ("--model.adapter_path", str(run_directory(trained.trainer) / "adapter"), "--trainer.limit_val_batches", "1")
+    run(
+        "validate",
+        *DEMO[:2],
+        *words,
+        "--trainer.strategy",
+        "ddp_fork",
+        "--trainer.devices",
+        "1",
+        "--trainer.accelerator",
+        "cpu",
+    )
+    assert (tmp_path / "demo/version_0/config.yaml").is_file()
+
+
 REFUSED = {
     "StochasticWeightAveraging": (["--trainer.callbacks.swa_lrs", "0.1"], "would average nothing; use .*EMAWeightAveraging"),
     "LearningRateFinder": ([], "experts, router and head have one each"),
