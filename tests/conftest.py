@@ -45,6 +45,7 @@ def _no_network(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def _one_thread() -> Iterator[None]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the tensors are tiny: a second thread only waits
+    torch.ones(1, requires_grad=True).backward()  # autograd counts devices once, and forks nothing if a library has added one
     yield
     torch.set_num_threads(threads)
 
