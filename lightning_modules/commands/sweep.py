@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -58,6 +58,11 @@ def sweep(
         raise UserError(f"sweep varies FourierMoE, and the config's adapter is {type(own).__name__}; leave its overlay out")
     if study == "bandwidth" and not own.frequency_bias:
         raise UserError("bandwidth has no effect with frequency_bias=False; set frequency_bias to true")
+    if study == "experts" and (own.densities is not None or isinstance(own.bandwidth, Sequence)):
+        raise UserError(
+            f"densities={own.densities} and bandwidth={own.bandwidth} are for num_experts={own.num_experts}, which this study "
+            "varies; set densities to null and bandwidth to one number"
+        )
     cli.model.configure_model()
     texts = values.split(",") if isinstance(values, str) else None if values is None else [str(value) for value in values]
     settings, left_out = choose_settings(chosen, texts, own, _trial(adapters(cli.model.model)))

@@ -110,9 +110,8 @@ class Study:
             raise UserError(f"{self.axis}: {text!r} is not {'a whole number' if self.kind is int else 'a number'}") from error
 
 
-def _nearest_coefficients(wanted: float, num_experts: int) -> int:
-    """Return the number of coefficients nearest to `wanted` that the experts can share."""
-    step = 2 * num_experts
+def _nearest_coefficients(wanted: float, step: int) -> int:
+    """Return the number of coefficients nearest to `wanted` that the experts can share, a multiple of `step`."""
     return max(1, round(wanted / step)) * step
 
 
@@ -127,7 +126,7 @@ STUDIES: dict[str, Study] = {
         "Coefficients (the paper's Figure 4, left)",
         "coefficients",
         int,
-        lambda own: [_nearest_coefficients(own.num_coefficients * 2.0**power, own.num_experts) for power in range(-3, 3)],
+        lambda own: [_nearest_coefficients(own.num_coefficients * 2.0**power, own.size_step) for power in range(-3, 3)],
         lambda value, own: {"": {"num_coefficients": value}},
     ),
     "experts": Study(
@@ -136,7 +135,7 @@ STUDIES: dict[str, Study] = {
         int,
         lambda own: [2, 4, 8, 16, 32, own.num_experts],
         lambda value, own: {
-            "": {"num_experts": value, "num_coefficients": _nearest_coefficients(own.num_coefficients, max(value, 1))}
+            "": {"num_experts": value, "num_coefficients": _nearest_coefficients(own.num_coefficients, 2 * max(value, 1))}
         },
     ),
     "active_experts": Study(
@@ -150,7 +149,7 @@ STUDIES: dict[str, Study] = {
         "Bandwidth (the paper's Table 5 and Figure 6)",
         "bandwidth",
         float,
-        lambda own: [0.06, 0.12, 0.24, 0.48, 0.96, own.bandwidth],
+        lambda own: [0.06, 0.12, 0.24, 0.48, 0.96, *([] if isinstance(own.bandwidth, Sequence) else [own.bandwidth])],
         lambda value, own: {layout: {"bandwidth": value, "band_layout": layout} for layout in ("cover", "stack")},
     ),
     "balance_weight": Study(

@@ -84,6 +84,13 @@ def test_default_coefficients_fit_the_papers_recipes(n):
     assert len(settings) == 6
 
 
+def test_unequal_experts_have_values_that_fit_in_every_study_that_keeps_their_number():
+    own = replace(OWN, num_coefficients=60, num_experts=4, densities=[2, 1, 1, 1], bandwidth=[0.2, 0.1, 0.1, 0.1])
+    assert labels("coefficients", own=own) == ["10", "20", "30", "60", "120", "240"]
+    assert labels("bandwidth", own=own) == [label for value in (0.06, 0.12, 0.24, 0.48, 0.96) for label in [f"{value}"] * 2]
+    assert choose_settings(STUDIES["active_experts"], None, own, anything)[1] == []
+
+
 def test_experts_share_the_same_number_of_coefficients_as_nearly_as_they_can():
     own = replace(OWN, num_coefficients=1008)
     settings, _ = choose_settings(STUDIES["experts"], ["2", "8", "16", "7"], own, anything)
@@ -176,6 +183,10 @@ def test_bands_beyond_the_plane_are_left_out_before_any_run(sweep, trained, outp
         (
             ("bandwidth", "--model.adapter.init_args.frequency_bias", "false"),
             r"bandwidth has no effect with frequency_bias=False",
+        ),
+        (
+            ("experts", "--model.adapter.init_args.bandwidth", "[0.2,0.1,0.1,0.1,0.1,0.1,0.1,0.1]"),
+            r"densities=None and bandwidth=\(0.2, .*\) are for num_experts=8, .* set densities to null and bandwidth to",
         ),
         (("ablations", "--values", "reel"), r"variant: 'reel' is not one of full, all_experts_active, .*real_only"),
         (("ablations", "--config", "configs/adapters/lora.yaml"), r"the config's adapter is LoRAConfig"),
