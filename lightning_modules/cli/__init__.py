@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import pydoc
 import warnings
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -13,6 +14,7 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities import rank_zero_info
 
@@ -227,14 +229,18 @@ class AdaptationCLI(LightningCLI):
 
 
 def _read_version_numbers(loggers: Any) -> None:
-    """Let a logger's `version: 7` be a number, the directory version_7, and not the directory 7.
+    """Let a `version: 7` of TensorBoardLogger and CSVLogger be a number, the directory version_7, unless a directory 7 exists.
 
-    Loggers take a number or text; jsonargparse tries first what typing lists first, which depends on the order of all imports.
+    They take a number or text; jsonargparse tries first what typing lists first, which depends on the order of all imports.
     """
     for logger in loggers if isinstance(loggers, list) else [loggers]:
-        arguments = logger.get("init_args", {}) if isinstance(logger, Namespace) else {}
-        if str(arguments.get("version")).isdecimal():
-            arguments["version"] = int(arguments["version"])
+        kind = pydoc.locate(logger.class_path) if isinstance(logger, Namespace) else None
+        if isinstance(kind, type) and issubclass(kind, (TensorBoardLogger, CSVLogger)):
+            arguments = logger.get("init_args", {})
+            version = str(arguments.get("version"))
+            if version.isdecimal() and str(int(version)) == version:
+                there = Path(arguments.get("save_dir") or "", arguments.get("name") or "", version).expanduser().is_dir()
+                arguments["version"] = version if there else int(version)
 
 
 def _follow_task(callbacks: Any, task: str) -> None:

@@ -91,12 +91,18 @@ def test_loggers_of_one_directory_share_its_number(tmp_path):
     assert (board.log_dir, other.log_dir) == (table.log_dir, str(tmp_path / "other/lightning_logs/version_0"))
 
 
-@pytest.mark.parametrize(("text", "version"), [("7", 7), (7, 7), ("mine", "mine"), (None, None)])
-def test_version_of_digits_is_a_number_whatever_jsonargparse_took_it_for(text, version):
-    logger = Namespace(class_path="x", init_args=Namespace(version=text))
+@pytest.mark.parametrize("logger", ["TensorBoardLogger", "CSVLogger", "WandbLogger"])
+@pytest.mark.parametrize(
+    ("text", "version"), [("7", 7), (7, 7), ("mine", "mine"), (None, None), ("007", "007"), ("20260101", "20260101"), (8, "8")]
+)
+def test_version_of_digits_is_a_number_whatever_jsonargparse_took_it_for(tmp_path, text, version, logger):
+    for there in ("20260101", "8"):
+        (tmp_path / "demo" / there).mkdir(parents=True)
+    arguments = Namespace(save_dir=tmp_path, name="demo", version=text)
+    logger = Namespace(class_path=f"lightning.pytorch.loggers.{logger}", init_args=arguments)
     for loggers in (logger, [True, logger], False):
         _read_version_numbers(loggers)
-    assert logger.init_args.version == version
+    assert arguments.version == (text if logger.class_path.endswith("WandbLogger") else version)
 
 
 def test_claim_is_made_once(tmp_path):
