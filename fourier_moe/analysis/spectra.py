@@ -196,8 +196,8 @@ class ExpertSpectra:
     @property
     def _share(self) -> Tensor:
         """Share of each pair in its expert's energy (E, P). Without any, all are equal: the expert is where it may learn."""
-        total_E1 = self.pair_energy.sum(-1, keepdim=True)
-        return torch.where(total_E1 > 0, _ratio(self.pair_energy, total_E1), self.owned / self.owned.sum(-1, keepdim=True))
+        total_E1, owned_EP = self.pair_energy.sum(-1, keepdim=True), self.owned.double()
+        return torch.where(total_E1 > 0, _ratio(self.pair_energy, total_E1), owned_EP / owned_EP.sum(-1, keepdim=True))
 
 
 def band_edges(center: float, bandwidth: float) -> tuple[float, float]:

@@ -91,7 +91,7 @@ class FourierMoEConfig(ProjectionAdapterConfig):
 
     def problems(self) -> list[str]:
         problems = [*super().problems(), *at_least_one(self, "num_experts"), *top_k(self), *self._band_problems()]
-        if self.densities is not None and (len(self.densities) != self.num_experts or min(self.densities) < 1):
+        if self.densities is not None and (len(self.densities) != self.num_experts or any(d < 1 for d in self.densities)):
             problems.append(f"densities={self.densities} must be num_experts={self.num_experts} positive whole numbers")
         else:
             meaning = "2 * num_experts" if self.densities is None else "2 * sum(densities)"

@@ -31,6 +31,7 @@ NAN, INF = float("nan"), float("inf")
         ({"top_k": 5}, r"top_k=5 must be between 1 and num_experts=4"),
         ({"top_k": 0}, r"top_k=0 must be between 1 and num_experts=4"),
         ({"num_experts": 0}, r"num_experts=0 must be at least 1"),
+        ({"num_experts": 0, "densities": []}, r"num_experts=0 must be at least 1"),
         ({"num_experts": -2}, r"num_experts=-2 must be at least 1"),
         ({"num_coefficients": 0}, r"num_coefficients=0 must be a positive multiple of 2 \* num_experts = 8; nearest valid: 8$"),
         ({"num_coefficients": -3}, r"num_coefficients=-3 must be a positive multiple"),

@@ -61,13 +61,13 @@ class ModelSpectra:
 
     @cached_property
     def measures(self) -> dict[str, Tensor]:
-        """Cheap measures (L, E)."""
-        layers = self.layers.values()
+        """Cheap measures (L, E); `in_band` without the shared expert, which has no band."""
+        layers, E = self.layers.values(), self.config.num_experts
         return {
             "energy": torch.stack([layer.energy for layer in layers]),
             "center": torch.stack([layer.center for layer in layers]),
             "radius_std": torch.stack([layer.radius_std for layer in layers]),
-            "in_band": torch.stack([layer.in_band(self.centers, self.config.bandwidths) for layer in layers]),
+            "in_band": torch.stack([layer.in_band(self.centers, self.config.bandwidths)[:E] for layer in layers]),
             "effective_coefficients": torch.stack([layer.effective_coefficients for layer in layers]),
         }
 
@@ -120,7 +120,11 @@ class ModelSpectra:
         write_table(
             directory / "spectral_occupancy.csv",
             ["layer", "expert", "band_center", *measures],
-            ([layer, n, centers[e], *(m[e] for m in values)] for layer, values in layers.items() for e, n in enumerate(names)),
+            (
+                [layer, name, centers[e], *(m[e] if e < len(m) else "" for m in values)]
+                for layer, values in layers.items()
+                for e, name in enumerate(names)
+            ),
             digits=6,
         )
         shares = torch.cat([self.occupancy, self.positions]).T.tolist()

@@ -49,7 +49,8 @@ class SpectralOccupancy(L.Callback):
 
     - `energy`, the squared Frobenius norm of the update; `center` and `radius_std`, mean and standard deviation of its
       radius;
-    - `in_band`, share of the energy inside the expert's band, and `band_inner` and `band_outer`, the radii at its edges;
+    - `in_band`, share of the energy inside the expert's band, and `band_inner` and `band_outer`, the radii at its edges (not
+      of the shared expert, which has no band);
     - `effective_coefficients`, 1 to P complex coefficients in use, and `effective_rank`, 1 to 2P, with every picture.
 
     With every picture also `spectrum/token_rank/all`, the sum of the ranks of the updates that serve a token (Corollary H.3),
@@ -215,13 +216,13 @@ class SpectralOccupancy(L.Callback):
         return spectra
 
     def _by_expert(self, spectra: ModelSpectra, name: str, values: Tensor) -> dict[str, float]:
-        """Return a measure (layers, E) by tag."""
+        """Return a measure (layers, E) by tag; it may lack the shared expert."""
         rows = {f"spectrum/{name}": values.mean(0)}
         if self.detailed:
             rows |= {f"spectrum_layers/{layer}/{name}": row for layer, row in zip(self._experts, values, strict=True)}
         metrics: dict[str, float] = {}
         for tag, row in rows.items():
-            metrics |= {f"{tag}/{expert}": float(value) for expert, value in zip(spectra.names, row, strict=True)}
+            metrics |= {f"{tag}/{expert}": float(value) for expert, value in zip(spectra.names, row, strict=False)}
         return metrics
 
     def _show_histograms(self, trainer: L.Trainer, spectra: ModelSpectra) -> None:

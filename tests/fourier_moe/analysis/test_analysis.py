@@ -148,7 +148,9 @@ def test_radius_one_is_the_last_bin():
     assert spectra.radial_occupancy(50)[0].nonzero().flatten().tolist() == [49]
 
 
-@pytest.mark.parametrize("changes", [{}, {"coefficients": "real"}, {"conjugate_symmetry": False}], ids=identifier)
+@pytest.mark.parametrize(
+    "changes", [{}, {"coefficients": "real"}, {"conjugate_symmetry": False}, {"num_coefficients": 24}], ids=identifier
+)
 def test_without_energy_an_expert_is_where_its_positions_are_and_uses_nothing(changes):
     layer = experts(**changes)
     layer.coefficients.data.zero_()[1, 0] = 1  # the others are dead

@@ -298,7 +298,7 @@ def test_unequal_and_shared_experts_have_rows_and_dots_of_their_own(tmp_path):
     of.write(tmp_path)
     table = rows(tmp_path / "spectral_occupancy.csv")
     assert [row["expert"] for row in table if row["layer"] == "all"] == ["0", "1", "2", "3", "shared"]
-    assert (table[-1]["band_center"], table[-1]["in_band"]) == ("", "1")
+    assert (table[-1]["band_center"], table[-1]["in_band"]) == ("", "")
     assert sum(float(row["positions/shared"]) for row in rows(tmp_path / "radial_occupancy.csv")) == pytest.approx(
         20 / 84, rel=1e-4
     )
@@ -342,6 +342,8 @@ def test_rank_of_a_tokens_update_by_task(tmp_path, monkeypatch, scope):
                 float((ranks[chosen].sum(-1) + ranks[4]).double().mean()), rel=1e-5
             )
         mean = sum(float(table[name][task]) for name in LAYERS) / 2
+        assert "spectrum/energy/shared" in trainer.callback_metrics
+        assert "spectrum/in_band/shared" not in trainer.callback_metrics  # it has no band
         assert float(trainer.callback_metrics[f"spectrum/token_rank/{task}"]) == pytest.approx(mean, rel=1e-5)
 
 
