@@ -55,7 +55,7 @@ class SpectralOccupancy(L.Callback):
 
     With every picture also `spectrum/token_rank/all`, the sum of the ranks of the updates that serve a token (Corollary H.3),
     mean over all tokens of training since the last picture and over the projections, and `spectrum/token_rank/{task}` where
-    batches name their task.
+    batches name their task. They are left out if no tokens were counted, as without `recording`.
 
     TensorBoard also shows histograms of the coefficients' moduli (`spectrum/magnitude/expert_{e}`) and pictures: coefficients
     on the frequency plane, colored by expert (`spectrum/rings`), energy by radius (`spectrum/radial_occupancy`), the overlap
@@ -160,7 +160,8 @@ class SpectralOccupancy(L.Callback):
             directory.mkdir(parents=True, exist_ok=True)
             spectra.write(directory)
             assert self._ranks is not None
-            self._ranks.write(directory / "token_rank.csv")
+            if self._ranks.by_task:
+                self._ranks.write(directory / "token_rank.csv")
             write_images(directory, {FILES[tag]: image for tag, image in images.items()})
             rank_zero_info(f"Spectral occupancy written: {directory / 'spectral_occupancy.csv'}")
 
@@ -234,9 +235,11 @@ class SpectralOccupancy(L.Callback):
         """Draw figures by tag."""
         title = f"step {step}"
         assert self._ranks is not None
-        return {
+        figures = {
             "spectrum/rings": rings(spectra, self._shown, title),
             "spectrum/radial_occupancy": radial_occupancy(spectra, title),
             "spectrum/overlap": overlap(spectra, title),
-            "spectrum/token_rank": self._ranks.figure(title),
         }
+        if self._ranks.by_task:
+            figures["spectrum/token_rank"] = self._ranks.figure(title)
+        return figures

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 MAX_NUMBERS = 30  # layers up to which every cell shows its number
 MAX_LABELS = 64  # layers up to which every row has its name
+ALL = "all"  # tokens of all tasks
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class TokenRanks:
 
     Attributes:
         layers: names of the projections.
-        by_task: means (L,) over each task's tokens, and first, as `all`, over all tokens.
+        by_task: means (L,) over each task's tokens, and first, as `all`, over all tokens; empty if no tokens were counted.
     """
 
     layers: Sequence[str]
@@ -96,12 +97,16 @@ class LoadReader:
         self._rows = [counted.index(getattr(router, "leader", router)) for router in routers]  # some share a router
 
     def read(self, trainer: L.Trainer) -> dict[str, Tensor]:
-        """Return the loads (L, E), of all tokens as `all` and of each task's tokens, since the last call.
+        """Return the loads (L, E), of all tokens as `all` and of each task's tokens, since the last call; empty without any.
 
+        A task's name that is a column of the table, `all` or `layer`, gets `task_` in front.
         All processes must call it together.
         """
         sums = LoadSums.collect(trainer, self._reader)
-        return {name: part.load[self._rows] for name, part in {"all": sums.layers, **sums.tasks}.items()}
+        if not sums.layers.tokens.any():
+            return {}
+        tasks = {f"task_{name}" if name in (ALL, "layer") else name: part for name, part in sums.tasks.items()}
+        return {name: part.load[self._rows] for name, part in {ALL: sums.layers, **tasks}.items()}
 
     def close(self) -> None:
         """Count no more."""

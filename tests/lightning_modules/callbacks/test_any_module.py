@@ -130,6 +130,14 @@ def test_speed_needs_no_adapter(tmp_path):
     assert "speed/tokens_per_second" not in run.callback_metrics
 
 
+def test_ranks_of_tokens_that_nobody_counts_are_left_out(tmp_path):
+    run = trainer(tmp_path, SpectralOccupancy())
+    run.fit(Own(adapted()), batches(token_batch()))
+    assert "spectrum/energy/expert_0" in run.callback_metrics
+    assert not any("token_rank" in name for name in [*run.callback_metrics, *(path.name for path in tmp_path.iterdir())])
+    assert (tmp_path / "spectral_rings.png").exists()
+
+
 @pytest.mark.parametrize(
     ("batch", "count"),
     [

@@ -347,6 +347,19 @@ def test_rank_of_a_tokens_update_by_task(tmp_path, monkeypatch, scope):
         assert float(trainer.callback_metrics[f"spectrum/token_rank/{task}"]) == pytest.approx(mean, rel=1e-5)
 
 
+def test_a_task_named_all_is_kept_apart_from_all_tasks(tmp_path, monkeypatch, no_figures):
+    data = TaskData()
+    renamed = [
+        {**batch, "task": ["all" if name == "arc" else name for name in batch["task"]]} for batch in data.train_dataloader()
+    ]
+    monkeypatch.setattr(data, "train_dataloader", lambda: DataLoader(renamed, batch_size=None))
+    trainer = token_trainer(tmp_path / "tasks", SpectralOccupancy())
+    trainer.fit(token_module(), data)
+    assert list(rows(tmp_path / "tasks/token_rank.csv")[0]) == ["layer", "all", "task_all", "boolq"]
+    ranks = {name: trainer.callback_metrics[f"spectrum/token_rank/{name}"] for name in ("all", "task_all", "boolq")}
+    assert min(ranks["task_all"], ranks["boolq"]) <= ranks["all"] <= max(ranks["task_all"], ranks["boolq"])
+
+
 def test_without_bands_there_are_no_rings():
     of = spectra(frequency_bias=False)
     assert len(rings(of, list(of.layers), "now").axes[0].patches) == 0
