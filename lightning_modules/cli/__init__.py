@@ -211,6 +211,8 @@ class AdaptationCLI(LightningCLI):
             bound_cpu_time(self.trainer, self.model.task, self.datamodule)
             self.trainer.callbacks.append(StepTime())  # type: ignore[attr-defined]
         self.model.task.fetch()
+        if subcommand == "fit":
+            self.before_fit()  # again: another run of the same name may have ended during the download
         if self._runs_elsewhere():
             attach_run_directory(self.trainer).keep()
         return super()._prepare_subcommand_kwargs(subcommand)

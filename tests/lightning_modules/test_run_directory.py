@@ -238,16 +238,20 @@ def test_only_a_refused_run_s_own_files_are_removed(tmp_path, monkeypatch, other
     assert os.listdir(tmp_path) == (["runs"] if other or not locks else [])
 
 
-def test_run_that_finished_while_another_of_its_name_fetched_its_model_keeps_its_files(run, tmp_path, monkeypatch):
+@pytest.mark.parametrize("message", ["refused", "demo/mine holds another run"])
+def test_run_that_finished_while_another_of_its_name_fetched_its_model_keeps_its_files(
+    run, tmp_path, monkeypatch, no_training, message
+):
     path = tmp_path / "demo/mine/adapter/adapter.json"
 
     def fetch(*_):
         path.parent.mkdir()
         path.touch()
-        raise UserError("refused")
+        if message == "refused":
+            raise UserError("refused")
 
     monkeypatch.setattr("lightning_modules.tasks.ImageClassification.fetch", fetch)
-    with pytest.raises(UserError, match="refused"):
+    with pytest.raises(UserError, match=message):
         run("fit", *DEMO, "--trainer.logger.init_args.version", "mine")
     assert path.exists()
 
