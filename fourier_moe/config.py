@@ -56,6 +56,10 @@ class AdapterConfig:
         """`r=8`, or None for a method without such a field."""
         return self.size_field and f"{self.size_field}={getattr(self, self.size_field)}"
 
+    def advice(self) -> str | None:
+        """Return what is valid, but slow without need, and what to change; `inject` warns of it."""
+        return None
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON and checkpoints; `class` holds the class's name."""
         return {"class": type(self).__name__, **dataclasses.asdict(self)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 
@@ -37,8 +38,8 @@ def inject(model: nn.Module, config: AdapterConfig, *, names: ModuleNames | None
         names: the modules to adapt and to train in full, in place of those that the config's `targets` and `head` match.
 
     The pretrained weights are measured here, before training changes them; see `kept_fingerprint` in models/backbone.py. A
-    warning says if a head that looks new is frozen, and later if a training loop leaves out the method's own losses.
-    `save_pretrained` is refused.
+    warning says if a head that looks new is frozen or the config is slow without need, and later if a training loop leaves out
+    the method's own losses. `save_pretrained` is refused.
 
     Returns:
         A report that prints as a table.
@@ -50,11 +51,11 @@ def inject(model: nn.Module, config: AdapterConfig, *, names: ModuleNames | None
     _check_model(model, config)
     heads = fresh_heads(model)
     with unchanged_on_error(model):
-        names = names or names_by_config(model, config)
-        keep_module_names(model, names)
+        chosen = names or names_by_config(model, config)
+        keep_module_names(model, chosen)
         model.requires_grad_(False)
         if isinstance(config, ProjectionAdapterConfig):
-            replace_projections(model, config, names.projections)
+            replace_projections(model, config, chosen.projections)
         for module in [model.float()] if config.trains_backbone else head_modules(model, config).values():
             module.requires_grad_(True)
         report = count_parameters(model, config)
@@ -65,6 +66,8 @@ def inject(model: nn.Module, config: AdapterConfig, *, names: ModuleNames | None
     guard_saving(model, Adapter)
     attach_reminders(model)
     warn_of_frozen(heads)
+    if names is None and (advice := config.advice()):
+        warnings.warn(advice, stacklevel=2)
     return report
 
 

@@ -20,6 +20,8 @@ from fourier_moe.config import (
     top_k,
 )
 
+_MANY_SEGMENTS = 8  # of the smallest expert; with 16 the product takes 1.4 times as long
+
 
 @dataclass(frozen=True, kw_only=True)
 class FourierMoEConfig(ProjectionAdapterConfig):
@@ -147,8 +149,21 @@ class FourierMoEConfig(ProjectionAdapterConfig):
     @property
     def segment_pairs(self) -> int:
         """P, positions of one segment: experts are made of whole segments of equal size, equal experts of one each."""
-        smallest = math.gcd(*(self.densities or (1,))) * self.num_coefficients // self.size_step
-        return math.gcd(smallest, self.shared_coefficients // 2)
+        return math.gcd(*self.expert_pairs)
+
+    def advice(self) -> str | None:
+        routed, shared = self.expert_pairs[: self.num_experts], self.shared_coefficients // 2
+        P, common, smallest = self.segment_pairs, math.gcd(*routed), min(routed)
+        if smallest <= _MANY_SEGMENTS * P:
+            return None
+        remedy = "give smaller densities, such as [4, 2, 1, 1]"
+        if _MANY_SEGMENTS * common >= smallest:
+            good = (p for p in range(1, shared + common + 1) if _MANY_SEGMENTS * math.gcd(p, common) >= smallest)
+            remedy = f"set shared_coefficients={2 * min(good, key=lambda p: abs(p - shared))}"
+        return (
+            f"num_coefficients={self.num_coefficients} and shared_coefficients={self.shared_coefficients} divide the smallest "
+            f"expert into {smallest // P} segments of P={P}, the greatest common divisor of all, which is slow; {remedy}"
+        )
 
     def check_stored(self, projections: Mapping[str, StoredProjection]) -> list[str]:
         """Find tensors of other shapes, positions outside of the plane, and orders that are no permutation.

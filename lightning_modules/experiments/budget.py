@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -71,8 +72,10 @@ def match(variant: Variant, budget: Budget) -> AdapterConfig:
         changes: dict[str, Any] = {field: multiple * step}
         return dataclasses.replace(adapter, **changes)
 
-    wanted = budget.parameters(variant.try_out(sized(1)))
-    multiple, count = nearest(lambda number: adapter_parameters(variant.try_out(sized(number))), wanted)
+    with warnings.catch_warnings():  # of sizes that are only tried
+        warnings.simplefilter("ignore")
+        wanted = budget.parameters(variant.try_out(sized(1)))
+        multiple, count = nearest(lambda number: adapter_parameters(variant.try_out(sized(number))), wanted)
     if abs(count - wanted) > TOLERANCE * wanted:
         raise UserError(
             f"--match-parameters asks for {wanted:,.0f} parameters, and {type(adapter).__name__} comes no nearer than "

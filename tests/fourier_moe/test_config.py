@@ -143,6 +143,22 @@ def test_defaults_are_the_paper_and_pairs_follow_from_n():
     assert unequal.describe_size() == "num_coefficients=64, shared_coefficients=6"
 
 
+@pytest.mark.parametrize(
+    ("changes", "remedy"),
+    [
+        ({"num_experts": 8}, None),
+        ({"num_experts": 8, "shared_coefficients": 1512}, None),
+        ({"num_experts": 8, "shared_coefficients": 200}, r"189 segments of P=1, .*; set shared_coefficients=216$"),
+        ({"densities": [1, 2, 3, 2]}, None),
+        ({"densities": [4, 2, 1, 1], "shared_coefficients": 126}, None),
+        ({"densities": [15, 16, 16, 16], "shared_coefficients": 48}, r"15 segments of P=24, .*; give smaller densities"),
+    ],
+)
+def test_a_common_divisor_far_below_the_smallest_expert_is_advised_against(changes, remedy):
+    advice = config(num_coefficients=3024, **changes).advice()
+    assert advice is None if remedy is None else re.search(remedy, advice)
+
+
 def test_boundaries_are_valid():
     config(top_k=4, dropout=0.0, balance_weight=0.0, scaling=2)
     config(num_experts=1, top_k=1, num_coefficients=2)

@@ -1,6 +1,7 @@
 """Parameter budgets, and the outlines that sizes are tried on: counts equal those of the real injection."""
 
 import dataclasses
+import warnings
 
 import pytest
 import torch
@@ -115,6 +116,15 @@ def test_match_finds_the_nearest_size(adapter, budget, size):
     best = min(range(step, 60 * step, step), key=miss)  # by trying all
     assert getattr(found, field) == best
     assert size in (None, best)
+
+
+def test_slow_sizes_are_warned_of_when_they_are_chosen():
+    slow = FourierMoEConfig(targets=["q_proj"], num_coefficients=32, num_experts=4, shared_coefficients=26)
+    with warnings.catch_warnings(record=True) as caught:
+        found = match(variant(slow), Budget.parse("538"))
+        assert caught == []
+    with pytest.warns(UserWarning, match=r"num_coefficients=320 .* 40 segments of P=1, .*set shared_coefficients=30"):
+        variant(slow).try_out(found)
 
 
 def test_method_without_a_size_stays_as_it_is():
