@@ -74,7 +74,7 @@ def check_replaceable(directory: Path) -> None:
     path = directory / PEFT_CONFIG
     try:
         peft_type = json.loads(path.read_bytes())["peft_type"]
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return
     except (ValueError, TypeError, KeyError):
         peft_type = "unknown"

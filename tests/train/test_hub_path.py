@@ -93,7 +93,7 @@ def test_cola_gets_over_faults_fetches_what_it_needs_and_runs_again_on_a_dead_ne
     monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", "http://127.0.0.1:9/{repo_id}/{filename}")
     run("test", *COMMANDS["cola"][1:], "--model.adapter_path", str(Path(cli.trainer.log_dir) / "adapter_last"))
     assert served.requests == []
-    (results,) = Path(cli.trainer.log_dir).rglob("results.json")
+    (results,) = Path(cli.trainer.log_dir).rglob("*/results.json")
     assert "10 of the complete set's 1,043 examples" in json.dumps(json.loads(results.read_text()))
 
 
