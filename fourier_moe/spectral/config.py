@@ -137,9 +137,13 @@ class FourierMoEConfig(ProjectionAdapterConfig):
     @property
     def expert_pairs(self) -> tuple[int, ...]:
         """Frequency positions of each expert (E,), and of the shared one if there is one."""
-        shares = (1,) * self.num_experts if self.densities is None else self.densities
-        routed = (share * self.num_coefficients // self.size_step for share in shares)
-        return (*routed, self.shared_coefficients // 2) if self.shared_coefficients else tuple(routed)
+        routed = self._routed_pairs if self.densities is not None else self._routed_pairs * self.num_experts
+        return (*routed, self.shared_coefficients // 2) if self.shared_coefficients else routed
+
+    @property
+    def _routed_pairs(self) -> tuple[int, ...]:
+        """Positions of each routed expert; one number for all if they are equal, whose number a file may exaggerate."""
+        return tuple(share * self.num_coefficients // self.size_step for share in self.densities or (1,))
 
     @property
     def bandwidths(self) -> tuple[float, ...]:
@@ -149,10 +153,10 @@ class FourierMoEConfig(ProjectionAdapterConfig):
     @property
     def segment_pairs(self) -> int:
         """P, positions of one segment: experts are made of whole segments of equal size, equal experts of one each."""
-        return math.gcd(*self.expert_pairs)
+        return math.gcd(*self._routed_pairs, self.shared_coefficients // 2)
 
     def advice(self) -> str | None:
-        routed, shared = self.expert_pairs[: self.num_experts], self.shared_coefficients // 2
+        routed, shared = self._routed_pairs, self.shared_coefficients // 2
         P, common, smallest = self.segment_pairs, math.gcd(*routed), min(routed)
         if smallest <= _MANY_SEGMENTS * P:
             return None
