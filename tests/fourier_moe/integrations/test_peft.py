@@ -7,26 +7,16 @@ import torch
 from peft import PeftModel, get_peft_model
 from peft.utils import get_peft_model_state_dict
 from support.pages import section_code
+from support.tiny_bert import BERT
 from torch import nn
 from torch.utils.data import Dataset
-from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
+from transformers import BertForSequenceClassification, GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
 from fourier_moe import FourierMoEConfig, adapters, balance_loss, inject, recording, save_adapter
 from fourier_moe.errors import UserError
 from fourier_moe.integrations import AdapterTrainerMixin, add_balance_loss
 from fourier_moe.integrations.peft import FourierMoEPeftConfig
 
-BERT = BertConfig(
-    vocab_size=40,
-    hidden_size=32,
-    num_hidden_layers=1,
-    num_attention_heads=2,
-    intermediate_size=32,
-    max_position_embeddings=8,
-    num_labels=2,
-    hidden_dropout_prob=0.0,
-    attention_probs_dropout_prob=0.0,
-)
 METHOD = {"num_coefficients": 64, "shared_coefficients": 6, "num_experts": 4, "densities": [1, 3, 2, 2], "balance_weight": 0.1}
 BATCH = {"input_ids": torch.arange(1, 33).view(4, 8), "labels": torch.tensor([0, 1, 0, 1])}
 

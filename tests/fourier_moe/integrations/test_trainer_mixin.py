@@ -5,8 +5,9 @@ import torch
 from accelerate.state import AcceleratorState, PartialState
 from support.pages import section_code
 from support.processes import run_in_two
+from support.tiny_bert import BERT, SIZES
 from torch.utils.data import Dataset
-from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import BertForSequenceClassification, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 from fourier_moe import (
     FourierMoEConfig,
@@ -21,8 +22,6 @@ from fourier_moe import (
 from fourier_moe.errors import UserError
 from fourier_moe.integrations import AdapterTrainerMixin, add_balance_loss
 
-SIZES = {"vocab_size": 40, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
-BERT = BertConfig(**SIZES, max_position_embeddings=8, num_labels=2, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
 ROUTED = FourierMoEConfig(
     targets=["query", "value"], num_coefficients=64, num_experts=4, top_k=2, balance_weight=0.1, head=["classifier"]
 )

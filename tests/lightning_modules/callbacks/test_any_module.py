@@ -5,10 +5,11 @@ import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
 from support.pages import section_code
+from support.tiny_bert import BERT
 from support.token_task import ADAPTER, TokenModel, token_batch
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import BertForSequenceClassification
 
 from fourier_moe import adapter_state_dict, describe_adapter, inject, load_adapter
 from fourier_moe.errors import UserError
@@ -24,16 +25,6 @@ from lightning_modules.callbacks import (
 )
 from lightning_modules.callbacks.any_module import num_examples
 
-BERT = BertConfig(
-    vocab_size=40,
-    hidden_size=32,
-    num_hidden_layers=1,
-    num_attention_heads=2,
-    intermediate_size=32,
-    max_position_embeddings=8,
-    hidden_dropout_prob=0.0,
-    attention_probs_dropout_prob=0.0,
-)
 pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's advice on tiny runs
 
 
