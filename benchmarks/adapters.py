@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 
+from benchmarks.flops import count_flops
 from benchmarks.machine import describe_machine
 from benchmarks.memory import peak_memory, release_memory
-from benchmarks.methods import FLOOR, LORA, METHODS, trained_parameters
+from benchmarks.methods import FLOOR, LORA, METHODS, trained_parameters, usable_methods
 from benchmarks.models import MODELS, Classifier
 from benchmarks.report import COLUMNS, markdown, method_result
 from benchmarks.steps import DTYPES, Setting, Trial, build_base
@@ -28,36 +29,50 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     options = _parse(arguments)
     setting = _setting(options)
     torch.set_num_threads(setting.threads)
-    _say(f"{setting}")
-    machine = describe_machine()
-
-    base = build_base(setting) if setting.device != "cpu" else None
-    memory = {}
-    for method in options.methods:
-        peak = memory[method] = peak_memory(base, method, setting)
-        _say(f"peak memory {method}: {'out of memory' if peak is None else f'{peak / 2**20:,.0f} MiB'}")
-    trials = _build_trials(base or build_base(setting), [m for m in options.methods if memory[m]], setting)
-    seconds = _time(trials, options.repeats)
-    samples = {method: {column: seconds[column][method] for column in COLUMNS} for method in trials}
-
-    references = {m: {"samples": samples[m], "peak_memory": memory[m]} for m in (LORA, FLOOR) if m in trials}
-    entry = MODELS[setting.model]
-    results = {
-        "setting": dataclasses.asdict(setting),
-        "adapted": {key: getattr(entry, key) for key in ("targets", "num_coefficients", "num_experts", "top_k", "lora_rank")},
-        "rounds": options.repeats,
-        "machine": {**machine, "load_average_after": describe_machine()["load_average"]},
-        "methods": {
-            m: method_result(samples[m], memory[m], trained_parameters(trials[m].model), references) if m in trials else None
-            for m in options.methods
-        },
-    }
+    results = compare(setting, options.methods, options.repeats)
     output = options.output or Path("runs/benchmarks") / f"{setting.model}-{setting.device.replace(':', '')}-{setting.dtype}"
     output.mkdir(parents=True, exist_ok=True)
     (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     (output / "results.md").write_text(markdown(results))
     _say(f"\n{markdown(results)}\nstored in {output}")
     return results
+
+
+def compare(setting: Setting, methods: Sequence[str], rounds: int, *, with_memory: bool = True) -> dict[str, Any]:
+    """Measure `methods` side by side; return the content of results.json.
+
+    Args:
+        setting: model, batch and precision.
+        methods: keys of METHODS.
+        rounds: each times every method once.
+        with_memory: measure peak memory too, which on a CPU starts a process for each method.
+    """
+    _say(f"{setting}")
+    machine = describe_machine()
+    base = build_base(setting) if setting.device != "cpu" else None
+    memory: dict[str, int | None] = dict.fromkeys(methods, 0)
+    for method in methods if with_memory else ():
+        peak = memory[method] = peak_memory(base, method, setting)
+        _say(f"peak memory {method}: {'out of memory' if peak is None else f'{peak / 2**20:,.0f} MiB'}")
+    trials = _build_trials(base or build_base(setting), [m for m in methods if memory[m] is not None], setting)
+    seconds = _time(trials, rounds)
+    samples = {method: {column: seconds[column][method] for column in COLUMNS} for method in trials}
+
+    references = {m: {"samples": samples[m], "peak_memory": memory[m]} for m in (LORA, FLOOR) if m in trials}
+    flops = _count(trials)
+    entry = MODELS[setting.model]
+    return {
+        "setting": dataclasses.asdict(setting),
+        "adapted": {key: getattr(entry, key) for key in ("targets", "num_coefficients", "num_experts", "top_k", "lora_rank")},
+        "rounds": rounds,
+        "machine": {**machine, "load_average_after": describe_machine()["load_average"]},
+        "methods": {
+            m: method_result(samples[m], memory[m], trained_parameters(trials[m].model), flops[m], references)
+            if m in trials
+            else None
+            for m in methods
+        },
+    }
 
 
 def _build_trials(base: Classifier, methods: list[str], setting: Setting) -> dict[str, Trial]:
@@ -95,6 +110,13 @@ def _time(trials: dict[str, Trial], rounds: int) -> dict[str, dict[str, list[flo
     return samples
 
 
+def _count(trials: dict[str, Trial]) -> dict[str, int]:
+    """Return the floating-point operations of a training step by method."""
+    for trial in trials.values():
+        trial.model.train()
+    return {method: count_flops(trial.training_step) for method, trial in trials.items()}
+
+
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.adapters", description=__doc__)
     parser.add_argument("--model", required=True, choices=MODELS)
@@ -104,12 +126,16 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=DTYPES, help="autocast: float32 weights under bfloat16 autocast; "
                         "bfloat16: frozen weights in bfloat16 as well")  # fmt: skip
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, help="default: all that the device runs")
     parser.add_argument("--routing", default="balanced", choices=("balanced", "learned"))
     parser.add_argument("--repeats", type=int, default=10, help="rounds; each times every method once")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--output", type=Path, help="default: runs/benchmarks/MODEL-DEVICE-DTYPE")
     options = parser.parse_args(arguments)
+    usable = usable_methods(options.device)
+    options.methods = options.methods or usable
+    if unusable := set(options.methods) - set(usable):
+        parser.error(f"--methods {' '.join(unusable)} needs a GPU and Triton, and --device is {options.device}")
     for name in ("layers", "batch", "length", "repeats", "threads"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
             parser.error(f"--{name} must be at least 1, got {getattr(options, name)}")

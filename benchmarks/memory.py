@@ -12,19 +12,16 @@ On CUDA it is torch.cuda.max_memory_allocated in this process, frozen model incl
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import multiprocessing
-import os
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
 import torch
 
+from benchmarks.machine import environment
 from benchmarks.models import Classifier
 from benchmarks.steps import Setting, Trial, build_base
-from lightning_modules.callbacks.monitoring.peak_memory import peak_resident_bytes, reset_peak, status_bytes
 
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "131072", "MALLOC_ARENA_MAX": "2"}
 _STEPS = 2  # the first makes the optimizer's state, the second runs with it
@@ -45,6 +42,9 @@ def peak_memory(base: Classifier | None, method: str, setting: Setting) -> int |
 
 
 def _peak_on_cpu(method: str, setting: Setting) -> int | None:
+    # Here, because it needs the libraries of all data, which a machine with a GPU may lack.
+    from lightning_modules.callbacks.monitoring.peak_memory import peak_resident_bytes, reset_peak, status_bytes
+
     torch.set_num_threads(setting.threads)
     torch.ones(256, 256) @ torch.ones(256, 256)  # threads and their buffers do not count
     gc.collect()
@@ -82,18 +82,3 @@ def release_memory() -> None:
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
-
-
-@contextlib.contextmanager
-def environment(values: dict[str, str]) -> Iterator[None]:
-    """Set environment variables for a process that starts inside and keeps them, as the fork server does."""
-    previous = {key: os.environ.get(key) for key in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for key, value in previous.items():
-            if value is None:
-                del os.environ[key]
-            else:
-                os.environ[key] = value

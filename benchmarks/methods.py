@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -64,8 +65,14 @@ METHODS: dict[str, Callable[[Classifier, ModelEntry], None]] = {
     "fourierft": _fourierft,
     "dense": _dense,
     "fourier_moe": _fourier_moe,
+    "fourier_moe_triton": _fourier_moe,  # the same through the fused kernels; see steps.Trial
 }
-FLOOR, LORA = "head_only", "lora"
+FLOOR, LORA, DENSE, OURS, TRITON = "head_only", "lora", "dense", "fourier_moe", "fourier_moe_triton"
+
+
+def usable_methods(device: str) -> list[str]:
+    """Return the methods that this device runs: Triton's kernels need a GPU."""
+    return [method for method in METHODS if method != TRITON or (device != "cpu" and importlib.util.find_spec("triton"))]
 
 
 def adapt(model: Classifier, method: str, entry: ModelEntry, *, balanced: bool) -> Classifier:

@@ -12,7 +12,11 @@ COLUMNS = ("training_step", "inference")
 
 
 def method_result(
-    samples: dict[str, list[float]], peak_memory: int | None, parameters: dict[str, int], references: dict[str, dict[str, Any]]
+    samples: dict[str, list[float]],
+    peak_memory: int | None,
+    parameters: dict[str, int],
+    flops: int,
+    references: dict[str, dict[str, Any]],
 ) -> dict[str, Any]:
     """Return one method's entry in results.json.
 
@@ -20,6 +24,7 @@ def method_result(
         samples: seconds of every round, by column.
         peak_memory: bytes.
         parameters: trained scalars by kind.
+        flops: floating-point operations of a training step.
         references: `samples` and `peak_memory` of the methods that ratios are relative to, by name.
     """
     ratios: dict[str, dict[str, Any]] = {}
@@ -31,6 +36,7 @@ def method_result(
         **{column: {**summarize(samples[column]), "samples": samples[column]} for column in COLUMNS},
         "peak_memory": peak_memory,
         "trained_parameters": parameters,
+        "flops_per_step": flops,
         "ratios": ratios,
     }
 
@@ -42,8 +48,8 @@ def markdown(results: dict[str, Any]) -> str:
     where = machine["gpu"] if setting["device"] != "cpu" else f"{machine['processor']}, {setting['threads']} threads"
     routing = "balanced" if setting["balanced"] else "learned"
     header = [
-        "method", "training step", "inference", "peak memory", "trained parameters", "step / LoRA", "inference / LoRA",
-        "memory / LoRA", "step / floor", "inference / floor",
+        "method", "training step", "inference", "peak memory", "TFLOP / step", "trained parameters", "step / LoRA",
+        "inference / LoRA", "memory / LoRA", "step / floor", "inference / floor",
     ]  # fmt: skip
     rows = [_row(name, method) for name, method in results["methods"].items()]
     adapted = f"{', '.join(results['adapted']['targets'])}; n={results['adapted']['num_coefficients']}"
@@ -63,13 +69,14 @@ def markdown(results: dict[str, Any]) -> str:
 
 def _row(name: str, method: dict[str, Any] | None) -> list[str]:
     if method is None:
-        return [name, "out of memory", *["-"] * 8]
+        return [name, "out of memory", *["-"] * 9]
     counts = " + ".join(f"{count:,}" for count in method["trained_parameters"].values() if count)
     peak = f"{method['peak_memory'] / 2**20:,.0f} MiB" if method["peak_memory"] else "-"
     return [
         name,
         *(_with_quartiles(method[column], 1e3, "{:.1f}", " ms") for column in COLUMNS),
         peak,
+        f"{method['flops_per_step'] / 1e12:.4g}",
         counts,
         *_ratios(method, LORA, ("training_step", "inference", "peak_memory")),
         *_ratios(method, FLOOR, ("training_step", "inference")),

@@ -21,7 +21,8 @@ from torch import distributed
 from torch.distributed.device_mesh import init_device_mesh
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.memory import ALLOCATOR, environment
+from benchmarks.machine import environment
+from benchmarks.memory import ALLOCATOR
 from fourier_moe import FourierMoEConfig, inject
 from lightning_modules.callbacks.monitoring.peak_memory import status_bytes
 from lightning_modules.strategies.sharding import shard_frozen

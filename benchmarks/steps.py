@@ -8,9 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from benchmarks.methods import adapt, trainable
+from benchmarks.machine import environment
+from benchmarks.methods import TRITON, adapt, trainable
 from benchmarks.models import MODELS, Classifier, build_model, copy_with_shared_backbone, make_batch
 from fourier_moe import adapters, recording
+from fourier_moe.spectral.kernels import OPT_IN
 
 DTYPES = ("float32", "autocast", "bfloat16")
 
@@ -58,23 +60,26 @@ class Trial:
         self.inputs, self.labels = make_batch(entry, setting.batch, setting.length, self.device)
         self.optimizer = torch.optim.AdamW(trainable(self.model), lr=1e-4)
         self.low_precision = setting.dtype != "float32"
+        self.environment = {OPT_IN: "1"} if method == TRITON else {}
         self.routed = any(hasattr(adapter, "router") for adapter in adapters(self.model).values())
 
-    def training_step(self) -> None:
-        """Forward, backward and AdamW, with the load-balancing loss if the method has one."""
+    def training_step(self) -> Tensor:
+        """Forward, backward and AdamW, with the load-balancing loss if the method has one; return the loss."""
         record: AbstractContextManager[None] = recording(self.model) if self.routed else nullcontext()
-        with record:
-            loss = nn.functional.cross_entropy(self._logits().float(), self.labels)
-            if self.routed:
-                losses = [adapter.balance_loss() for adapter in adapters(self.model).values()]
-                loss = loss + torch.stack([term for term in losses if term is not None]).sum()
-        loss.backward()
+        with environment(self.environment):
+            with record:
+                loss = nn.functional.cross_entropy(self._logits().float(), self.labels)
+                if self.routed:
+                    losses = [adapter.balance_loss() for adapter in adapters(self.model).values()]
+                    loss = loss + torch.stack([term for term in losses if term is not None]).sum()
+            loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
 
     def inference(self) -> Tensor:
         """Compute logits of the batch, without gradients."""
-        with torch.inference_mode():
+        with environment(self.environment), torch.inference_mode():
             return self._logits()
 
     def _logits(self) -> Tensor:

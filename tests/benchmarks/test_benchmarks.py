@@ -16,11 +16,13 @@ pytest.importorskip("matplotlib")
 
 from benchmarks import adapters as adapters_command
 from benchmarks import scaling as scaling_command
-from benchmarks.methods import METHODS, adapt
+from benchmarks.flops import count_flops, product_backward_flops, product_forward_flops
+from benchmarks.methods import adapt, usable_methods
 from benchmarks.models import MODELS, build_model, copy_with_shared_backbone, make_batch
 from benchmarks.routing import BalancedRouter
 from benchmarks.timing import paired_ratio, time_interleaved
 from fourier_moe import TopKRouter, recording
+from fourier_moe.spectral.product import routed_spectral_product
 
 CPU = torch.device("cpu")
 
@@ -35,12 +37,13 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 def test_table_holds_every_method_with_finite_positive_numbers(table: Path) -> None:
     methods = json.loads((table / "results.json").read_text())["methods"]
-    assert list(methods) == list(METHODS)
+    assert list(methods) == usable_methods("cpu")
     for method in methods.values():
         for column in ("training_step", "inference"):
             assert len(method[column]["samples"]) == 3
             assert all(math.isfinite(value) and value > 0 for value in method[column]["samples"])
         assert method["peak_memory"] > 0
+        assert method["flops_per_step"] > methods["head_only"]["flops_per_step"] or method is methods["head_only"]
         assert method["trained_parameters"]["head"] == 64 * 64 + 64 + 64 * 2 + 2
 
 
@@ -71,7 +74,7 @@ def test_table_counts_each_method_s_parameters(table: Path) -> None:
 def test_markdown_table_has_a_row_per_method(table: Path) -> None:
     lines = [line for line in (table / "results.md").read_text().splitlines() if line.startswith("|")]
     assert len({line.count("|") for line in lines}) == 1
-    assert [line.split("|")[1].strip() for line in lines[2:]] == list(METHODS)
+    assert [line.split("|")[1].strip() for line in lines[2:]] == usable_methods("cpu")
 
 
 @pytest.mark.slow
@@ -82,10 +85,45 @@ def test_machine_and_setting_are_stored(table: Path) -> None:
     assert results["rounds"] == 3
 
 
-def test_an_option_without_effect_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--model", "clip-vit-b-32", "--length", "128"), "--length has no effect"),
+        (("--model", "tiny", "--methods", "fourier_moe_triton"), "fourier_moe_triton needs a GPU and Triton"),
+    ],
+)
+def test_an_option_without_effect_is_refused(
+    options: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit):
-        adapters_command.main(["--model", "clip-vit-b-32", "--length", "128"])
-    assert "--length has no effect" in capsys.readouterr().err
+        adapters_command.main(options)
+    assert message in capsys.readouterr().err
+
+
+def test_operations_of_the_product_equal_a_count_by_hand() -> None:
+    """3 tokens, 8 features in and 16 out, 2 experts of 5 positions each: 10 positions for each token."""
+    rfft_8, rfft_16 = 5 * 8 * 3 // 2, 5 * 16 * 4 // 2
+    forward = 3 * (rfft_8 + 10 * (6 + 2 + 2) + rfft_16 + 16)
+    h_x, gates, coefficients = rfft_16 + rfft_8 + 10 * 6, 10 * 4, 10 * (2 + 2)
+    x = 10 * (6 + 2 + 2) + rfft_8 + 8
+    assert product_forward_flops(3, 8, 16, 2, 5) == forward == 1008
+    assert product_backward_flops(3, 8, 16, 2, 5, [True] * 3) == 3 * (h_x + gates + coefficients + x) == 1584
+    assert product_backward_flops(3, 8, 16, 2, 5, [False, True, False]) == 3 * (h_x + gates)
+    assert product_backward_flops(3, 8, 16, 2, 5, [True, False, False]) == 3 * (rfft_16 + x)
+    # The counter finds the operators, and a matrix product and a transform beside them.
+    leaves = [torch.randn(3, 8), torch.rand(3, 2), torch.randn(4, 5, 2)]
+    x, gates, coefficients = (leaf.requires_grad_() for leaf in leaves)
+    experts, frequencies = torch.tensor([[0, 3]] * 3), torch.zeros(4, 5, 2, dtype=torch.int32)
+
+    def step() -> None:
+        y = routed_spectral_product(x, gates, experts, coefficients, frequencies, 16, 1.0)
+        y.sum().backward()
+
+    assert count_flops(step) == 1008 + 1584
+    assert count_flops(lambda: torch.zeros(2, 3) @ torch.zeros(3, 5)) == 2 * 2 * 3 * 5
+    plane = torch.zeros(4, 8, dtype=torch.complex64)
+    assert count_flops(lambda: torch.fft.ifft2(plane)) == 5 * 32 * (2 + 3)
+    assert count_flops(lambda: torch.fft.irfft(torch.fft.rfft(torch.zeros(2, 8)))) == 2 * 2 * rfft_8
 
 
 @pytest.mark.parametrize("balanced", [True, False])
