@@ -24,7 +24,7 @@ class DenseFourierMoELinear(FourierMoELinear):
 
     def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         y = self.base(x) if y is None else y
-        gates_TE = self.router(x).dense(self.router.num_experts).flatten(0, -2)
+        gates_TE = self.route(x).dense(self.experts.num_routed).flatten(0, -2)
         x_TN = self.dropout(x).flatten(0, -2)
         update_TM: Tensor | None = None
         for expert in range(gates_TE.shape[1]):

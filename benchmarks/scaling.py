@@ -22,7 +22,7 @@ from benchmarks.machine import describe_machine
 from benchmarks.plots import plot_study
 from benchmarks.routing import BalancedRouter
 from benchmarks.timing import paired_ratio, summarize, time_interleaved
-from fourier_moe import FourierMoEConfig, FourierMoELinear, Routing, TopKRouter
+from fourier_moe import FourierMoEConfig, FourierMoELinear, TopKRouter
 from lightning_modules.tables import write_table
 
 PARTS = ("frozen", "product", "adapted")
@@ -135,7 +135,7 @@ def _tasks(point: Point, options: argparse.Namespace) -> dict[str, Callable[[], 
         layer.router = BalancedRouter(layer.router)
     x = torch.randn(point.tokens, point.width, device=device, dtype=stored, requires_grad=True)
     gradient = torch.randn(point.tokens, point.width, device=device)
-    routing: Routing = layer.router(x)
+    routing = layer.route(x)
     routing = routing._replace(gates=routing.gates.detach().requires_grad_(True))
     leaves = [x, routing.gates, *layer.parameters()]
 

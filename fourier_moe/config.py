@@ -60,6 +60,10 @@ class AdapterConfig:
         """Return what is valid, but slow without need, and what to change; `inject` warns of it."""
         return None
 
+    def ignores(self, key: str) -> bool:
+        """Whether files of an earlier version hold a tensor of this name that the adapter does not have any more."""
+        return False
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON and checkpoints; `class` holds the class's name."""
         return {"class": type(self).__name__, **dataclasses.asdict(self)}

@@ -193,7 +193,7 @@ def check_fit(
     check_values(source, state)
     expected = adapter_state_dict(model)
     problems = [f"missing {key}" for key in expected if key not in state]
-    problems += [f"unexpected {key}" for key in state if key not in expected]
+    problems += [f"unexpected {key}" for key in state if key not in expected and not config.ignores(key)]
     problems += [
         f"{key} is {tuple(state[key].shape)} in the file, {tuple(expected[key].shape)} in the model"
         for key in expected

@@ -46,6 +46,12 @@ class Routing(NamedTuple):
         experts = torch.arange(gates.shape[-1], device=gates.device).expand(gates.shape)
         return cls(gates, experts, gates if probabilities is None else probabilities)
 
+    @classmethod
+    def to_one(cls, x: Tensor) -> Routing:
+        """The only expert serves every token of an input (..., N) with a gate of 1, the softmax of a single logit."""
+        gates = x.new_ones(*x.shape[:-1], 1, dtype=torch.promote_types(x.dtype, torch.float32))
+        return cls(gates, torch.zeros_like(gates, dtype=torch.int64), gates)
+
     def dense(self, num_experts: int) -> Tensor:
         """Return the gates (..., E) of all experts, 0 for the inactive ones."""
         return dense_gates(self.gates, self.experts, num_experts)

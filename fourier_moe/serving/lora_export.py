@@ -172,7 +172,8 @@ def _write_expert(model: nn.Module, loras: Mapping[str, ExpertLoRA], directory: 
 def _write_router(model: nn.Module, layers: Mapping[str, FourierMoELinear], directory: Path) -> None:
     weights = {}
     for name, layer in layers.items():
-        weight = layer.router.matrix().detach()
+        router = layer.router  # of a single expert: p = 1 with any weight
+        weight = torch.zeros(1, layer.in_features) if router is None else router.matrix().detach()
         if layer.input_moments is not None:
             weight, bias = layer.input_moments.as_affine(weight)
             weights[f"{name}.bias"] = bias.float().cpu()

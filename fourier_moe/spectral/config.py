@@ -32,7 +32,7 @@ class FourierMoEConfig(ProjectionAdapterConfig):
             P = n / (2 num_experts) conjugate pairs, a complex coefficient (two scalars) each.
         shared_coefficients: trained scalars of a further expert, which serves every token with a gate of 1, at positions that
             are drawn uniformly from the whole plane; 0 for none.
-        num_experts: E.
+        num_experts: E. A single expert is always on: no router, and it can be merged into the weight.
         top_k: K, experts active per token.
         densities: one whole number for each expert, from DC outwards: [4, 2, 1, 1] gives the first expert half of the n
             coefficients and the last an eighth, so that routing chooses the rank of a token's update (Corollary H.3). None:
@@ -181,7 +181,7 @@ class FourierMoEConfig(ProjectionAdapterConfig):
                 continue
             shapes = self._stored_shapes(in_features, out_features)
             if self.router_scope != "projection" and in_features in routed and "router.weight" not in tensors:
-                del shapes["router.weight"]  # another projection's
+                shapes.pop("router.weight", None)  # another projection's
             problems += [f"missing {name}.{key}" for key in shapes if key not in tensors]
             problems += [
                 f"{name}.{key} is {tuple(tensors[key].shape)} in the file, {shape} in the model"
@@ -192,14 +192,19 @@ class FourierMoEConfig(ProjectionAdapterConfig):
                 problems += _wrong_values(name, (out_features, in_features), tensors)
         return problems
 
+    def ignores(self, key: str) -> bool:
+        return self.num_experts == 1 and key.endswith(".router.weight")
+
     def _stored_shapes(self, in_features: int, out_features: int) -> dict[str, tuple[int, ...]]:
         P = self.segment_pairs
         S = (self.num_coefficients + self.shared_coefficients) // (2 * P)
         shapes: dict[str, tuple[int, ...]] = {
-            "router.weight": (self.num_experts, in_features if self.router_features == "all" else self.router_features),
             "experts.frequencies": (S, P, 2),
             "experts.coefficients": (S, P, 2 if self.coefficients == "complex" else 1),
         }
+        if self.num_experts > 1:
+            width = in_features if self.router_features == "all" else self.router_features
+            shapes["router.weight"] = (self.num_experts, width)
         if self.normalize_input != "none":
             shapes |= {"input_moments.mean": (in_features,), "input_moments.scale": (in_features,)}
         if self.permute:

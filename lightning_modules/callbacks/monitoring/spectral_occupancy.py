@@ -122,7 +122,8 @@ class SpectralOccupancy(L.Callback):
         if self._experts:
             model = adapted_model(pl_module, self)
             found = {name: layer for name, layer in adapters(model).items() if isinstance(layer, FourierMoELinear)}
-            self._reader = LoadReader(model, found)
+            if any(layer.router is not None for layer in found.values()):
+                self._reader = LoadReader(model, found)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -209,8 +210,8 @@ class SpectralOccupancy(L.Callback):
         if draw:
             self._drawn = trainer.global_step
             metrics |= self._by_expert(spectra, "effective_rank", spectra.effective_rank)
-            assert self._reader is not None
-            self._ranks = TokenRanks.of(spectra, self._reader.read(trainer))
+            loads = {} if self._reader is None else self._reader.read(trainer)  # a single expert gives all tokens the same rank
+            self._ranks = TokenRanks.of(spectra, loads)
             metrics |= self._ranks.metrics()
         if metrics:
             log_now(trainer, metrics)

@@ -29,6 +29,8 @@ EXACT = [
     PiSSAConfig(targets=["0"], r=3),
     FourierFTConfig(targets=["0"], num_coefficients=30),
     PEANuTConfig(targets=["0"], r=3),
+    FourierMoEConfig(targets=["0"], num_coefficients=24, num_experts=1, top_k=1),
+    FourierMoEConfig(targets=["0"], num_coefficients=24, num_experts=1, top_k=1, shared_coefficients=8, permute=True),
 ]
 
 

@@ -5,7 +5,7 @@ import torch
 from support.models import Transformer, config, randomize
 from torch import nn
 
-from fourier_moe import FourierMoELinear, inject, recording
+from fourier_moe import FourierMoELinear, TopKRouter, inject, load_adapter, recording, save_adapter
 
 
 def tokens(*shape, seed=0):
@@ -169,3 +169,30 @@ def test_errors_name_the_projection():
 def test_follows_the_device_of_the_base():
     adapter = layer(nn.Linear(24, 17, device="meta"))
     assert {t.device.type for t in (*adapter.parameters(), *adapter.buffers())} == {"meta"}
+
+
+ALONE = {"num_experts": 1, "top_k": 1, "num_coefficients": 24, "frequency_bias": False}
+
+
+@pytest.mark.parametrize("shape", [(24,), (0, 24), (2, 3, 24)])
+def test_a_single_expert_is_always_on_and_has_no_router(shape):
+    adapter, x = layer(std=1.0, **ALONE).double(), tokens(*shape).double()
+    assert adapter.parameter_groups()["router"] == []
+    assert {name for name, _ in adapter.named_parameters()} == {"base.weight", "base.bias", "experts.coefficients"}
+    torch.testing.assert_close(adapter(x), adapter.base(x) + x @ adapter.experts.delta_weight(0).T, rtol=1e-10, atol=1e-10)
+    assert adapter.balance_loss() is None
+
+
+def test_a_file_of_a_single_expert_with_the_router_that_it_once_had_still_loads(tmp_path):
+    def model():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(24, 17))
+
+    adapted, loaded, x = model(), model(), tokens(5, 24)
+    inject(adapted, config(targets=["0"], router_scope="input", **ALONE))
+    randomize(adapted)
+    expected = adapted(x)
+    adapted[0].router = TopKRouter(24, 1, 1)
+    save_adapter(adapted, tmp_path)
+    load_adapter(loaded, tmp_path)
+    assert torch.equal(loaded(x), expected)
