@@ -29,7 +29,7 @@ CLASSIFIERS = [path for path in RUNS if path not in LANGUAGE]
 USED = [
     path
     for path in CLASSIFIERS
-    if path.stem in ("clip_cars", "demo", "glue_cola", "glue_mixture", "glue_mnli", "glue_mrpc", "glue_rte")
+    if path.stem in ("clip_cars", "demo", "glue_cola", "glue_mixture", "glue_mnli", "glue_mrpc", "glue_rte", "image_mixture")
 ]
 FITTED_ALONE = [path for path in CLASSIFIERS if path not in USED]
 COMMENTED = [DEFAULTS, *RUNS, *RECIPES, *STRATEGIES, Path("configs/smoke.yaml")]
@@ -160,7 +160,8 @@ def test_smoke_overlay_fits_and_the_adapter_file_alone_tests_and_predicts(run, p
     names = json.loads((directory / "adapter/adapter.json").read_text(encoding="utf-8"))["class_names"]
     text = ["text"] if path.stem.startswith("glue_") else []
     assert list(rows[0]) == ["id", *text, "label", "prediction", "probability", *(f"p({name})" for name in names)]
-    assert len({row["id"] for row in rows}) == len(rows) == 8 * {"glue_mnli": 2, "glue_mixture": 3}.get(path.stem, 1)  # sets
+    sets = {"glue_mnli": 2, "glue_mixture": 3, "image_mixture": 4}.get(path.stem, 1)
+    assert len({row["id"] for row in rows}) == len(rows) == 8 * sets
     for row in rows:
         assert all(row[name] for name in text)
         probabilities = {name: float(row[f"p({name})"]) for name in names}

@@ -38,6 +38,7 @@ DATA = {
     "math": "datamodules.MathReasoningDataModule",
     "demo_math": "datamodules.instructions.arithmetic.ArithmeticDataModule",
     "glue_mixture": "datamodules.GlueMixtureDataModule",
+    "image_mixture": "datamodules.ImageMixtureDataModule",
     "custom_instructions": "datamodules.InstructionDataModule",
 }
 MIXTURE = """
