@@ -20,6 +20,7 @@ DEFAULTS = Path("configs/defaults.yaml")
 ALL = sorted({path.relative_to(REPOSITORY) for path in (REPOSITORY / "configs").rglob("*.yaml")} - {DEFAULTS})
 ADAPTERS = [path for path in ALL if path.parent.name == "adapters"]
 MIXTURES = ("molora", "adamole", "hydralora", "goat", "fft_moe")
+VARIANTS = ("one_expert", "spectral_router")  # of FourierMoE itself
 RECIPES = [path for path in ALL if path.parent.name == "recipes"]
 STRATEGIES = [path for path in ALL if path.parent.name == "strategies"]  # test_strategies.py runs them on two processes
 RUNS = [path for path in ALL if path.parent.name == "configs" and path.stem != "smoke"]
@@ -238,9 +239,10 @@ def test_adapter_overlay_command_trains_what_it_says_wherever_the_smoke_overlay_
     assert (option, last) == ("--config", str(path))
     cli = run(*words, *SMOKE, option, last)
     assert cli.trainer.global_step == 4
-    assert type(cli.model.adapter) is not FourierMoEConfig
+    assert (type(cli.model.adapter) is FourierMoEConfig) == path.stem.startswith(VARIANTS)
     trained = cli.model.report.trained
-    assert [trained["experts"] > 0, trained["router"] > 0] == [path.stem.startswith(MIXTURES)] * 2
+    assert (trained["experts"] > 0) == path.stem.startswith((*MIXTURES, *VARIANTS))
+    assert (trained["router"] > 0) == path.stem.startswith((*MIXTURES, "spectral_router"))
     assert (trained["backbone"] > 0) == path.stem.startswith(("full_fine_tuning", "fft_moe"))
     assert {group["name"] for group in cli.trainer.optimizers[0].param_groups} == {kind for kind in trained if trained[kind]}
 
