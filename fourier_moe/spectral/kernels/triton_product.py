@@ -5,26 +5,30 @@ Shape legend: T tokens, N in_features, M out_features, E experts, K active per t
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from fourier_moe.routing.record import dense_gates
 from fourier_moe.spectral.kernels.triton_spectral import RowLists, accumulate, gradients
 from fourier_moe.spectral.torch_product import Positions
 
-_CACHE = "_fourier_moe_row_lists"
-
 
 class _Lists(NamedTuple):
     """What the kernels need to know of the positions, made once per projection."""
 
-    version: int
+    version: int | None  # of the frequencies' content; None if torch does not count it
     shape: tuple[int, int]
     forward: RowLists  # by output row |u|, reading |v|
     backward: RowLists  # by input row |v|, reading |u|
     signs_R: Tensor  # -1 where a coefficient is conjugated
+
+
+# By tensor of frequencies. Not an attribute of it: saving or copying a model would take the lists along.
+_LISTS: MutableMapping[Tensor, _Lists] = WeakTensorKeyDictionary()
 
 
 def product_forward(
@@ -96,20 +100,20 @@ def _coefficients(coefficients_EPC: Tensor, lists: _Lists) -> Tensor:
 
 
 def _lists_of(frequencies_EPC: Tensor, out_features: int, in_features: int) -> _Lists:
-    """Kept on the tensor of frequencies itself, and made again if its content has changed (a file was loaded into it)."""
-    lists: _Lists | None = getattr(frequencies_EPC, _CACHE, None)
+    """Return the lists, kept as long as the tensor of frequencies, and made again if its content changes (a file is loaded)."""
+    version = None if frequencies_EPC.is_inference() else frequencies_EPC._version
     shape = (out_features, in_features)
-    if lists is None or lists.version != frequencies_EPC._version or lists.shape != shape:
+    lists = _LISTS.get(frequencies_EPC)
+    if lists is None or version is None or (lists.version, lists.shape) != (version, shape):
         positions = Positions.of(frequencies_EPC, torch.float32)
         negative_v_R = positions.negative_v_EP.flatten()
         ones_R = torch.ones_like(negative_v_R)
         rows_R, columns_R = positions.rows_EP.flatten(), positions.columns_EP.flatten()
-        lists = _Lists(
-            frequencies_EPC._version,
+        lists = _LISTS[frequencies_EPC] = _Lists(
+            version,
             shape,
             RowLists.build(rows_R, columns_R, negative_v_R, ones_R, out_features // 2 + 1),
             RowLists.build(columns_R, rows_R, -ones_R, -negative_v_R, in_features // 2 + 1),
             positions.conjugate_c_EP.flatten(),
         )
-        setattr(frequencies_EPC, _CACHE, lists)
     return lists

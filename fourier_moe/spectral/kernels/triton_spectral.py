@@ -72,7 +72,7 @@ def _accumulate_kernel(
     TOKENS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    token = (tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)[:, None]
+    token = (tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS))[:, None]
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     inside = (token < num_tokens) & (row < num_out)[None, :]
     real = tl.zeros((TOKENS, ROWS), tl.float32)
@@ -124,9 +124,9 @@ def _gradient_kernel(
     POSITIONS: tl.constexpr,
 ):
     """One expert, one block of tokens: d gates[t, e], and this block's share of d coefficients."""
-    block = tl.program_id(0)
+    block = tl.program_id(0).to(tl.int64)  # a block's place among the partial sums may be beyond 2^31
     expert = tl.program_id(1)
-    token = (block * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)
+    token = block * TOKENS + tl.arange(0, TOKENS)
     inside = token < num_tokens
     gate = tl.load(gates_ptr + token * num_experts + expert, mask=inside, other=0.0)
     gate_grad = tl.zeros((TOKENS,), tl.float32)
@@ -160,25 +160,26 @@ def accumulate(spectrum_TFC: Tensor, gates_TE: Tensor, coefficients_RC: Tensor, 
     num_experts = gates_TE.shape[1]
     out = spectrum_TFC.new_empty(num_tokens, num_out, 2)
     grid = (triton.cdiv(num_tokens, _TOKENS), triton.cdiv(num_out, _ROWS))
-    _accumulate_kernel[grid](
-        spectrum_TFC,
-        gates_TE,
-        coefficients_RC,
-        lists.positions_FW,
-        lists.source_R,
-        lists.pre_R,
-        lists.post_R,
-        out,
-        num_tokens,
-        num_in,
-        num_out,
-        num_experts,
-        len(coefficients_RC) // num_experts,
-        int(size % 2 == 0),
-        WIDTH=width,
-        TOKENS=_TOKENS,
-        ROWS=_ROWS,
-    )
+    with torch.cuda.device_of(spectrum_TFC):  # Triton starts kernels on the current device, whatever their tensors' is
+        _accumulate_kernel[grid](
+            spectrum_TFC,
+            gates_TE,
+            coefficients_RC,
+            lists.positions_FW,
+            lists.source_R,
+            lists.pre_R,
+            lists.post_R,
+            out,
+            num_tokens,
+            num_in,
+            num_out,
+            num_experts,
+            len(coefficients_RC) // num_experts,
+            int(size % 2 == 0),
+            WIDTH=width,
+            TOKENS=_TOKENS,
+            ROWS=_ROWS,
+        )
     return out
 
 
@@ -191,22 +192,23 @@ def gradients(
     num_blocks = triton.cdiv(num_tokens, _TOKENS)
     gates_grad_TE = torch.empty_like(gates_TE)
     partial = x_TFC.new_empty(num_blocks, len(coefficients_RC), 2)
-    _gradient_kernel[(num_blocks, num_experts)](
-        x_TFC,
-        grad_TFC,
-        gates_TE,
-        coefficients_RC,
-        forward.source_R,
-        forward.pre_R,
-        rows_R,
-        gates_grad_TE,
-        partial,
-        num_tokens,
-        num_columns,
-        grad_TFC.shape[1],
-        num_experts,
-        len(coefficients_RC) // num_experts,
-        TOKENS=_TOKENS,
-        POSITIONS=_POSITIONS,
-    )
+    with torch.cuda.device_of(x_TFC):  # Triton starts kernels on the current device, whatever their tensors' is
+        _gradient_kernel[(num_blocks, num_experts)](
+            x_TFC,
+            grad_TFC,
+            gates_TE,
+            coefficients_RC,
+            forward.source_R,
+            forward.pre_R,
+            rows_R,
+            gates_grad_TE,
+            partial,
+            num_tokens,
+            num_columns,
+            grad_TFC.shape[1],
+            num_experts,
+            len(coefficients_RC) // num_experts,
+            TOKENS=_TOKENS,
+            POSITIONS=_POSITIONS,
+        )
     return gates_grad_TE, partial.sum(0)

@@ -48,7 +48,7 @@ for T, N, M, E, P in shapes:
         torch.testing.assert_close(y, torch_product.product_forward(*arguments, M, 0.3), rtol=1e-5, atol=1e-5)
         y.square().sum().backward()
         frequencies.copy_(frequencies.flip(0))
-    assert hasattr(frequencies, "_fourier_moe_row_lists")
+    assert len(triton_product._LISTS) == 1 and frequencies in triton_product._LISTS
     half = spectral.routed_spectral_product(x.bfloat16(), *arguments[1:], M, 0.3)
     assert half.dtype == torch.float32
 # No tokens at all: nothing to start a kernel on.
@@ -68,6 +68,29 @@ def test_kernels_equal_the_pytorch_path_in_values_and_gradients():
     run = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, timeout=HANGS_AFTER)
     assert run.returncode == 0, run.stderr[-3000:]
     assert "kernels equal" in run.stdout
+
+
+def test_kernels_compile_for_a_gpu(tmp_path, monkeypatch):
+    """Triton's compiler needs no GPU, and finds what its interpreter does not: wrong types, and numbers that are 1."""
+    from triton import compile
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from fourier_moe.spectral.kernels import triton_spectral
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    integers = ("positions_ptr", "source_ptr", "column_ptr", "row_ptr")
+    blocks = {"WIDTH": 4, "TOKENS": 16, "ROWS": 32, "POSITIONS": 32}
+    for kernel in (triton_spectral._accumulate_kernel, triton_spectral._gradient_kernel):
+        numbers = [name for name in kernel.arg_names if name not in blocks and not name.endswith("_ptr")]
+        for ones in ((), numbers):  # Triton compiles a number that is 1 into the kernel
+            constants = blocks | dict.fromkeys(ones, 1)
+            types = {
+                name: "*i32" if name in integers else "*fp32" if name.endswith("_ptr") else "i32" for name in kernel.arg_names
+            }
+            signature = {name: "constexpr" if name in constants else type for name, type in types.items()}
+            values = {(place,): constants[name] for place, name in enumerate(kernel.arg_names) if name in constants}
+            assert compile(ASTSource(kernel, signature, values), target=GPUTarget("cuda", 90, 32)).asm["cubin"]
 
 
 def test_kernels_are_used_only_when_asked_for(monkeypatch):
