@@ -1,0 +1,159 @@
+"""The GPU command on a CPU: every section at tiny sizes, what it does with failures, and its verdict."""
+
+import ast
+import gc
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support import REPOSITORY
+
+pytest.importorskip("peft")
+pytest.importorskip("bitsandbytes")
+
+from benchmarks.adapters import compare
+from benchmarks.gpu import __main__ as command
+from benchmarks.gpu.record import Record
+from benchmarks.gpu.verdict import verdicts
+from benchmarks.methods import usable_methods
+
+# A lent machine lacks these. The modules here must not need them when they are imported.
+ABSENT = {"jsonargparse", "open_clip", "datasets"}
+WITHOUT = ["__main__", "exactness", "tables", "profiling", "sharding", "quantized", "resume"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _fast_garbage_collection():
+    """The benchmarks collect garbage between measurements, which takes long among the objects of a whole test session."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+def run(output: Path, *sections: str) -> dict[str, Any]:
+    command.main(["--device", "cpu", "--tiny", "--output", str(output), "--sections", *sections])
+    assert sorted(path.name for path in output.iterdir()) == ["results.json", "results.md"]
+    results = json.loads((output / "results.json").read_text())
+    for name, section in results["sections"].items():
+        assert section["status"] == "done", f"{name}: {section}"
+        assert f"## {name}" in (output / "results.md").read_text()
+        for check, outcome in section["results"]["checks"].items():
+            assert outcome["passed"] is not False, f"{check}: {outcome}"
+    return results
+
+
+def test_sections_run_on_a_cpu(tmp_path, monkeypatch):
+    tables = []
+
+    def compare_once(*arguments: Any, **options: Any) -> dict[str, Any]:
+        """The first table for real; the others differ in settings that are not tiny."""
+        tables.append(tables[0] if tables else compare(*arguments, **options))
+        return tables[0]
+
+    monkeypatch.setattr("benchmarks.gpu.tables.compare", compare_once)
+    sections = run(tmp_path, *command.SECTIONS)["sections"]
+    results = {name: section["results"] for name, section in sections.items()}
+    checks = results["exactness"]["checks"]
+    assert [sum(f" {dtype} (" in name for name in checks) for dtype in ("float32", "bfloat16", "float64")] == [24] * 3
+    assert all(checks[f"PyTorch torch.compile {part}"]["passed"] for part in ("y", "dx", "dcoefficients", "drouter"))
+    assert len(tables) == 4
+    assert results["roberta"]["table"]["methods"].keys() == set(usable_methods("cpu"))
+    (row,) = results["profile"]["forward and backward"]
+    assert all(row[kind] > 0 for kind in ("transform", "gather and scatter", "copies", "arithmetic", "router"))
+    assert results["resume"]["checks"]["PyTorch: numbers that differ after resuming"]["passed"]
+    assert results["quantized"]["checks"]["nf4: quantized"]["passed"]
+
+
+def test_measurements_import_nothing_that_a_lent_machine_lacks():
+    """Read from the source: here these packages may have been imported before."""
+    seen, waiting = set[str](), [f"benchmarks.gpu.{name}" for name in WITHOUT]
+    while waiting:
+        name = waiting.pop()
+        path = REPOSITORY.joinpath(*name.split("."))
+        file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+        if name in seen or not file.exists():
+            seen.add(name)
+            continue
+        seen.add(name)
+        for node in ast.parse(file.read_text(encoding="utf-8")).body:  # not inside of functions and `if TYPE_CHECKING`
+            if isinstance(node, ast.Import):
+                found = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                found = [node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)]
+            else:
+                continue
+            waiting += [".".join(parts[: end + 1]) for parts in (one.split(".") for one in found) for end in range(len(parts))]
+    assert {"lightning_modules.tables", "fourier_moe.spectral.product", "torch"} <= seen
+    assert ABSENT & seen == set()
+
+
+def test_a_section_that_fails_is_recorded_and_the_next_one_runs(tmp_path, monkeypatch):
+    def broken(device: torch.device, tiny: bool, record: Record) -> None:
+        record.check("before", 0.0)
+        raise RuntimeError("the kernel is wrong")
+
+    def absent(device: torch.device, tiny: bool, record: Record) -> None:
+        raise ModuleNotFoundError("No module named 'open_clip'", name="open_clip.transformer")
+
+    def fine(device: torch.device, tiny: bool, record: Record) -> None:
+        with record.attempt("undefined"):
+            record.check("not a number", math.nan, math.inf)
+            raise ValueError("bad argument")
+        record.table("rows", [{"a": 1, "b": 0.5}])
+
+    for name, function in (("exactness", broken), ("clip", absent), ("resume", fine)):
+        module, attribute = command.SECTIONS[name][0].split(".")
+        monkeypatch.setattr(f"benchmarks.gpu.{module}.{attribute}", function)
+    words = ["--device", "cpu", "--tiny", "--output", str(tmp_path), "--sections", "exactness", "clip", "resume"]
+    sections = command.main(words)["sections"]
+    assert [section["status"] for section in sections.values()] == ["failed", "skipped", "done"]
+    assert sections["exactness"]["error"] == "RuntimeError: the kernel is wrong"
+    assert sections["exactness"]["results"]["checks"]["before"]["passed"]
+    assert "open_clip is not installed" in sections["clip"]["error"]
+    checks = sections["resume"]["results"]["checks"]
+    assert checks["not a number"]["passed"] is False
+    assert checks["undefined"] == {"error": "nan", "limit": 0.0, "passed": False, "note": "ValueError: bad argument"}
+    page = (tmp_path / "results.md").read_text()
+    assert "the kernel is wrong" in page
+    assert "| a | b   |" in page
+
+
+def test_a_section_is_stopped_when_its_time_is_over():
+    assert command.run_limited([sys.executable, "-S", "-c", "raise SystemExit(3)"], 60) == 3
+    assert command.run_limited([sys.executable, "-S", "-c", "import time; time.sleep(600)"], 0.5) is None
+
+
+def table(**methods: tuple[float, float] | None) -> dict[str, Any]:
+    """A table of (training step, peak memory) by method."""
+    samples = {
+        name: pair and {"training_step": {"samples": [pair[0]] * 2, "median": pair[0]}, "peak_memory": pair[1]}
+        for name, pair in methods.items()
+    }
+    return {"setting": {"model": "llama-2-7b", "layers": 2}, "methods": samples}
+
+
+def test_verdict_takes_the_faster_path_and_counts_no_memory_as_slow():
+    most = table(lora=(1.0, 10), fourier_moe=(1.2, 9), fourier_moe_triton=(1.1, 11))
+    few = table(lora=(1.0, 10), fourier_moe=(1.0, 10), dense=None)
+    rows = verdicts({"llama": {"results": {"most layers": most, "few layers": few}}})
+    found = {row["what"]: (row["measured"], row["verdict"]) for row in rows if row["where"].startswith("llama")}
+    assert found == {
+        "training_step of fourier_moe_triton / lora": ("1.100", "met"),
+        "peak_memory of fourier_moe_triton / lora": ("1.100", "missed"),
+        "training_step of dense / fourier_moe": ("out of memory", "met"),
+    }
+    assert {row["verdict"] for row in rows if row["where"] == "roberta"} == {"not measured"}
+    few["methods"]["dense"] = table(dense=(4.0, 1))["methods"]["dense"]
+    assert verdicts({"llama": {"results": {"few layers": few}}})[-1]["verdict"] == "missed"
+
+
+def test_a_dry_run_is_asked_for_in_so_many_words(capsys):
+    for words, message in ((["--device", "cpu"], "needs --tiny"), (["--device", "cuda"], "needs a GPU")):
+        if "cuda" not in words or not torch.cuda.is_available():
+            with pytest.raises(SystemExit):
+                command.main(words)
+            assert message in capsys.readouterr().err
