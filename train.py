@@ -1,4 +1,4 @@
-"""Train, evaluate, use and compare adapters: python train.py {fit,validate,test,predict,compare,sweep,analyze,export} ..."""
+"""Train, evaluate, use and compare adapters: python train.py {fit,test,predict,compare,export,chat,...} --help"""
 
 import signal
 

@@ -49,7 +49,7 @@ from lightning_modules.run_directory import attach_run_directory
 from lightning_modules.strategies.blocks import checkpoint_activations
 from lightning_modules.strategies.sharding import check_strategy
 from lightning_modules.tasks import Task
-from lightning_modules.tasks.base import run_data, without_weights
+from lightning_modules.tasks.base import data_module, run_data, without_weights
 from lightning_modules.tasks.building_code import building_code
 from lightning_modules.tasks.generation import is_sharded
 from lightning_modules.training.planned_schedule import PlannedSchedule, accumulated_batches
@@ -347,6 +347,9 @@ class AdaptationModule(L.LightningModule):
         }
         if data.data_revision:
             task["data_revision"] = data.data_revision
+        prompt = getattr(data_module(self._trainer), "prompt", None)  # of instructions: the words around questions
+        if isinstance(prompt, str):
+            task["prompt"] = prompt
         code = building_code(self.task, self.num_classes, self.class_names)
         with self.average.in_use() if self.average is not None else nullcontext():
             save_adapter(self.model, directory, class_names=self.class_names, metrics=metrics, task=task, code=code)

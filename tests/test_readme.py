@@ -5,6 +5,7 @@ import shlex
 import sys
 from itertools import pairwise
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ import lightning_modules.tasks
 import train
 from fourier_moe import FourierMoEConfig, adapters, inject, save_adapter
 from lightning_modules.cli import AdaptationCLI
+from lightning_modules.commands.front_door import FrontDoor
 from lightning_modules.experiments.results import Result
 
 COMMAND = re.compile(r"^(?:python|    )? ?train\.py (.+)$", re.MULTILINE)  # in a code block
@@ -175,16 +177,21 @@ def parse(main, monkeypatch):
 
 def test_there_are_commands_for_all_that_train_py_does():
     subcommands = {command.split()[0] for command in COMMANDS}
-    assert subcommands == {"fit", "test", "predict", "compare", "analyze", "sweep", "export"}
+    assert subcommands == {"fit", "test", "predict", "compare", "analyze", "sweep", "export", "generate", "chat", "evaluate"}
     assert len(COMMANDS) >= 30
     assert len(PARTS) >= 3
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_command_parses(parse, words_of, tmp_path, command):
+def test_command_parses(parse, words_of, tmp_path, monkeypatch, command):
     words = words_of(command)
     if words[-1] == "--help":
         assert parse(*words) == [0]
+        return
+    if words[0] in ("generate", "chat", "evaluate"):
+        monkeypatch.setattr(FrontDoor, "_run_subcommand", Mock(side_effect=ParsedError))
+        with pytest.raises(ParsedError):
+            train.main(words)
         return
     if words[0] == "compare":  # its overlays are parsed in test_configs.py: two of them with one seed are enough here
         place = words.index("--adapters") + 1

@@ -69,6 +69,7 @@ def _body(description: AdapterDescription, code: str) -> list[str]:
         "method": method,
         "task": task.get("class"),
         "data": f"{task['data']} at revision {task['data_revision']}" if task.get("data_revision") else task.get("data"),
+        "prompt": task.get("prompt"),
         "trained parameters": trained,
         "classes": str(len(description.class_names)) if description.class_names else None,
         "written by": f"fourier_moe {description.written_by}",

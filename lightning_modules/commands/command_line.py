@@ -1,11 +1,10 @@
-"""The command line of compare, sweep, analyze and export: options of their own, and a command line of fit."""
+"""The command line of our own commands: their options, and for most of them a command line of fit."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -64,17 +63,13 @@ def split_command_line(words: Sequence[str], options: Collection[str]) -> tuple[
             line.configs.extend(["--config", config])
             in_files += ["--config", found] if found else []
         elif name.startswith("--") and key in options:
-            own += [f"--{key}={value}"] if equals else [f"--{key}", *_next(rest)]
+            given = value if equals else next(rest, None)
+            own.append(f"--{key}" if given is None else f"--{key}={given}")  # jsonargparse reports a missing value
         elif name in ("-h", "--help", "--print_config"):
             own.append(word)
         else:
             line.arguments.append(word)
     return line, [*in_files, *own]
-
-
-def _next(rest: Any) -> list[str]:
-    """Return the next word, if there is one; otherwise jsonargparse reports what is missing."""
-    return [word for word in (next(rest, None),) if word is not None]
 
 
 def _divide(file: str, options: Collection[str]) -> tuple[str, str]:

@@ -1,4 +1,4 @@
-"""All commands of train.py: Lightning's four, and compare, sweep, analyze and export, as subcommands of one LightningCLI."""
+"""All commands of train.py, Lightning's four and our own, as subcommands of one LightningCLI."""
 
 from __future__ import annotations
 
@@ -16,17 +16,29 @@ from lightning_modules.commands.analyze import analyze
 from lightning_modules.commands.command_line import CommandLine, split_command_line
 from lightning_modules.commands.compare import compare
 from lightning_modules.commands.export import export
+from lightning_modules.commands.language.chat import chat
+from lightning_modules.commands.language.evaluate import evaluate
+from lightning_modules.commands.language.generate import generate
 from lightning_modules.commands.sweep import sweep
 
-COMMANDS: dict[str, Callable[..., Any]] = {"compare": compare, "sweep": sweep, "analyze": analyze, "export": export}
+# Those with a parameter `line` start from a config, as fit does; the others from a trained adapter.
+COMMANDS: dict[str, Callable[..., Any]] = {
+    "compare": compare,
+    "sweep": sweep,
+    "analyze": analyze,
+    "export": export,
+    "generate": generate,
+    "chat": chat,
+    "evaluate": evaluate,
+}
 
 
 class FrontDoor(AdaptationCLI):
-    """`python train.py {fit,validate,test,predict,compare,sweep,analyze,export}`.
+    """`python train.py {fit,validate,test,predict,compare,sweep,analyze,export,generate,chat,evaluate}`.
 
-    A function of `COMMANDS` gets the CommandLine, which each of its runs parses on its own (adapters differ), and its own
-    options, which are parsed here. Overrides these private methods of LightningCLI: `_add_subcommands`,
-    `_prepare_subcommand_parser`, `_set_seed`, `_run_subcommand`.
+    A function of `COMMANDS` gets its own options, which are parsed here. One with a parameter `line` also gets the CommandLine,
+    which each of its runs parses on its own (adapters differ). Overrides these private methods of LightningCLI:
+    `_add_subcommands`, `_prepare_subcommand_parser`, `_set_seed`, `_run_subcommand`.
 
     Args:
         args: the command line; None takes the process's own.
@@ -67,11 +79,12 @@ class FrontDoor(AdaptationCLI):
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         if subcommand not in COMMANDS:
             return super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
-        parser = self.init_parser(**(ON_DEFAULTS if self._asks else {}), **kwargs)
         function = COMMANDS[subcommand]
+        shows_fit = self._asks and _starts_from_config(function)
+        parser = self.init_parser(**(ON_DEFAULTS if shows_fit else {}), **kwargs)
         own = parser.add_function_arguments(function, skip={"line"}, as_positional=subcommand == "sweep")
         self._subcommand_method_arguments[subcommand] = own
-        if self._asks:
+        if shows_fit:
             self._add_arguments(parser)
         return parser
 
@@ -81,6 +94,9 @@ class FrontDoor(AdaptationCLI):
             name, *words = self._words
             own_parser = self._subcommand_parsers[name]
             self._line, own = split_command_line(words, self._subcommand_method_arguments[name])
+            if not _starts_from_config(COMMANDS[name]):
+                super().parse_arguments(parser, [name, *own, *self._line.words])
+                return
             if not self._line.files and not self._asks:
                 own_parser.error("--config is missing: give a config, as for fit")
             known = {"model", "data", "trainer", "seed_everything"}
@@ -107,4 +123,9 @@ class FrontDoor(AdaptationCLI):
             super()._run_subcommand(subcommand)
             return
         options = {name: self.config[subcommand][name] for name in self._subcommand_method_arguments[subcommand]}
-        self.result = COMMANDS[subcommand](self._line, **options)
+        function = COMMANDS[subcommand]
+        self.result = function(self._line, **options) if _starts_from_config(function) else function(**options)
+
+
+def _starts_from_config(command: Callable[..., Any]) -> bool:
+    return "line" in inspect.signature(command).parameters

@@ -11,7 +11,7 @@ from lightning_modules.commands.front_door import COMMANDS, FrontDoor
 
 
 def main(args: list[str] | None = None) -> Any:
-    """Run one command; returns what compare, sweep, analyze or export found, and the CLI of Lightning's commands."""
+    """Run one command; returns what a command of our own returns, and the CLI of Lightning's commands."""
     cli = FrontDoor(args)
     return cli.result if cli.subcommand in COMMANDS else cli
 

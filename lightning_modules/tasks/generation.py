@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -38,6 +39,28 @@ class GenerationSettings:
                 raise UserError(f"{name}={getattr(self, name)} must be 1 or more")
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn.
+
+    Attributes:
+        temperature: divides the logits.
+        top_p: share of the probability, of the most probable tokens, that is drawn from.
+
+    Raises:
+        UserError: if one of them is out of its range.
+    """
+
+    temperature: float
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.temperature < math.inf:
+            raise UserError(f"temperature={self.temperature} must be a number above 0")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p={self.top_p} must be above 0, at most 1")
+
+
 @torch.no_grad()
 def generate(
     model: Any,
@@ -45,6 +68,8 @@ def generate(
     prompt_ids: Tensor,
     prompt_mask: Tensor,
     settings: GenerationSettings,
+    sampling: Sampling | None = None,
+    streamer: Any = None,
 ) -> list[str]:
     """Return the text that follows each prompt, without special tokens and surrounding white space.
 
@@ -54,18 +79,26 @@ def generate(
         prompt_ids: int64 (B, T), padded on the left.
         prompt_mask: (B, T), 0 for padding.
         settings: length and beams.
+        sampling: how tokens are drawn; None for the most probable ones.
+        streamer: receives the tokens of a single prompt as they come; see transformers.TextStreamer.
     """
+    drawing: dict[str, Any] = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0} if sampling else {}
     config = GenerationConfig(
         max_new_tokens=settings.max_new_tokens,
         num_beams=settings.num_beams,
-        do_sample=False,
+        do_sample=sampling is not None,
+        **drawing,
         use_cache=True,
         eos_token_id=_end_tokens(model, tokenizer),
         pad_token_id=tokenizer.pad_token_id,
     )
     with _evaluating(model), _without_own_settings(model):
         tokens = model.generate(
-            input_ids=prompt_ids, attention_mask=prompt_mask, generation_config=config, synced_gpus=is_sharded(model)
+            input_ids=prompt_ids,
+            attention_mask=prompt_mask,
+            generation_config=config,
+            synced_gpus=is_sharded(model),
+            streamer=streamer,
         )
     answers = tokenizer.batch_decode(
         tokens[:, prompt_ids.shape[1] :], skip_special_tokens=True, clean_up_tokenization_spaces=False

@@ -17,7 +17,7 @@ from lightning_modules.commands.front_door import COMMANDS, FrontDoor
 from lightning_modules.commands.sweep import StudyName
 from lightning_modules.experiments.studies import STUDIES
 
-ALL = ("fit", "validate", "test", "predict", "compare", "sweep", "analyze", "export")
+ALL = ("fit", "validate", "test", "predict", *COMMANDS)
 REPOSITORY = Path(__file__).parents[2]
 FIT = CommandLine(["configs/demo.yaml"], [*DEMO], [])
 
@@ -49,13 +49,17 @@ def test_help_shows_own_options_with_their_docstrings_and_those_of_fit(main, cap
         main(command, "--help")
     assert stop.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
-    assert "--trainer.max_epochs" in text
-    assert "--model.adapter" in text
+    from_adapter = command in ("generate", "chat", "evaluate")
+    assert ("--trainer.max_epochs" in text) != from_adapter
+    assert ("--model.adapter" in text) != from_adapter
     assert {
         "compare": "number of seeds: 0, 1, ... (type: PositiveInt, default: 3)",
         "sweep": "what varies.",
         "analyze": "number of batches of training data. (type: PositiveInt, default: 16)",
         "export": "a training checkpoint, instead of `--model.adapter_path`.",
+        "generate": "prompts answered at once. (type: PositiveInt, default: 8)",
+        "chat": "system message of the chat template.",
+        "evaluate": "solved examples before each question; by default the task's own number.",
     }[command] in text
 
 

@@ -10,6 +10,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning_modules.callbacks.results.predictions import PredictionsWriter
 from lightning_modules.interruption import start_command
 from lightning_modules.run_directory import run_directory
+from lightning_modules.tasks import CausalLanguageModel
 
 
 def next_commands(trainer: L.Trainer) -> list[str]:
@@ -24,7 +25,9 @@ def next_commands(trainer: L.Trainer) -> list[str]:
         return []
     use = ["--config", str(config), "--model.adapter_path", str(adapter)]
     predicts = any(isinstance(callback, PredictionsWriter) for callback in trainer.callbacks)  # type: ignore[attr-defined]
-    words = [["test", *use], *([["predict", *use]] if predicts else []), ["export", *use, "--format", "lora"]]
+    writes = isinstance(getattr(trainer.lightning_module, "task", None), CausalLanguageModel)
+    talk = [["chat", "--adapter", str(directory)]] if writes else []
+    words = [["test", *use], *([["predict", *use]] if predicts else []), *talk, ["export", *use, "--format", "lora"]]
     commands = [f"{start_command()} {shlex.join(each)}" for each in words]
     boards = [logger.save_dir for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
     return [*commands, *(shlex.join(["tensorboard", "--logdir", str(board)]) for board in boards)]

@@ -1,0 +1,1 @@
+"""Commands that use a trained language model: generate, chat and evaluate."""
