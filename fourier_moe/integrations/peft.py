@@ -10,7 +10,6 @@ The layers are those that `inject` builds: a model has the same outputs, to the 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +17,7 @@ import peft
 import torch
 from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
 
@@ -27,6 +26,7 @@ from fourier_moe.errors import UserError
 from fourier_moe.inject import check_projections
 from fourier_moe.models.known_output import KnownOutput
 from fourier_moe.models.pretrained_weight import PretrainedWeight
+from fourier_moe.models.projection import with_update
 from fourier_moe.routing.reminders import attach_reminders
 from fourier_moe.spectral.config import FourierMoEConfig
 from fourier_moe.spectral.layer import FourierMoELinear
@@ -109,6 +109,7 @@ class FourierMoEPeftLinear(nn.Module, BaseTunerLayer):
         super().__init__()
         self.base_layer = base_layer
         self.fourier_moe_layers = nn.ModuleDict()
+        self.merged_adapters: list[str] = []  # peft's base class has one list for all layers
 
     def update_layer(self, adapter_name: str, config: FourierMoEPeftConfig, name: str) -> None:
         """Add an adapter; `name` is the projection's name in its model."""
@@ -119,14 +120,40 @@ class FourierMoEPeftLinear(nn.Module, BaseTunerLayer):
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.disable_adapters and self.merged:
+            self.unmerge()
         y = self.base_layer(x, *args, **kwargs)
-        for name in [] if self.disable_adapters else self.active_adapters:
+        for name in [] if self.disable_adapters or self.merged else self.active_adapters:
             if name in self.fourier_moe_layers:
                 y = self.fourier_moe_layers[name](x, y)
         return y
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        refuse_merge(self.fourier_moe_layers.values())
+        """Put the updates of adapters with a single expert into the base layer; arguments as in peft.
+
+        Raises:
+            UserError: if an adapter routes tokens, or the base layer's weight cannot take an update.
+            ValueError: under `safe_merge`, if a weight would not be finite.
+        """
+        for name in check_adapters_to_merge(self, adapter_names):
+            if name in self.fourier_moe_layers:
+                self._add(name, 1, safe_merge)
+                self.merged_adapters.append(name)
+
+    def unmerge(self) -> None:
+        """Take the updates out again; what is left is rounding."""
+        while self.merged_adapters:
+            self._add(self.merged_adapters.pop(), -1)
+
+    def _add(self, name: str, sign: int, safely: bool = False) -> None:
+        layer: Any = self.fourier_moe_layers[name]
+        update, shift = layer.constant_update()
+        changed: Any = with_update(self.base_layer, sign * update, None if shift is None else sign * shift)
+        if safely and not changed.weight.isfinite().all():
+            raise ValueError(f"the weight of {layer.projection_name} would not be finite with adapter {name}")
+        self.base_layer.weight.data = changed.weight.data
+        if shift is not None:
+            self.base_layer.bias.data = changed.bias.data
 
     @property
     def weight(self) -> Tensor:
@@ -178,17 +205,9 @@ class FourierMoEPeftModel(BaseTuner):
         return key.replace(f".fourier_moe_layers.{adapter_name}.", ".fourier_moe_layers.")
 
     def _check_merge_allowed(self) -> None:
-        refuse_merge(layer for layer in self.model.modules() if isinstance(layer, FourierMoELinear))
-
-
-def refuse_merge(layers: Iterable[Any]) -> None:
-    """Say why routed adapters cannot be merged, as `merged` of the first does.
-
-    Raises:
-        UserError: if there is one.
-    """
-    for layer in layers:
-        layer.merged()
+        for layer in self.model.modules():
+            if isinstance(layer, FourierMoELinear) and layer.router is not None:
+                layer.constant_update()  # says why not
 
 
 PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = FourierMoEPeftConfig

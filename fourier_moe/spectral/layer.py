@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fourier_moe.adapter import Adapter, ParameterKind, layer_of
 from fourier_moe.errors import UserError
-from fourier_moe.models.projection import check_takes_update, device_of, with_update
+from fourier_moe.models.projection import device_of, with_update
 from fourier_moe.routing.record import Routing
 from fourier_moe.routing.router import TopKRouter
 from fourier_moe.routing.sharing import SharedRouter, share_routers
@@ -72,12 +72,19 @@ class FourierMoELinear(Adapter):
         return Routing.to_one(z) if self.router is None else self.router(z)
 
     def merged(self) -> nn.Module:
+        return with_update(self.base, *self.constant_update())
+
+    @torch.no_grad()
+    def constant_update(self) -> tuple[Tensor, Tensor | None]:
+        """dW (M, N) and, where the input is centered, b (M,), else None: y = base(x) + dW x + b for every token.
+
+        Raises:
+            UserError: if tokens are routed.
+        """
         if self.router is not None:
-            return super().merged()
-        check_takes_update(self.base)
-        with torch.no_grad():
-            update = torch.stack([self.experts.delta_weight(e) for e in range(len(self.experts.segments))]).sum(0)
-            return with_update(self.base, *([update] if self.input_moments is None else self.input_moments.as_affine(update)))
+            super().merged()  # says so
+        update = torch.stack([self.experts.delta_weight(expert) for expert in range(len(self.experts.segments))]).sum(0)
+        return (update, None) if self.input_moments is None else self.input_moments.as_affine(update)
 
     def parameter_groups(self) -> Mapping[ParameterKind, list[nn.Parameter]]:
         return {"experts": [self.experts.coefficients], "router": [] if self.router is None else list(self.router.parameters())}

@@ -18,6 +18,7 @@ from fourier_moe.integrations import AdapterTrainerMixin, add_balance_loss
 from fourier_moe.integrations.peft import FourierMoEPeftConfig
 
 METHOD = {"num_coefficients": 64, "shared_coefficients": 6, "num_experts": 4, "densities": [1, 3, 2, 2], "balance_weight": 0.1}
+ALONE = {"num_experts": 1, "top_k": 1, "densities": None}
 BATCH = {"input_ids": torch.arange(1, 33).view(4, 8), "labels": torch.tensor([0, 1, 0, 1])}
 
 
@@ -118,6 +119,21 @@ def test_adapters_are_disabled_chosen_removed_and_never_merged():
             merge()
     model.delete_adapter("second")
     assert torch.equal(logits(model.unload()), plain)
+
+
+def test_an_adapter_of_a_single_expert_merges_and_unmerges():
+    model = learn(get_peft_model(fresh(), config(**ALONE)))
+    adapted, plain = logits(model), logits(fresh())
+    assert not torch.allclose(adapted, plain, atol=1e-3)
+    model.merge_adapter(safe_merge=True)
+    assert model.base_model.model.bert.encoder.layer[0].attention.self.query.merged
+    torch.testing.assert_close(logits(model), adapted)
+    with model.disable_adapter():
+        torch.testing.assert_close(logits(model), plain)
+    torch.testing.assert_close(logits(model), adapted)
+    merged = model.merge_and_unload()
+    assert not adapters(merged)
+    torch.testing.assert_close(logits(merged), adapted)
 
 
 def test_two_active_adapters_add_up_on_a_transposed_projection():
