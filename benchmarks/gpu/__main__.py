@@ -51,8 +51,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     results: dict[str, Any] = {"machine": describe_machine(), "sections": {}}
     for name in options.sections:
         start = time.monotonic()
+        _remove_files(name, options)
         seconds = min(SECTIONS[name][1], end - start)
-        if options.device == "cpu":
+        if not _on_gpu(options):
             section = run_section(name, options)
         elif seconds > 5:
             section = _isolated(name, options, seconds)
@@ -63,8 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         results["verdict"] = verdicts(results["sections"])
         (options.output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
         (options.output / "results.md").write_text(markdown(results))
-        for path in _files(name, options):  # the lent machine returns few files
-            path.unlink(missing_ok=True)
+        _remove_files(name, options)  # what they held is in results.json
     _say(summary(results))
     return results
 
@@ -77,7 +77,7 @@ def run_section(name: str, options: argparse.Namespace) -> dict[str, Any]:
     try:
         module, function = SECTIONS[name][0].split(".")
         measure = getattr(importlib.import_module(f"benchmarks.gpu.{module}"), function)
-        measure(torch.device(options.device), options.tiny, record)
+        measure(torch.device("cuda", 0) if options.device == "cuda" else torch.device("cpu"), options.tiny, record)
     except ModuleNotFoundError as error:
         missing = (error.name or "").split(".")[0]
         if missing not in OPTIONAL:
@@ -94,6 +94,10 @@ def _failure() -> dict[str, Any]:
     text = traceback.format_exc()
     print(text, file=sys.stderr, flush=True)
     return {"status": "failed", "error": text.strip().splitlines()[-1], "traceback": text[-3000:]}
+
+
+def _on_gpu(options: argparse.Namespace) -> bool:
+    return options.device == "cuda"
 
 
 def _isolated(name: str, options: argparse.Namespace, seconds: float) -> dict[str, Any]:
@@ -163,10 +167,15 @@ def _files(name: str, options: argparse.Namespace) -> tuple[Path, Path]:
     return options.output / f"{name}.json", options.output / f"{name}.status.json"
 
 
+def _remove_files(name: str, options: argparse.Namespace) -> None:
+    for path in _files(name, options):
+        path.unlink(missing_ok=True)
+
+
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description="every measurement that needs a GPU")
     parser.add_argument("--sections", nargs="+", default=list(SECTIONS), choices=SECTIONS, help="default: all, in this order")
-    parser.add_argument("--minutes", type=float, default=9.0, help="for all sections together")
+    parser.add_argument("--minutes", type=float, default=8.5, help="for all sections together")
     parser.add_argument(
         "--device", default="cuda", choices=("cuda", "cpu"), help="cpu: a dry run, in this process, without limits"
     )

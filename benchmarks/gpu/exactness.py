@@ -224,4 +224,4 @@ def _check_large_index(path: str, layer: FourierMoELinear, record: Record) -> No
     tail = slice(T - 64, T)
     y = routed_spectral_product(x, gates, experts, coefficients, frequencies, M, _SCALE)[tail].clone()
     alone = routed_spectral_product(x[tail], gates[tail], experts[tail], coefficients, frequencies, M, _SCALE)
-    record.check(f"{path} more than 2^31 numbers {tuple(BEYOND_32_BITS)}", relative_error(y, alone), 1e-6)
+    record.check(f"{path} more than 2^31 numbers {tuple(BEYOND_32_BITS)}", relative_error(y, alone), 1e-5)

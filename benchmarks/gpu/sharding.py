@@ -24,7 +24,7 @@ _STEPS = 6
 
 def measure(device: torch.device, tiny: bool, record: Record) -> None:
     """Fill the record; see benchmarks/README.md."""
-    setting = setting_of("llama-2-7b", device, tiny=tiny, layers=8, batch=4, dtype="bfloat16")
+    setting = setting_of("llama-2-7b", device, tiny=tiny, layers=8, batch=4)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"tcp://127.0.0.1:{free.getsockname()[1]}"

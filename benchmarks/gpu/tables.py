@@ -33,7 +33,7 @@ def setting_of(model: str, device: torch.device, *, tiny: bool, **changes: Any) 
         batch=entry.batch,
         length=entry.length,
         device=device.type,
-        dtype="autocast",
+        dtype="bfloat16",
         balanced=True,
         threads=torch.get_num_threads(),
     )
@@ -69,7 +69,7 @@ def clip(device: torch.device, tiny: bool, record: Record) -> None:
 
 def llama(device: torch.device, tiny: bool, record: Record) -> None:
     """LLaMA-2-7B, 16 x 256: every method on two layers, then the faster path, LoRA and the floor on as many layers as fit."""
-    setting = setting_of("llama-2-7b", device, tiny=tiny, layers=2, dtype="bfloat16")
+    setting = setting_of("llama-2-7b", device, tiny=tiny, layers=2)
     few = _table(record, "few layers", setting, usable_methods(device.type), 2 if tiny else 5)["methods"]
     ours = min((m for m in (OURS, TRITON) if few.get(m)), key=lambda m: few[m]["training_step"]["median"], default=OURS)
     for layers in (1,) if tiny else (32, 24, 16):

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import os
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -20,8 +21,10 @@ from benchmarks.flops import count_flops, product_backward_flops, product_forwar
 from benchmarks.methods import adapt, usable_methods
 from benchmarks.models import MODELS, build_model, copy_with_shared_backbone, make_batch
 from benchmarks.routing import BalancedRouter
+from benchmarks.steps import Setting, Trial
 from benchmarks.timing import paired_ratio, time_interleaved
 from fourier_moe import TopKRouter, recording
+from fourier_moe.spectral.kernels import OPT_IN
 from fourier_moe.spectral.product import routed_spectral_product
 
 CPU = torch.device("cpu")
@@ -147,6 +150,21 @@ def test_dense_and_ours_are_the_same_function(balanced: bool) -> None:
     assert dense_grads.keys() == our_grads.keys()
     for name, grad in our_grads.items():
         torch.testing.assert_close(grad, dense_grads[name], rtol=1e-3, atol=1e-5, msg=f"gradient of {name} differs")
+
+
+def test_the_triton_method_alone_asks_for_its_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    switches: list[str | None] = []
+    monkeypatch.setattr("fourier_moe.spectral.product.use_triton", lambda _: switches.append(os.environ.get(OPT_IN)))
+    monkeypatch.delenv(OPT_IN, raising=False)
+    entry, setting = MODELS["tiny"], {"layers": 1, "batch": 2, "length": 4, "device": "cpu", "dtype": "float32"}
+    base = build_model(entry, 1, CPU, torch.float32)
+    for method, switch in (("fourier_moe", None), ("fourier_moe_triton", "1")):
+        trial = Trial(base, method, Setting(model="tiny", balanced=True, threads=1, **setting))
+        trial.training_step()
+        trial.inference()
+        assert switches == [switch] * 6  # query and value: forward, backward, inference
+        switches.clear()
+    assert OPT_IN not in os.environ
 
 
 def test_methods_share_the_backbone_and_train_their_own_head() -> None:

@@ -1,10 +1,11 @@
 """The GPU command on a CPU: every section at tiny sizes, what it does with failures, and its verdict."""
 
 import ast
-import gc
 import json
 import math
+import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +25,6 @@ from benchmarks.methods import usable_methods
 # A lent machine lacks these. The modules here must not need them when they are imported.
 ABSENT = {"jsonargparse", "open_clip", "datasets"}
 WITHOUT = ["__main__", "exactness", "tables", "profiling", "sharding", "quantized", "resume"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _fast_garbage_collection():
-    """The benchmarks collect garbage between measurements, which takes long among the objects of a whole test session."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 def run(output: Path, *sections: str) -> dict[str, Any]:
@@ -120,6 +113,34 @@ def test_a_section_that_fails_is_recorded_and_the_next_one_runs(tmp_path, monkey
     page = (tmp_path / "results.md").read_text()
     assert "the kernel is wrong" in page
     assert "| a | b   |" in page
+
+
+@pytest.mark.parametrize(
+    ("code", "status", "error"), [(0, "done", None), (None, "out of time", "stopped after"), (-11, "failed", "exit status -11")]
+)
+def test_what_a_section_found_in_its_own_process_is_kept(tmp_path, monkeypatch, code, status, error):
+    def found(device: torch.device, tiny: bool, record: Record) -> None:
+        record.check("so far", 0.0)
+
+    def run_limited(words: Sequence[str], seconds: float) -> int | None:
+        assert list(words[:3]) == [sys.executable, "-m", "benchmarks.gpu"]
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+        command.main(words[3:])
+        if code != 0:  # it ended before it could say how
+            (tmp_path / "resume.status.json").unlink()
+        return code
+
+    monkeypatch.setattr("benchmarks.gpu.resume.measure", found)
+    monkeypatch.setattr(command, "run_limited", run_limited)
+    (tmp_path / "resume.status.json").write_text(json.dumps({"status": "done", "error": "of an earlier run"}))
+    monkeypatch.setattr(command, "_on_gpu", lambda options: True)
+    words = ["--device", "cpu", "--tiny", "--output", str(tmp_path), "--sections", "resume"]
+    section = command.main(words)["sections"]["resume"]
+    assert section["status"] == status
+    assert section["results"]["checks"]["so far"]["passed"]
+    assert error is None if "error" not in section else error in section["error"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["results.json", "results.md"]
+    assert command.main([*words, "--minutes", "0"])["sections"]["resume"]["status"] == "no time left"
 
 
 def test_a_section_is_stopped_when_its_time_is_over():
