@@ -140,6 +140,7 @@ def _input(layer: FourierMoELinear) -> Tensor:
 
 def _step(layer: FourierMoELinear, x: Tensor, forward: Callable[[Tensor], Tensor] | None = None) -> list[Tensor]:
     """Return the output, and the gradients of its squared sum."""
+    assert layer.router is not None
     y = (layer if forward is None else forward)(x.requires_grad_())
     return [y.detach(), *torch.autograd.grad(y.square().sum(), [x, layer.experts.coefficients, layer.router.weight])]
 
@@ -152,6 +153,7 @@ def _compare(name: str, actual: Sequence[Tensor], expected: Sequence[Tensor], re
 def _check_autocast(path: str, layer: FourierMoELinear, record: Record) -> None:
     """Compare the update in bfloat16 autocast with the dense one for the same routing."""
     x = _input(layer).bfloat16()
+    assert layer.router is not None
     with torch.no_grad(), torch.autocast(x.device.type, torch.bfloat16):
         routing = layer.router(x)
         update, y = layer.experts(x, routing), layer(x)
