@@ -238,6 +238,8 @@ class AdaptationModule(L.LightningModule):
     def on_train_start(self) -> None:
         assert self._schedule is not None
         self._schedule.on_train_start(self.trainer)
+        with self.trainer.precision_plugin.forward_context():
+            self.task.check_training(run_data(self.trainer))
         measure_training_inputs(self.trainer, self.task)
         self._step_mean.reset()
         # Lightning sets it at the start of an epoch, but not if a resumed run continues within one.

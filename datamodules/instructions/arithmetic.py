@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal
 
 from datamodules.instructions import Benchmark, InstructionDataModule, TrainSet
 from datamodules.instructions.answers.rules import NUMBER
-from datamodules.instructions.records import Record
+from datamodules.instructions.reading.records import Record
 
 LARGEST = 12  # of the numbers that are added, compared, ...
 NAMES = ("Tom", "Mia", "Leo", "Ana", "Sam", "Eva", "Ben", "Zoe")
@@ -105,7 +105,7 @@ class ArithmeticDataModule(InstructionDataModule):
         train: kinds to train on, or paths of files of your own; one, a list, or each with its weight (how often each example
             comes in an epoch). Null is all of them.
         test: kinds to test on, or paths. Null is all of them.
-        prompt: plain, a short one, or llm_adapters, the published figures' prompts.
+        prompt: plain, a short one; llm_adapters, the published figures' prompts; or chat, the tokenizer's chat template.
         max_length: of prompt and response in training, in tokens.
         directory: read these files, in LLM-Adapters' layout, instead of generating any.
         synthetic: generate the files, which is what happens without `directory` in any case.
@@ -123,7 +123,7 @@ class ArithmeticDataModule(InstructionDataModule):
         self,
         train: dict[str, float] | list[str] | str | None = None,
         test: list[str] | None = None,
-        prompt: Literal["llm_adapters", "plain"] = "plain",
+        prompt: Literal["llm_adapters", "plain", "chat"] = "plain",
         max_length: int = 512,
         directory: str | None = None,
         synthetic: bool = False,

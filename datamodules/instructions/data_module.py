@@ -6,11 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 
 from datamodules.instructions.benchmarks import Benchmark, TrainSet
 from datamodules.instructions.dataset import Collator, EvaluationDataset, Example, TrainDataset
+from datamodules.instructions.mixture.checks import check_columns, check_streaming
 from datamodules.instructions.mixture.inventory import Inventory
 from datamodules.instructions.mixture.mixing import (
     HELD_OUT,
@@ -21,12 +23,18 @@ from datamodules.instructions.mixture.mixing import (
     hold_out,
     train_sources,
 )
-from datamodules.instructions.prompts import STYLES
-from datamodules.instructions.source import Files, LocalFiles, PinnedFiles
+from datamodules.instructions.packing import PackedDataset
+from datamodules.instructions.reading.rows import HUB, HubSplit
+from datamodules.instructions.reading.source import Files, LocalFiles, PinnedFiles
+from datamodules.instructions.streaming import Stream, StreamedDataset, StreamShare, num_batches
 from datamodules.instructions.synthetic import write_synthetic
-from datamodules.instructions.tokenization import InstructionTokenizer
+from datamodules.instructions.tokenizing.chat import CHAT, ChatTokenizer
+from datamodules.instructions.tokenizing.prompts import STYLES
+from datamodules.instructions.tokenizing.text import ExampleTokenizer, InstructionTokenizer
 from datamodules.shared.arguments import require
 from datamodules.shared.data_module import TextDataModule, one_or_all
+from datamodules.shared.loading import TrainLoader
+from datamodules.shared.sampling import num_shares, run_seed
 from datamodules.shared.user_cache import default_cache_directory
 from fourier_moe.errors import UserError
 
@@ -38,14 +46,16 @@ class InstructionDataModule(TextDataModule):
     the tables.
 
     A training batch is a dict: `input_ids`, `attention_mask` and `labels` int64 (B, T), right-padded, with labels -100 where
-    there is no loss; `id` and `task` (the source), lists of B strings. An evaluation batch adds `prompt_ids` and `prompt_mask`
-    int64 (B, T), left-padded, and the lists `prompt`, `answer`, `benchmark`, `choices` and `responses`; it has the first three
-    tensors only where the set has right responses.
+    there is no loss; `id` and `task` (the source), lists of B strings; of packed rows also `position_ids` int64 (B, T). An
+    evaluation batch adds `prompt_ids` and `prompt_mask` int64 (B, T), left-padded, and the lists `prompt`, `answer`,
+    `benchmark`, `choices`, `responses` and `end_tokens`; it has the first three tensors only where the set has right responses.
 
     Args:
-        train: what to train on: names from the table, custom (train.json, .jsonl or .ndjson in `directory`), or paths of such
-            files (lists or lines, with instruction, output, perhaps input and answer); one, a list, or each with its
-            weight, the number of times that each of its examples comes in an epoch (on average; 0.5 is every other epoch).
+        train: what to train on: names from the table, custom (train.json, .jsonl, .ndjson or .parquet in `directory`), paths of
+            such files (with instruction, output, perhaps input and answer; or with messages, or ShareGPT's conversations), or
+            data sets on the hub (hub:owner/name, hub:owner/name/config, with :split at the end for another than train); one, a
+            list, or each with its weight, the number of times that each of its examples comes in an epoch (on average; 0.5 is
+            every other epoch).
         test: which sets to test on: names from the table, custom (test.json in `directory`), or paths; null for all of the
             table, and without a table for custom if there is such a file. Training on files of your own
             alone fetches none of them: they are fetched when they are tested.
@@ -61,11 +71,21 @@ class InstructionDataModule(TextDataModule):
         eval_batch_size: of validation, test and predict; null is batch_size.
         num_workers: loading processes of each loader; 0 loads in the main process.
         train_on_prompt: whether the prompt's tokens have a loss, too (LLM-Adapters' default).
-        prompt: llm_adapters, the published figures' prompts with their white space, or plain, a short one.
+        prompt: llm_adapters, the published figures' prompts with their white space; plain, a short one; or chat, the
+            tokenizer's chat template, which conversations need. Every turn of the assistant has a loss.
         validation_size: training examples held out for validation; 0 for none.
         validation_sets: further sets to validate on, as in test.
         seed: decides which examples are held out. Their order in training follows the run's own seed (seed_everything).
         synthetic: generate tiny files in the official layout and read those.
+        columns: what the fields of custom data are called there: instruction and output, perhaps input and answer, or messages
+            for conversations; null for these names themselves (and conversations for ShareGPT's).
+        chat_template: with prompt chat: plain (User: ... Assistant: ...), or the path of a Jinja file, instead of the
+            tokenizer's own template.
+        packing: put several examples of a source into each row of up to `max_length` tokens in training, none of which sees
+            another; `batch_size` then counts rows. A model that cannot keep them apart is refused.
+        streaming: read the training set while training, for one that does not fit: one source of JSON lines, parquet or the
+            hub. It needs trainer.max_steps; rows are shuffled among 10,000, the first `validation_size` are held out, and
+            every process reads the whole stream.
 
     Raises:
         UserError: an argument is invalid.
@@ -88,11 +108,15 @@ class InstructionDataModule(TextDataModule):
         eval_batch_size: int | None = None,
         num_workers: int = 2,
         train_on_prompt: bool = False,
-        prompt: Literal["llm_adapters", "plain"] = "llm_adapters",
+        prompt: Literal["llm_adapters", "plain", "chat"] = "llm_adapters",
         validation_size: int = 120,
         validation_sets: list[str] | None = None,
         seed: int = 0,
         synthetic: bool = False,
+        columns: dict[str, str] | None = None,
+        chat_template: str | None = None,
+        packing: bool = False,
+        streaming: bool = False,
     ) -> None:
         super().__init__(
             tokenizer,
@@ -103,8 +127,10 @@ class InstructionDataModule(TextDataModule):
             directory=directory,
             synthetic=synthetic,
         )
-        if prompt not in STYLES:
-            raise UserError(f"prompt must be one of {', '.join(STYLES)}, got {prompt!r}")
+        if prompt not in (*STYLES, CHAT):
+            raise UserError(f"prompt must be one of {', '.join(STYLES)}, {CHAT}, got {prompt!r}")
+        if chat_template is not None and prompt != CHAT:
+            raise UserError(f"chat_template '{chat_template}' has no effect with prompt {prompt}; set prompt to {CHAT}")
         require("max_length", max_length, max_length >= 2, "2 or more")
         require("eval_batch_size", eval_batch_size, eval_batch_size is None or eval_batch_size >= 1, "1 or more")
         require("validation_size", validation_size, validation_size >= 0, "0 or more")
@@ -121,18 +147,24 @@ class InstructionDataModule(TextDataModule):
         self._validation_sources = evaluation_sources(
             "validation_sets", validation_sets or [], self.benchmarks, self._directory
         )
+        if streaming:
+            check_streaming(self._sources, packing)
+        check_columns(columns, [*self._sources, *self._test_sources, *self._validation_sources])
 
         self.eval_batch_size = eval_batch_size or batch_size
         self.train_on_prompt = train_on_prompt
         self.prompt = prompt
+        self.packing, self.streaming = packing, streaming
         self.validation_size = validation_size
         self._cache_directory = default_cache_directory() if cache_directory is None else Path(cache_directory).expanduser()
         self._base_url = base_url
         self._files: Files | None = None
-        self._train: TrainDataset | None = None
+        self._train: TrainDataset | PackedDataset | StreamedDataset | None = None
         self._validation: dict[str, EvaluationDataset] = {}
         self._test: dict[str, EvaluationDataset] = {}
-        self._inventory = Inventory(self._sources, self.train_sets)
+        self._columns, self._chat_template = columns, chat_template
+        self._inventory = self._new_inventory()
+        self._stream = Stream(self._sources[0], columns)
 
     @property
     def evaluation_notes(self) -> dict[str, str]:
@@ -145,9 +177,11 @@ class InstructionDataModule(TextDataModule):
 
     def prepare_data(self) -> None:
         """Fetch the files and the tokenizer that this run needs, and tokenize a large training set, in one process."""
-        self.load_tokenizer()
+        self._coder()
         stage = None if self.trainer is None else self.trainer.state.fn
         trains = stage in (None, "fit") or (stage == "validate" and self.validation_size > 0)
+        if self.trainer is not None and stage == "fit" and self.streaming:
+            num_batches(self.trainer)
         sources = self._sources if trains else []
         if stage in (None, "fit", "validate"):
             sources = sources + self._validation_sources
@@ -156,8 +190,10 @@ class InstructionDataModule(TextDataModule):
         for source in sources:
             if not source.custom:
                 self._open().get(source.file)
-        if stage == "fit":
-            examples = Inventory(self._sources, self.train_sets).read(self._sources, self._open(), "train")
+            elif source.file.startswith(HUB) and not (self.streaming and source in self._sources):
+                HubSplit.parse(source.file).load()
+        if stage == "fit" and not self.streaming:
+            examples = self._new_inventory().read(self._sources, self._open(), "train")
             if len(examples) >= _WORTH_CACHING:
                 self._train_dataset(hold_out(examples, self.validation_size, self.seed)[0])
 
@@ -172,12 +208,20 @@ class InstructionDataModule(TextDataModule):
         inventory.lines.clear()
         train: list[Example] = []
         tests: dict[str, list[Example]] = {}
-        if (stage == "fit" and self._train is None) or (stage == "validate" and not self._validation and self.validation_size):
-            train = inventory.read(self._sources, files, "train")
-            kept, held_out = hold_out(train, self.validation_size, self.seed)
-        if stage == "fit" and self._train is None:
-            self._train = self._train_dataset(kept)
-            inventory.lines.append(self._describe_train(self._train))
+        trains = stage == "fit" and self._train is None
+        if trains or (stage == "validate" and not self._validation and self.validation_size):
+            if self.streaming:
+                held_out = self._stream.hold_out(self.validation_size) if self.validation_size else []
+                inventory.lines.append(f"  train {self._stream.source.name}: streamed, its first {len(held_out)} held out")
+            else:
+                train = inventory.read(self._sources, files, "train")
+                kept, held_out = hold_out(train, self.validation_size, self.seed)
+        if trains and self.streaming:
+            self._train = self._streamed_dataset()
+        elif trains:
+            dataset = self._train_dataset(kept)
+            inventory.lines.append(self._describe_train(dataset))
+            self._train = self._packed(dataset) if self.packing else dataset
         if stage in ("fit", "validate") and not self._validation:
             sets = {HELD_OUT: held_out} if self.validation_size else {}
             sets |= {source.name: inventory.read([source], files, "validation") for source in self._validation_sources}
@@ -201,7 +245,7 @@ class InstructionDataModule(TextDataModule):
 
     @property
     def batch_keys(self) -> tuple[str, ...]:
-        return "input_ids", "attention_mask", "labels"
+        return ("input_ids", "attention_mask", "labels", *(("position_ids",) if self.packing else ()))
 
     @property
     def collate(self) -> Collator:
@@ -209,6 +253,9 @@ class InstructionDataModule(TextDataModule):
 
     def train_dataloader(self) -> DataLoader[dict[str, Any]]:
         assert self._train is not None
+        if isinstance(self._train, StreamedDataset):
+            share = StreamShare(len(self._train), self.trainer)
+            return TrainLoader(sampler=share, generator=torch.Generator(), **self._loader_options(self._train, self.batch_size))
         weight_of = {source.name: source.weight for source in self._sources}
         weights = None if set(weight_of.values()) == {1.0} else [weight_of[str(task)] for task in self._train.tasks]
         return self.train_loader(self._train, lengths=self._train.lengths, weights=weights)
@@ -229,10 +276,33 @@ class InstructionDataModule(TextDataModule):
         cache = self._cache_directory / "tokens" if len(examples) >= _WORTH_CACHING else None
         return TrainDataset(examples, self._coder(), train_on_prompt=self.train_on_prompt, cache_directory=cache)
 
+    def _streamed_dataset(self) -> StreamedDataset:
+        assert self.trainer is not None, "the trainer knows max_steps"
+        return StreamedDataset(
+            self._stream,
+            self._coder(),
+            seed=run_seed(self.trainer),
+            length=num_batches(self.trainer) * self.batch_size * num_shares(self.trainer),
+            train_on_prompt=self.train_on_prompt,
+        )
+
+    def _packed(self, examples: TrainDataset) -> PackedDataset:
+        packed = PackedDataset(examples, self.max_length)
+        filled = sum(packed.lengths) / (len(packed) * self.max_length)
+        self._inventory.lines.append(
+            f"  packed into {len(packed):,} rows of {self.max_length} tokens, {filled:.0%} of them filled"
+        )
+        return packed
+
     def _evaluation_dataset(self, examples: Sequence[Example]) -> EvaluationDataset:
         return EvaluationDataset(examples, self._coder(), train_on_prompt=self.train_on_prompt)
 
-    def _coder(self) -> InstructionTokenizer:
+    def _new_inventory(self) -> Inventory:
+        return Inventory(self._sources, self.train_sets, self._columns)
+
+    def _coder(self) -> ExampleTokenizer:
+        if self.prompt == CHAT:
+            return ChatTokenizer(self.load_tokenizer(), self._chat_template, self.max_length)
         return InstructionTokenizer(self.load_tokenizer(), STYLES[self.prompt], self.max_length)
 
     def _open(self) -> Files:
@@ -269,6 +339,6 @@ class InstructionDataModule(TextDataModule):
 
     def _train_without_network(self) -> list[Example]:
         """Return the training examples for test and predict, which need them only for a note; none if they are not on disk."""
-        if not all(source.custom or self._open().has(source.file) for source in self._sources):
+        if self.streaming or not all(source.custom or self._open().has(source.file) for source in self._sources):
             return []
-        return Inventory(self._sources, self.train_sets).read(self._sources, self._open(), "train")
+        return self._new_inventory().read(self._sources, self._open(), "train")

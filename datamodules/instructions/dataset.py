@@ -14,8 +14,8 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from datamodules.instructions.benchmarks import Benchmark
-from datamodules.instructions.records import Record
-from datamodules.instructions.tokenization import InstructionTokenizer
+from datamodules.instructions.reading.records import Record
+from datamodules.instructions.tokenizing.text import ExampleTokenizer
 from datamodules.shared.cache import load_or_make
 
 IGNORED = -100  # the label of a token without loss
@@ -58,7 +58,7 @@ class TrainDataset(Dataset[dict[str, Any]]):
     def __init__(
         self,
         examples: Sequence[Example],
-        tokenizer: InstructionTokenizer,
+        tokenizer: ExampleTokenizer,
         *,
         train_on_prompt: bool,
         cache_directory: Path | None = None,
@@ -75,8 +75,10 @@ class TrainDataset(Dataset[dict[str, Any]]):
         self.responses_cut = int(found["responses_cut"])
         # Tensors instead of a list each: loading processes share their memory instead of copying it bit by bit.
         self._tokens = found["tokens"]
-        self._starts = torch.cat([torch.zeros(1, dtype=torch.int64), found["lengths"].cumsum(0)])
-        self._first_label = torch.zeros_like(found["prompt_lengths"]) if train_on_prompt else found["prompt_lengths"]
+        self._starts = _starts(found["lengths"])
+        self._responses = found["responses"].view(-1, 2)
+        self._first_responses = _starts(found["response_counts"])
+        self._train_on_prompt = train_on_prompt
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -84,37 +86,48 @@ class TrainDataset(Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         start, end = self._starts[index : index + 2].tolist()
         input_ids = self._tokens[start:end].long()
-        labels = input_ids.clone()
-        labels[: self._first_label[index]] = IGNORED
+        labels = input_ids.clone() if self._train_on_prompt else torch.full_like(input_ids, IGNORED)
+        first, last = self._first_responses[index : index + 2].tolist()
+        for begin, end in self._responses[first:last].tolist():
+            labels[begin:end] = input_ids[begin:end]
         return {"input_ids": input_ids, "labels": labels, "id": self.ids[index], "task": self.tasks[index]}
 
 
-def _tokenize(records: Sequence[Record], tokenizer: InstructionTokenizer) -> dict[str, Tensor]:
-    """Return all token ids in a row, the number of ids and of prompt ids of each example, and the number of cut examples."""
-    tokens, lengths, prompt_lengths = array("i"), array("i"), array("i")  # lists of so many numbers would take gigabytes
+def _tokenize(records: Sequence[Record], tokenizer: ExampleTokenizer) -> dict[str, Tensor]:
+    """Return all token ids in a row, the number of ids of each example, beginnings and ends of the responses in a row, their
+    number in each example, and the number of cut examples."""
+    tokens, lengths, responses, counts = (array("i") for _ in range(4))  # lists of so many numbers would take gigabytes
     questions_cut = responses_cut = 0
     for item in tokenizer.examples(records):
         tokens.extend(item.ids)
         lengths.append(len(item.ids))
-        prompt_lengths.append(item.prompt_length)
+        counts.append(len(item.responses))
+        for response in item.responses:
+            responses.extend(response)
         questions_cut += item.question_cut > 0
         responses_cut += item.response_cut > 0
-    columns = {"tokens": tokens, "lengths": lengths, "prompt_lengths": prompt_lengths}
-    counts = {"questions_cut": questions_cut, "responses_cut": responses_cut}
+    columns = {"tokens": tokens, "lengths": lengths, "responses": responses, "response_counts": counts}
+    cut = {"questions_cut": questions_cut, "responses_cut": responses_cut}
     return {name: torch.frombuffer(values, dtype=torch.int32) for name, values in columns.items()} | {
-        name: torch.tensor(value) for name, value in counts.items()
+        name: torch.tensor(value) for name, value in cut.items()
     }
+
+
+def _starts(lengths: Tensor) -> Tensor:
+    """Return where each of several pieces in a row begins, and where the last one ends."""
+    return torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
 
 
 class EvaluationDataset(Dataset[dict[str, Any]]):
     """Prompts to be answered, with the gold response where there is one.
 
     An item is a dict: `prompt_ids` int64 (T,); `prompt`, `answer` and `id` str; `benchmark`; `choices` and `responses`, tuples
-    of str, the answers to choose from and the text that gives each, as it follows the prompt; `input_ids` and `labels` as in
-    TrainDataset where the set's outputs are right; `task` str where the examples are from a training source.
+    of str, the answers to choose from and the text that gives each, as it follows the prompt; `end_tokens`, ids that end a
+    response beside the model's own; `input_ids` and `labels` as in TrainDataset where the set's outputs are right; `task` str
+    where the examples are from a training source.
     """
 
-    def __init__(self, examples: Sequence[Example], tokenizer: InstructionTokenizer, *, train_on_prompt: bool) -> None:
+    def __init__(self, examples: Sequence[Example], tokenizer: ExampleTokenizer, *, train_on_prompt: bool) -> None:
         self._examples = examples
         self._prompts = list(tokenizer.prompts([example.record for example in examples]))
         self._tokenizer = tokenizer
@@ -133,7 +146,8 @@ class EvaluationDataset(Dataset[dict[str, Any]]):
             "answer": example.record.answer,
             "benchmark": example.benchmark,
             "choices": choices,
-            "responses": tuple(self._tokenizer.style.response(example.benchmark.response(choice)) for choice in choices),
+            "responses": tuple(self._tokenizer.response(example.benchmark.response(choice)) for choice in choices),
+            "end_tokens": self._tokenizer.end_tokens,
             "id": example.id,
         }
         if example.task is not None:
@@ -155,6 +169,11 @@ class Collator:
             batch["attention_mask"] = _mask(batch["input_ids"], "right")
             batch["input_ids"] = _pad(batch["input_ids"], self._pad_token_id, "right")
             batch["labels"] = _pad(batch["labels"], IGNORED, "right")
+        if "position_ids" in batch:  # of packed rows; padding begins again, as an example of its own
+            width = batch["input_ids"].shape[1]
+            batch["position_ids"] = torch.stack(
+                [torch.cat([row, torch.arange(width - len(row))]) for row in batch["position_ids"]]
+            )
         if "prompt_ids" in batch:
             batch["prompt_mask"] = _mask(batch["prompt_ids"], "left")
             batch["prompt_ids"] = _pad(batch["prompt_ids"], self._pad_token_id, "left")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from datamodules.instructions.answers.rules import LETTER, NUMBER, ChoiceRule
 from datamodules.instructions.benchmarks import Benchmark, TrainSet
-from datamodules.instructions.records import Record
+from datamodules.instructions.reading.records import Record
 
 TRAIN_RECORDS, TEST_RECORDS = 160, 8  # of a set
 

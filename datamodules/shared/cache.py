@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from fourier_moe.errors import UserError
 from fourier_moe.files.writing import write_file
 
-_VERSION = "3"  # raise it when the same inputs would give other files
+_VERSION = "4"  # raise it when the same inputs would give other files
 _CHECKSUM = "sha256"  # key of the file's metadata
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import re
 from collections.abc import Iterator
@@ -33,6 +34,36 @@ def read_items(path: Path) -> Iterator[tuple[str, Any]]:
         raise UserError(f"'{path}' holds a single object; expected a list of objects, or one object a line")
     for number, line in lines:
         yield f"'{path}' line {number}", _parse(line, f"'{path}' line {number}")
+
+
+def read_lines(path: Path) -> Iterator[tuple[str, bytes]]:
+    """Yield the lines of a JSON file that are not empty, one by one, each with its name in errors.
+
+    Raises:
+        UserError: the file cannot be read, or is a list.
+    """
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                text = line.removeprefix(codecs.BOM_UTF8).strip() if number == 1 else line.strip()
+                if number == 1 and text.startswith(b"["):
+                    raise UserError(f"'{path}' is a JSON list, which can only be read whole; write one object a line")
+                if text:
+                    yield f"'{path}' line {number}", text
+    except OSError as error:
+        raise UserError(f"'{path}' cannot be read ({error.strerror})") from error
+
+
+def parse_line(line: bytes, where: str) -> Any:
+    """Return the item of a line.
+
+    Raises:
+        UserError: naming it, if it is no JSON in UTF-8.
+    """
+    try:
+        return _parse(line.decode(), where)
+    except UnicodeDecodeError:
+        raise UserError(f"{where} is not UTF-8 text; save the file as UTF-8") from None
 
 
 def shorten(value: object) -> str:

@@ -210,6 +210,14 @@ class Task(nn.Module, ABC):
             UserError: if this task cannot score one of them.
         """
 
+    def check_training(self, data: TaskData) -> None:
+        """Check the built model and the data together, before the first training step. By default nothing.
+
+        Raises:
+            UserError: if this model cannot be trained on batches of this kind.
+        """
+        return
+
     @abstractmethod
     def loss(self, batch: Batch) -> Tensor:
         """Return the mean loss of a training batch, over what `loss_weight` counts."""

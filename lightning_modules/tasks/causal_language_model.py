@@ -22,9 +22,10 @@ from lightning_modules.tasks.backbones.hugging_face import (
     save_hugging_face,
     tokenizer_name,
 )
-from lightning_modules.tasks.base import Batch, Evaluation, Task, select
+from lightning_modules.tasks.base import Batch, Evaluation, Task, TaskData, select
 from lightning_modules.tasks.generation import GenerationSettings, generate, is_sharded
 from lightning_modules.tasks.losses import IGNORED, LabelLosses, label_losses, log_likelihoods
+from lightning_modules.tasks.packing import require_packing
 from lightning_modules.tasks.padding import padded_right, real_tokens
 
 GREEDY = GenerationSettings()
@@ -33,9 +34,10 @@ GREEDY = GenerationSettings()
 class CausalLanguageModel(Task):
     """Adapt a decoder (LLaMA, Gemma, Qwen) and grade its answers to the prompts of benchmarks.
 
-    A batch has `input_ids`, `attention_mask` and `labels` (-100 for no loss), padded on either side. For evaluation it has
-    `prompt_ids` and `prompt_mask`, padded on the left, and for each example `prompt`, `answer`, `benchmark` (its `grade` finds
-    the answer in a text), `choices` and `responses` (the text of each choice).
+    A batch has `input_ids`, `attention_mask` and `labels` (-100 for no loss), padded on either side; packed rows have
+    `position_ids`, too, which begin again with every example. For evaluation it has `prompt_ids` and `prompt_mask`, padded on
+    the left, and for each example `prompt`, `answer`, `benchmark` (its `grade` finds the answer in a text), `choices` and
+    `responses` (the text of each choice), perhaps `end_tokens` (ids that end an answer).
 
     Args:
         model: name on the Hugging Face hub, or directory of a model.
@@ -125,6 +127,15 @@ class CausalLanguageModel(Task):
                     "model.task.generate_in_validation to true, or leave the set out of data.validation_sets"
                 )
 
+    def check_training(self, data: TaskData) -> None:
+        """Check that the model keeps packed examples apart; see Task.
+
+        Raises:
+            UserError: if it does not.
+        """
+        if "position_ids" in getattr(data, "batch_keys", ()):
+            require_packing(self.model, data.batch_size)
+
     def loss(self, batch: Batch) -> Tensor:
         """Return the mean over the label tokens of the batch."""
         losses = self._label_losses(batch)
@@ -189,7 +200,7 @@ class CausalLanguageModel(Task):
         return self.split != "val" or self.generate_in_validation
 
     def _label_losses(self, batch: Batch) -> LabelLosses:
-        return label_losses(self.model, **padded_right(batch, "input_ids", "labels"))
+        return label_losses(self.model, **padded_right(batch, "input_ids", "labels", "position_ids"))
 
     def _unfinished(self, batch: Batch) -> list[int]:
         """Return the examples to answer. With a sharded model all processes answer all examples if any is missing anywhere."""
@@ -209,7 +220,8 @@ class CausalLanguageModel(Task):
             scores = log_likelihoods(self.model, self.tokenizer, batch["prompt"], *prompts, batch["responses"])
             outputs = [texts[int(score.argmax())] for texts, score in zip(batch["responses"], scores, strict=True)]
         else:
-            outputs = generate(self.model, self.tokenizer, *prompts, self.evaluation)
+            end_tokens = {token for tokens in batch.get("end_tokens", ()) for token in tokens}
+            outputs = generate(self.model, self.tokenizer, *prompts, self.evaluation, end_tokens=end_tokens)
         losses: list[float | None] = [None] * len(outputs)
         if "labels" in batch:
             known = self._label_losses(batch)

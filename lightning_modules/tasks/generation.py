@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -70,6 +70,7 @@ def generate(
     settings: GenerationSettings,
     sampling: Sampling | None = None,
     streamer: Any = None,
+    end_tokens: Iterable[int] = (),
 ) -> list[str]:
     """Return the text that follows each prompt, without special tokens and surrounding white space.
 
@@ -81,6 +82,7 @@ def generate(
         settings: length and beams.
         sampling: how tokens are drawn; None for the most probable ones.
         streamer: receives the tokens of a single prompt as they come; see transformers.TextStreamer.
+        end_tokens: ids that end a text beside the model's and the tokenizer's own, such as a chat template's end of a turn.
     """
     drawing: dict[str, Any] = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0} if sampling else {}
     config = GenerationConfig(
@@ -89,7 +91,7 @@ def generate(
         do_sample=sampling is not None,
         **drawing,
         use_cache=True,
-        eos_token_id=_end_tokens(model, tokenizer),
+        eos_token_id=_end_tokens(model, tokenizer, end_tokens),
         pad_token_id=tokenizer.pad_token_id,
     )
     with _evaluating(model), _without_own_settings(model):
@@ -111,11 +113,11 @@ def is_sharded(model: nn.Module) -> bool:
     return torch.distributed.is_initialized() and any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
-def _end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the tokenizer's end token, which ends training data, and the model's own (end of text, end of turn)."""
+def _end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase, others: Iterable[int]) -> list[int]:
+    """Return the tokenizer's end token, which ends training data, the model's own (end of text, end of turn), and others."""
     own = model.generation_config.eos_token_id
     own = own if isinstance(own, list) else [own]
-    return sorted({token for token in (tokenizer.eos_token_id, *own) if token is not None})
+    return sorted({token for token in (tokenizer.eos_token_id, *own, *others) if token is not None})
 
 
 @contextmanager

@@ -31,7 +31,9 @@ class LabelLosses(NamedTuple):
     num_labels: Tensor
 
 
-def label_losses(model: Any, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> LabelLosses:
+def label_losses(
+    model: Any, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, position_ids: Tensor | None = None
+) -> LabelLosses:
     """Score the prediction of every label from the tokens before it.
 
     Args:
@@ -39,8 +41,9 @@ def label_losses(model: Any, input_ids: Tensor, attention_mask: Tensor, labels: 
         input_ids: int64 (B, T), padded on the right.
         attention_mask: (B, T), 0 for padding.
         labels: int64 (B, T), the input ids, or -100 for no loss.
+        position_ids: int64 (B, T), of packed rows: 0 where an example or the padding begins. Examples do not see each other.
     """
-    logits, targets, example = label_logits(model, input_ids, attention_mask, labels)
+    logits, targets, example = label_logits(model, input_ids, attention_mask, labels, position_ids)
     losses = F.cross_entropy(logits, targets, reduction="none")
     zeros = losses.new_zeros(len(labels))
     correct = (logits.detach().argmax(-1) == targets).to(losses.dtype)
@@ -48,7 +51,9 @@ def label_losses(model: Any, input_ids: Tensor, attention_mask: Tensor, labels: 
     return LabelLosses(zeros.index_add(0, example, losses), zeros.index_add(0, example, correct), num_labels)
 
 
-def label_logits(model: Any, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def label_logits(
+    model: Any, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, position_ids: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return the logits that predict the labels; arguments as for `label_losses`.
 
     Other logits are not computed: with a vocabulary of 256,000, those of a prompt would need more memory than anything else.
@@ -58,8 +63,10 @@ def label_logits(model: Any, input_ids: Tensor, attention_mask: Tensor, labels: 
     """
     targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED)  # position t predicts token t + 1
     wanted = targets != IGNORED
+    packed = position_ids is not None  # transformers tells examples apart by their positions, if there is no mask
+    places = {"position_ids": position_ids} if packed else {"attention_mask": attention_mask}
     with _only(model.get_output_embeddings(), wanted):
-        logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+        logits = model(input_ids=input_ids, use_cache=False, **places).logits
     everywhere = logits.shape[:2] == wanted.shape  # never equal for (1, tokens), since the last position has no label
     logits = (logits[wanted] if everywhere else logits[0]).float()  # (tokens, vocabulary)
     return logits, targets[wanted], wanted.nonzero()[:, 0]

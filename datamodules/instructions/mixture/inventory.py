@@ -9,7 +9,7 @@ from datamodules.instructions.dataset import Example
 from datamodules.instructions.mixture.loading import load_examples
 from datamodules.instructions.mixture.mixing import Source
 from datamodules.instructions.mixture.overlap import count_overlaps
-from datamodules.instructions.source import Files
+from datamodules.instructions.reading.source import Files
 
 
 class Inventory:
@@ -18,12 +18,16 @@ class Inventory:
     Args:
         train: the training sources.
         train_sets: rows of the table, with what they contaminate.
+        columns: what the fields of custom data are called, where they have other names.
 
     Attributes:
         lines: about what was read, for the log.
     """
 
-    def __init__(self, train: Sequence[Source], train_sets: Sequence[TrainSet]) -> None:
+    def __init__(
+        self, train: Sequence[Source], train_sets: Sequence[TrainSet], columns: Mapping[str, str] | None = None
+    ) -> None:
+        self._columns = columns
         named = {source.name for source in train if not source.custom}
         self._trained = [row for row in train_sets if row.name in named]
         self._test_counts: dict[str, int] = {}
@@ -42,11 +46,12 @@ class Inventory:
         """
         examples: list[Example] = []
         for source in sources:
-            found = load_examples(source, files, is_train=role == "train")
+            found, left_out = load_examples(source, files, is_train=role == "train", columns=self._columns)
             examples += found
             weight = "" if source.weight == 1 else f", {source.weight:g} times an epoch"
             official = f" (the complete set has {source.count:,})" if source.count not in (None, len(found)) else ""
-            self.lines.append(f"  {role} {source.name}: {len(found):,}{official}{weight}")
+            silent = f", {left_out:,} left out that have no response to learn" if left_out else ""
+            self.lines.append(f"  {role} {source.name}: {len(found):,}{official}{weight}{silent}")
             if role == "test":
                 self._test_counts[source.name] = len(found)
         return examples

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from datamodules.instructions.benchmarks import Benchmark, TrainSet
 from datamodules.instructions.dataset import Example
+from datamodules.instructions.reading.rows import HUB, SUFFIXES, HubSplit
 from datamodules.shared.custom import CUSTOM, data_files, expected_files, files_of_split
-from datamodules.shared.json_items import SUFFIXES
 from datamodules.shared.splits import TEST, TRAIN, VALIDATION
 from fourier_moe.errors import UserError, printable
 
@@ -24,7 +24,7 @@ class Source:
 
     Attributes:
         name: what batches, logs and reports call it.
-        file: in LLM-Adapters' layout, or of the user's own.
+        file: in LLM-Adapters' layout, or of the user's own: a path, or a split of the hub.
         custom: whether it is the user's own.
         count: official number of records, None if not known.
         benchmark: how its answers are graded; None decides by the form of each answer.
@@ -50,7 +50,7 @@ def train_sources(
     """Return the sources that `train` names.
 
     Args:
-        train: names of `train_sets`, `custom` or paths of files: one, a list, or each with its weight.
+        train: names of `train_sets`, `custom`, paths of files or `hub:owner/name`: one, a list, or each with its weight.
         train_sets: the rows of the table.
         directory: where the files of `custom` are.
 
@@ -71,6 +71,8 @@ def train_sources(
             sources.append(Source(name, known[name].file, count=known[name].count, weight=weight))
         elif name == CUSTOM:
             sources.append(_in_directory("train", TRAIN, directory, weight))
+        elif name.startswith(HUB):
+            sources.append(_on_hub("train", name, TRAIN, weight))
         elif _is_path(name):
             sources.append(_custom("train", name, weight))
         else:
@@ -82,18 +84,22 @@ def train_sources(
 def evaluation_sources(
     argument: str, names: Sequence[str], benchmarks: Mapping[str, Benchmark], directory: Path | None = None
 ) -> list[Source]:
-    """Return the sources of `test` or `validation_sets`: benchmarks, `custom` (a file of `directory`), or paths of files.
+    """Return the sources of `test` or `validation_sets`: benchmarks, `custom` (a file of `directory`), paths of files, or
+    `hub:owner/name`.
 
     Raises:
         UserError: a name is unknown, comes twice or is taken, or a file does not exist.
     """
+    split = TEST if argument == "test" else VALIDATION
     sources = []
     for name in names:
         if name in benchmarks:
             row = benchmarks[name]
             sources.append(Source(name, row.test_file, count=row.count, benchmark=row))
         elif name == CUSTOM:
-            sources.append(_in_directory(argument, TEST if argument == "test" else VALIDATION, directory))
+            sources.append(_in_directory(argument, split, directory))
+        elif name.startswith(HUB):
+            sources.append(_on_hub(argument, name, split))
         elif _is_path(name):
             sources.append(_custom(argument, name))
         else:
@@ -130,7 +136,7 @@ def _is_path(name: str) -> bool:
 def choices(known: Iterable[str]) -> str:
     """Return what may be given instead, as the end of an error."""
     names = ", ".join(known)
-    own = f"{CUSTOM} (a file of directory) or the path of a JSON file"
+    own = f"{CUSTOM} (a file of directory), the path of a JSON or parquet file, or {HUB}owner/name"
     return f"choose from {names}, or give {own}" if names else f"give {own}"
 
 
@@ -150,10 +156,19 @@ def _in_directory(argument: str, split: str, directory: Path | None, weight: flo
 def _custom(argument: str, name: str, weight: float = 1.0) -> Source:
     path = Path(name).expanduser()
     if path.is_dir():
-        raise UserError(f"{argument}: '{name}' is a directory; give the path of a JSON file in it")
+        raise UserError(f"{argument}: '{name}' is a directory; give the path of a JSON or parquet file in it")
     if not path.is_file():
         raise UserError(f"{argument}: there is no file '{name}'")
     return Source(printable(path.stem), str(path), custom=True, weight=weight)
+
+
+def _on_hub(argument: str, name: str, split: str, weight: float = 1.0) -> Source:
+    try:
+        found = HubSplit.parse(name)
+    except UserError as error:
+        raise UserError(f"{argument}: {error}") from error
+    found = found._replace(split=found.split or split)
+    return Source(printable(found.name), str(found), custom=True, weight=weight)
 
 
 def _check_names(argument: str, sources: Sequence[Source]) -> None:

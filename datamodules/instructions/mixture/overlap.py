@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from datamodules.instructions.dataset import Example
-from datamodules.instructions.records import Record
+from datamodules.instructions.reading.records import Record
 
 _NO_LETTER_OR_DIGIT = re.compile(r"(?![-+*/]\s*\d|\.\d)\W")  # 1.2 - 3 and 12 + 3 are different questions
 

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from datamodules.instructions.benchmarks import COMMONSENSE, MATH, Benchmark
-from datamodules.instructions.records import Record, read_records
-from datamodules.instructions.source import LocalFiles, PinnedFiles
+from datamodules.instructions.reading.records import Record, read_records
+from datamodules.instructions.reading.source import LocalFiles, PinnedFiles
 from datamodules.shared.user_cache import default_cache_directory
 from fourier_moe.errors import UserError
 from lightning_modules.commands.language.trained_model import TrainedModel
@@ -39,7 +39,7 @@ def benchmark_task(name: str, trained: TrainedModel, directory: str | None) -> A
     if trained.style == "chat":
         raise UserError(f"--tasks {name} needs a prompt of its own, not the chat template; give --style llm_adapters or plain")
     files = PinnedFiles(default_cache_directory()) if directory is None else LocalFiles(Path(directory).expanduser())
-    records = [vars(record) for record in read_records(files.get(benchmark.test_file), needs_answer=True)]
+    records = [vars(record) for record in read_records(files.get(benchmark.test_file), needs_answer=True) if record]
     style = trained.prompt_style
 
     def text(document: dict[str, str]) -> str:

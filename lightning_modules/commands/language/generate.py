@@ -10,7 +10,7 @@ import torch
 from jsonargparse.typing import NonNegativeFloat, PositiveInt
 from lightning.pytorch.utilities import rank_zero_info
 
-from datamodules.instructions.records import Record
+from datamodules.instructions.reading.records import Record
 from datamodules.shared.json_items import SUFFIXES, read_items, shorten
 from datamodules.shared.text_files import read_text
 from fourier_moe.errors import UserError

@@ -14,9 +14,10 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from datamodules.instructions.prompts import STYLES, Prompt, PromptStyle
-from datamodules.instructions.records import Record
-from datamodules.instructions.tokenization import InstructionTokenizer
+from datamodules.instructions.reading.records import Record
+from datamodules.instructions.tokenizing.chat import ChatTokenizer, question_text
+from datamodules.instructions.tokenizing.prompts import STYLES, Prompt, PromptStyle
+from datamodules.instructions.tokenizing.text import InstructionTokenizer
 from fourier_moe import AdapterDescription, describe_adapter, load_adapter
 from fourier_moe.errors import UserError
 from fourier_moe.files.format import TENSORS
@@ -50,11 +51,13 @@ class TrainedModel:
         task: the run's task, with the model and the tokenizer.
         style: the prompt around questions: of a DataModule's `prompt`, `chat` for the tokenizer's chat template, `none`.
         run: the run's directory; None for an adapter without one.
+        chat: renders conversations, for `chat`.
     """
 
     task: CausalLanguageModel
     style: Style
     run: Path | None
+    chat: ChatTokenizer | None = None
 
     @property
     def prompt_style(self) -> PromptStyle:
@@ -71,14 +74,10 @@ class TrainedModel:
         Raises:
             UserError: if the model cannot read as many tokens.
         """
-        tokenizer = self.task.tokenizer
-        if self.style == "chat":
-            text = "\n".join(part for part in (question.instruction, question.input) if part)
-            messages = [*history, {"role": "user", "content": text}]
-            prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-            ids: list[int] = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        if self.chat is not None:
+            ids = self.chat.encode([*history, {"role": "user", "content": question_text(question)}])
         else:
-            coder = InstructionTokenizer(tokenizer, self.prompt_style, max_length=2)  # prompts alone are never cut
+            coder = InstructionTokenizer(self.task.tokenizer, self.prompt_style, max_length=2)  # prompts alone are never cut
             ((_, ids),) = coder.prompts([question])
         limit = getattr(self.task.model.config, "max_position_embeddings", None)  # type: ignore[union-attr]
         if limit is not None and len(ids) >= limit:
@@ -96,7 +95,8 @@ class TrainedModel:
         model: Any = self.task.model
         ids = _left_padded(prompts, self.task.tokenizer.pad_token_id).to(model.device)
         mask = _left_padded([[1] * len(prompt) for prompt in prompts], 0).to(model.device)
-        return generate(model, self.task.tokenizer, ids, mask, settings, sampling, streamer)
+        end_tokens = self.chat.end_tokens if self.chat is not None else ()
+        return generate(model, self.task.tokenizer, ids, mask, settings, sampling, streamer, end_tokens)
 
 
 def question_of(instruction: str, context: str = "") -> Record:
@@ -143,15 +143,18 @@ def load_trained(
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     task.model.to(place).eval()  # type: ignore[union-attr]
 
-    trained: Any = description.task.get("prompt") or config.get("data", {}).get("init_args", {}).get("prompt")
-    has_template = bool(getattr(task.tokenizer, "chat_template", None))
+    data = config.get("data", {}).get("init_args", {})
+    trained: Any = description.task.get("prompt") or data.get("prompt")
+    template = data.get("chat_template")
+    has_template = bool(template or getattr(task.tokenizer, "chat_template", None))
     if style == "chat" and not has_template:
         raise UserError("--style chat: the tokenizer has no chat template; choose llm_adapters, plain or none")
     chosen: Style = style or trained or ("chat" if has_template else "none")
     source = "--style" if style else "as in training" if trained else "its training is not known; --style chooses another"
     method = "no adapter" if without_adapter else f"{type(description.config).__name__} of {directory}"
     rank_zero_info(f"{description.backbone}, {method}; prompt: {chosen} ({source})")
-    return TrainedModel(task, chosen, run)
+    coder = ChatTokenizer(task.tokenizer, template, max_length=2) if chosen == "chat" else None
+    return TrainedModel(task, chosen, run, coder)
 
 
 def _find(adapter: str) -> tuple[Path, Path | None]:

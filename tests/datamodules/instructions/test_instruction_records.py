@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from datamodules.instructions.records import Record, read_records
+from datamodules.instructions.reading.records import Record, read_records
 
 GOOD = {"instruction": "2 + 2?", "input": "", "output": "The answer is 4.", "answer": "4"}
 

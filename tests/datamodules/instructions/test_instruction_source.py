@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from datamodules.instructions import source
 from datamodules.instructions.benchmarks import COMMONSENSE, COMMONSENSE_TRAIN, MATH, MATH_TRAIN
-from datamodules.instructions.source import BLOB_IDS, LocalFiles, PinnedFiles, blob_id
+from datamodules.instructions.reading import source
+from datamodules.instructions.reading.source import BLOB_IDS, LocalFiles, PinnedFiles, blob_id
 from datamodules.shared.user_cache import default_cache_directory
 from fourier_moe.errors import UserError
 

@@ -18,8 +18,8 @@ from datamodules.instructions.benchmarks import COMMONSENSE, COMMONSENSE_TRAIN, 
 from datamodules.instructions.mixture.loading import load_examples
 from datamodules.instructions.mixture.mixing import evaluation_sources, train_sources
 from datamodules.instructions.mixture.overlap import count_overlaps, question_key
-from datamodules.instructions.records import Record
-from datamodules.instructions.source import LocalFiles, PinnedFiles
+from datamodules.instructions.reading.records import Record
+from datamodules.instructions.reading.source import LocalFiles, PinnedFiles
 from datamodules.shared.tokenizers import load_tokenizer
 
 REAL = REPOSITORY.parent / "shared/data/llm_adapters"
@@ -91,7 +91,7 @@ class InstructionRecorder(Recorder):
     ("arguments", "message"),
     [
         ({"tokenizer": None}, "tokenizer is missing"),
-        ({"prompt": "chat"}, "prompt must be one of llm_adapters, plain, got 'chat'"),
+        ({"prompt": "alpaca"}, "prompt must be one of llm_adapters, plain, chat, got 'alpaca'"),
         ({"max_length": 1}, "max_length must be 2 or more, got 1"),
         ({"batch_size": 0}, "batch_size must be 1 or more, got 0"),
         ({"eval_batch_size": 0}, "eval_batch_size must be 1 or more, got 0"),
@@ -239,7 +239,7 @@ def test_a_file_may_be_called_anything(tmp_path, monkeypatch):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         write_own(tmp_path / name, 5)
         assert len(seen(fitted(None, train=name, test=[name]))) == 5
-    with pytest.raises(ValueError, match="train: 'folder' is a directory; give the path of a JSON file in it"):
+    with pytest.raises(ValueError, match="train: 'folder' is a directory; give the path of a JSON or parquet file in it"):
         module(train="folder")
 
 
@@ -495,7 +495,8 @@ COUNTS = {
 def test_real_sets_have_the_official_counts_and_their_gold_responses_are_right():
     files, found, tests = LocalFiles(REAL), {}, {}
     for source in evaluation_sources("test", list(COUNTS), {**COMMONSENSE, **MATH}):
-        examples = tests[source.name] = load_examples(source, files, is_train=False)
+        examples, _ = load_examples(source, files, is_train=False)
+        tests[source.name] = examples
         found[source.name] = len(examples)
         assert source.count == len(examples)
         grades = [example.benchmark.grade(example.record.output, example.record.answer) for example in examples]
@@ -511,7 +512,7 @@ def test_real_sets_have_the_official_counts_and_their_gold_responses_are_right()
     train = [
         example
         for source in train_sources(["boolq", "ARC-Easy", "ARC-Challenge", "openbookqa"], COMMONSENSE_TRAIN)
-        for example in load_examples(source, files, is_train=True)
+        for example in load_examples(source, files, is_train=True)[0]
     ]
     overlaps = {name: sources for name, sources in count_overlaps(train, tests).items() if sources}
     assert overlaps == {"boolq": {"boolq": 6}, "ARC-Easy": {"ARC-Easy": 2}}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import NamedTuple
 
-from datamodules.instructions.records import Record
+from datamodules.instructions.reading.records import Record
 
 
 class Prompt(NamedTuple):

@@ -1,0 +1,1 @@
+"""From files, the benchmarks' repository and the hub to checked records."""

@@ -1,0 +1,139 @@
+"""Rows of a user's own data: of a JSON or parquet file, or of a data set on the hub."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from datamodules.shared import json_items
+from fourier_moe.errors import UserError
+
+SUFFIXES = (*json_items.SUFFIXES, ".parquet")
+HUB = "hub:"
+
+_REASON_CHARACTERS = 300  # of an error from below
+
+
+class HubSplit(NamedTuple):
+    """A split of a data set on the Hugging Face hub, written `hub:owner/name`, `hub:owner/name/config` and with `:split`."""
+
+    dataset: str
+    config: str | None
+    split: str | None
+
+    @property
+    def name(self) -> str:
+        """What batches, logs and reports call it."""
+        name = self.dataset.rpartition("/")[2]
+        return f"{name}-{self.config}" if self.config else name
+
+    @classmethod
+    def parse(cls, written: str) -> HubSplit:
+        """Return the split that a text names.
+
+        Raises:
+            UserError: it names none.
+        """
+        path, _, split = written.removeprefix(HUB).partition(":")
+        owner, _, rest = path.partition("/")
+        name, _, config = rest.partition("/")
+        if not owner or not name or "/" in config:
+            raise UserError(
+                f"'{written}' names no data set on the hub; expected {HUB}owner/name, {HUB}owner/name/config, or either with "
+                ":split at its end"
+            )
+        return cls(f"{owner}/{name}", config or None, split or None)
+
+    def load(self, **options: Any) -> Any:
+        """Return the split as the `datasets` library loads it, with the options of `load_dataset`.
+
+        Raises:
+            UserError: it cannot be loaded.
+        """
+        assert self.split is not None
+        try:
+            return datasets.load_dataset(self.dataset, self.config, split=self.split, **options)
+        except Exception as error:  # the hub, the network, files of many formats: each has its own errors
+            reason = " ".join(f"{error}".split())[:_REASON_CHARACTERS]
+            raise UserError(
+                f"'{self}' cannot be loaded ({reason}); without a network give a file of it, as JSON lines or parquet"
+            ) from error
+
+    def __str__(self) -> str:
+        config = f"/{self.config}" if self.config else ""
+        return f"{HUB}{self.dataset}{config}{f':{self.split}' if self.split else ''}"
+
+
+def read_rows(file: str | Path) -> Iterator[tuple[str, Any]]:
+    """Yield every row with its name in errors: `'a.jsonl' line 3`, `'a.parquet' row 3`.
+
+    Args:
+        file: the path of a JSON or parquet file, or a HubSplit as text.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    if str(file).startswith(HUB):
+        yield from named_rows(HubSplit.parse(str(file)).load(), str(file))
+        return
+    path = Path(file)
+    if path.suffix.lower() != ".parquet":
+        yield from json_items.read_items(path)
+        return
+    yield from named_rows(_parquet_rows(path), f"'{path}'")
+
+
+class Row(NamedTuple):
+    """A row that is parsed where it is used.
+
+    Attributes:
+        number: its position in the file, from 0.
+        where: its name in errors.
+        item: parses and returns it.
+    """
+
+    number: int
+    where: str
+    item: Callable[[], Any]
+
+
+def stream_rows(file: str) -> Iterator[Row]:
+    """Yield the rows of a file or of a split of the hub one by one, without reading what comes after them.
+
+    Raises:
+        UserError: it cannot be read, or is a JSON list, which has no end before it is read.
+    """
+    if file.startswith(HUB):
+        items = named_rows(HubSplit.parse(file).load(streaming=True), file)
+    elif file.lower().endswith(".parquet"):
+        items = named_rows(_parquet_rows(Path(file)), f"'{file}'")
+    else:
+        for number, (where, line) in enumerate(json_items.read_lines(Path(file))):
+            yield Row(number, where, partial(json_items.parse_line, line, where))
+        return
+    for number, (where, item) in enumerate(items):
+        yield Row(number, where, partial(_same, item))
+
+
+def _same(item: Any) -> Any:
+    return item
+
+
+def named_rows(rows: Any, where: str) -> Iterator[tuple[str, Any]]:
+    """Yield rows with their names."""
+    for number, row in enumerate(rows, start=1):
+        yield f"{where} row {number}", row
+
+
+def _parquet_rows(path: Path) -> Iterator[Any]:
+    try:
+        for batch in pq.ParquetFile(path).iter_batches():
+            yield from batch.to_pylist()
+    except (OSError, pa.ArrowInvalid) as error:
+        raise UserError(f"'{path}' is not a complete parquet file ({error}); download it again") from error

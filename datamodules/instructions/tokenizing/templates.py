@@ -1,0 +1,147 @@
+"""Chat templates: the tokenizer's own, one of a file, or a plain one; and where the responses stand in what they render."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from datamodules.instructions.reading.conversations import ASSISTANT, Message
+from datamodules.instructions.reading.records import Conversation
+from fourier_moe.errors import UserError
+
+PLAIN = "plain"
+
+_PLAIN_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message.role == 'system' %}{{ message.content }}\n\n"
+    "{% elif message.role == 'assistant' %}Assistant: {{ message.content }}{{ eos_token }}\n\n"
+    "{% else %}{{ message.role | capitalize }}: {{ message.content }}\n\n{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}Assistant:{% endif %}"
+)
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")  # the mark of what the assistant says, which few templates have
+_PROBE = "RESPONSE"
+
+
+class ChatTemplate:
+    """Renders conversations with a tokenizer's chat template.
+
+    Args:
+        tokenizer: whose template, special tokens and rules are used.
+        template: `plain`, or the path of a Jinja file; None for the tokenizer's own.
+
+    Raises:
+        UserError: there is no template.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str | None = None) -> None:
+        self._tokenizer = tokenizer
+        self._given = None if template is None else _read(template)
+        try:
+            self.text = tokenizer.get_chat_template(self._given)
+        except ValueError as error:
+            raise UserError(
+                f"the tokenizer '{tokenizer.name_or_path or type(tokenizer).__name__}' has no chat template, which prompt chat "
+                f"needs; give chat_template {PLAIN} (User: ... Assistant: ...), or the path of a Jinja file"
+            ) from error
+        special = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
+        self._special = tuple(token for token in special if token)
+
+    def prompt(self, messages: Sequence[Message], tools: Sequence[Any] = (), where: str = "a conversation") -> str:
+        """Return what the assistant's next turn follows.
+
+        Raises:
+            UserError: the template refuses the messages.
+        """
+        return self._render(messages, tools, where, generation_prompt=True)
+
+    def parts(self, conversation: Conversation) -> list[str]:
+        """Return the text of a conversation as context, response, context, ..., response.
+
+        Raises:
+            UserError: the template refuses the messages, or changes what it has rendered when more follow.
+        """
+        text, spans = self._marked(conversation) if _GENERATION.search(self.text) else self._by_beginnings(conversation)
+        borders = [0, *(border for span in spans for border in span)]
+        return [text[start:end] for start, end in pairwise(borders)]
+
+    def around(self) -> tuple[str, str]:
+        """Return what stands before and after the text of a response that ends a conversation."""
+        messages = ({"role": "user", "content": "Question"}, {"role": ASSISTANT, "content": _PROBE})
+        before, _, after = self.parts(Conversation("", "", "", "", messages, (1,)))[1].partition(_PROBE)
+        return before, after
+
+    def _by_beginnings(self, conversation: Conversation) -> tuple[str, list[tuple[int, int]]]:
+        """Find responses by rendering the beginnings of a conversation, for templates that mark nothing."""
+        messages, tools, where = conversation.messages, conversation.tools, conversation.where
+        whole = self._render(messages, tools, where)
+        spans = []
+        for turn in conversation.learned:
+            before = self.prompt(messages[:turn], tools, where)
+            through = self._render(messages[: turn + 1], tools, where) if turn + 1 < len(messages) else whole
+            if not (through.startswith(before) and whole.startswith(through)):
+                raise UserError(
+                    f"{where}: the chat template renders the beginning of the conversation in another way once its message "
+                    f"{turn + 1} follows or is followed, so that the assistant's tokens cannot be told; give chat_template "
+                    f"{PLAIN}, or a file with the same template that marks them by {{% generation %}} and {{% endgeneration %}}"
+                )
+            response = through[len(before) :]
+            if response.rstrip().endswith(self._special):  # the model stops there, and never writes the line end after it
+                response = response.rstrip()
+            spans.append((len(before), len(before) + len(response)))
+        return whole, spans
+
+    def _marked(self, conversation: Conversation) -> tuple[str, list[tuple[int, int]]]:
+        """Find responses by the template's own marks."""
+        where = conversation.where
+        turns = [turn for turn, message in enumerate(conversation.messages) if message["role"] == ASSISTANT]
+        render: Any = render_jinja_template  # whose types are those of its most common use
+        try:
+            (text,), (spans,) = render(
+                [list(conversation.messages)],
+                tools=list(conversation.tools) or None,
+                chat_template=self.text,
+                return_assistant_tokens_mask=True,
+                **self._tokenizer.special_tokens_map,
+            )
+        except Exception as error:
+            raise _refused(where, error) from error
+        if len(spans) != len(turns):
+            raise UserError(
+                f"{where}: the chat template marks {len(spans)} turns by {{% generation %}}, and the assistant has {len(turns)}"
+            )
+        return text, [span for turn, span in zip(turns, spans, strict=True) if turn in conversation.learned]
+
+    def _render(self, messages: Sequence[Message], tools: Sequence[Any], where: str, *, generation_prompt: bool = False) -> str:
+        try:
+            return str(
+                self._tokenizer.apply_chat_template(
+                    [dict(message) for message in messages],
+                    tools=list(tools) or None,
+                    chat_template=self._given,
+                    add_generation_prompt=generation_prompt,
+                    tokenize=False,
+                )
+            )
+        except Exception as error:  # a template raises what it likes
+            raise _refused(where, error) from error
+
+
+def _read(template: str) -> str:
+    if template == PLAIN:
+        return _PLAIN_TEMPLATE
+    path = Path(template).expanduser()
+    if not path.is_file():
+        raise UserError(f"chat_template '{template}' is no file; give {PLAIN}, or the path of a Jinja file")
+    return path.read_text(encoding="utf-8")
+
+
+def _refused(where: str, error: Exception) -> UserError:
+    reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    return UserError(f"{where}: the chat template does not take the conversation ({reason})")

@@ -1,0 +1,283 @@
+"""Conversations: their forms, the chat template, which tokens have a loss, and what is cut."""
+
+import json
+
+import datasets
+import pytest
+from support.tokenizers import TOKENIZERS, byte_level
+
+from datamodules import InstructionDataModule
+from datamodules.instructions import data_module as instructions
+from datamodules.instructions.arithmetic import ArithmeticDataModule
+from datamodules.instructions.dataset import IGNORED
+from datamodules.instructions.reading.records import Conversation, Record, parse_record, read_records
+from datamodules.instructions.tokenizing.chat import ChatTokenizer
+from lightning_modules.tasks.generation import _end_tokens
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+MARKED = (
+    "{% for m in messages %}[{{ m.role }}]{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{{ eos_token }}"
+    "{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+# As Qwen3's: only the last turn has its empty thoughts.
+CHANGING = (
+    "{% for m in messages %}<{{ m.role }}>{% if loop.last and m.role == 'assistant' %}<think></think>{% endif %}"
+    "{{ m.content }}{{ eos_token }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+STRICT = "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}{% endfor %}"
+
+
+def say(role, content, **others):
+    return {"role": role, "content": content, **others}
+
+
+TALK = [say("system", "Be brief."), say("user", "Hi"), say("assistant", "Yo"), say("user", "2 + 2?"), say("assistant", "4")]
+ALPACA = {"question": "Say hi", "context": "loudly", "reply": "HI"}
+
+
+def talk(*messages, **others):
+    return parse_record({"messages": list(messages), **others}, "line 1", False)
+
+
+def tokenized(tokenizer, template, record, max_length=1000):
+    if template not in (None, "plain"):
+        tokenizer.chat_template = template
+        template = None
+    coder = ChatTokenizer(tokenizer, template, max_length)
+    (example,) = coder.examples([record])
+    return coder, example, [tokenizer.decode(example.ids[begin:end]) for begin, end in example.responses]
+
+
+# Records
+
+
+def test_the_forms_of_conversations_and_of_names_give_the_same_records(tmp_path):
+    sharegpt = [{"from": "system", "value": "Be brief."}, {"from": "human", "value": "Hi"}, {"from": "GPT", "value": "Yo"}]
+    parts = [TALK[0], say("user", [{"type": "text", "text": "H"}, {"type": "text", "text": "i"}]), TALK[2]]
+    expected = talk(*TALK[:3])
+    assert expected == Conversation("Be brief.\nHi", "", "Yo", "Yo", tuple(TALK[:3]), (2,))
+    rows = {"messages": TALK[:3]}, {"conversations": sharegpt}, {"messages": parts}
+    path = tmp_path / "talk.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    assert read_records(path, needs_answer=False) == [expected] * 3
+    columns = {"instruction": "question", "input": "context", "output": "reply"}
+    for name, rows, names, wanted in (
+        ("talk", [{"dialog": sharegpt, "id": 1}], {"messages": "dialog"}, expected),
+        ("alpaca", [ALPACA], columns, Record("Say hi", "loudly", "HI", "HI")),
+    ):
+        datasets.Dataset.from_list(rows).to_parquet(tmp_path / f"{name}.parquet")
+        assert read_records(tmp_path / f"{name}.parquet", needs_answer=False, columns=names) == [wanted]
+    with pytest.raises(
+        ValueError, match=r"alpaca.parquet' row 1 has no 'ask', which columns names for instruction; its columns"
+    ):
+        read_records(tmp_path / "alpaca.parquet", needs_answer=False, columns={"instruction": "ask", "output": "reply"})
+    (tmp_path / "bad.parquet").write_bytes(b"PAR1")
+    with pytest.raises(ValueError, match=r"bad.parquet' is not a complete parquet file"):
+        read_records(tmp_path / "bad.parquet", needs_answer=False)
+
+
+def test_only_answering_turns_with_something_to_say_are_learned():
+    call = say("assistant", None, tool_calls=[{"function": {"name": "f"}}])
+    messages = [say("assistant", "Welcome"), TALK[1], say("assistant", " "), TALK[1], say("assistant", "no", weight=0), TALK[1]]
+    record = talk(*messages, call, say("tool", "7"), say("assistant", "7"), say("user", "Thanks"), tools=[{"name": "f"}])
+    assert (record.learned, len(record.messages), record.output, record.tools) == ((6, 8), 9, "7", ({"name": "f"},))
+    assert talk(*messages) is None
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ([], r"line 1: the conversation is \[\]; expected a list of messages"),
+        ("Hi", "line 1: the conversation is 'Hi'; expected a list"),
+        (["Hi"], "line 1, message 1 is 'Hi'; expected an object with role and content"),
+        ([{"text": "Hi"}], "line 1, message 1 has no role and no from; its fields are text"),
+        (
+            [TALK[0], say("alien", "Hi")],
+            "line 1, message 2: the role 'alien' is unknown; expected one of system, developer, user",
+        ),
+        ([say("user", 7)], "line 1, message 1: the content is 7; expected text"),
+        ([say("user", [{"type": "image"}])], r"line 1, message 1: the content is \[\{'type': 'image'\}\]; expected text"),
+    ],
+)
+def test_broken_conversations_are_named(messages, message):
+    with pytest.raises(ValueError, match=message):
+        parse_record({"messages": messages}, "line 1", False)
+
+
+# Tokens
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+@pytest.mark.parametrize(
+    ("template", "responses", "ends"),
+    [
+        ("plain", ["Yo</s>", "4</s>"], True),
+        (CHATML, ["Yo<|im_end|>", "4<|im_end|>"], True),
+        (MARKED, ["Yo</s>", "4</s>"], True),
+        ("{% for m in messages %}{{ m.content }}\n{% endfor %}", ["Yo\n", "4\n"], False),
+    ],
+)
+def test_every_turn_of_the_assistant_is_learned_up_to_its_end(kind, template, responses, ends):
+    tokenizer = TOKENIZERS[kind]()
+    if template == CHATML:
+        tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    coder, example, learned = tokenized(tokenizer, template, talk(*TALK))
+    assert [text.strip(" ") for text in learned] == responses
+    assert (example.question_cut, example.response_cut) == (0, 0)
+    if template not in ("plain", MARKED):
+        whole = tokenizer.apply_chat_template(TALK, tokenize=True, return_dict=False)
+        assert example.ids == whole[: len(example.ids)]
+    ((prompt, ids),) = coder.prompts([talk(*TALK)])
+    assert example.ids[: len(ids)] == ids
+    assert "2 + 2?" in prompt.text
+    assert "4" not in prompt.text
+    assert len(coder.end_tokens) == ends
+    assert [tokenizer.decode(coder.end_tokens)] == ([responses[0][2:]] if ends else [""])
+    assert coder.response("true").strip() == "true"
+
+
+def test_a_question_with_a_response_becomes_two_messages():
+    _, example, learned = tokenized(byte_level(), "plain", Record("Add.", "1 2", "3", "3"))
+    assert (learned, byte_level().decode(example.ids)) == ([" 3</s>"], "User: Add.\n\n1 2\n\nAssistant: 3</s>")
+
+
+@pytest.mark.parametrize("max_length", [3, 12, 30, 40, 52, 60, 90])
+def test_a_long_conversation_loses_its_end_and_always_keeps_something_to_learn(max_length):
+    tokenizer = TOKENIZERS["bytes"]()
+    record = talk(*TALK)
+    _, whole, _ = tokenized(tokenizer, "plain", record)
+    _, example, learned = tokenized(tokenizer, "plain", record, max_length)
+    first = whole.responses[0][1]
+    assert len(example.ids) <= max_length
+    assert " Yo</s>".startswith(learned[0])
+    assert learned[0]
+    if max_length >= first:
+        assert example.ids == whole.ids[: len(example.ids)]
+        assert example.response_cut == sum(e - b for b, e in whole.responses) - sum(e - b for b, e in example.responses)
+    else:
+        assert example.question_cut == whole.responses[0][0] - example.prompt_length
+    assert example.responses[-1][1] == len(example.ids)
+
+
+def test_templates_that_change_what_they_have_written_are_refused_where_it_matters():
+    _, _, learned = tokenized(byte_level(), CHANGING, talk(*TALK[:3]))
+    assert learned == ["<think></think>Yo</s>"]
+    with pytest.raises(
+        ValueError, match=r"line 1: the chat template renders the beginning .* its message 3 follows.*generation"
+    ):
+        tokenized(byte_level(), CHANGING, talk(*TALK))
+    with pytest.raises(
+        ValueError, match=r"line 1: the chat template does not take the conversation \(TemplateError: no system\)"
+    ):
+        tokenized(byte_level(), STRICT, talk(*TALK))
+
+
+def test_the_key_of_conversations_names_what_they_depend_on():
+    def key(record=None, template="plain", length=50):
+        return ChatTokenizer(byte_level(), template, length).key([record or talk(*TALK)])
+
+    assert key() == key()
+    others = [key(talk(*TALK[:3])), key(length=60), key(talk(TALK[1], TALK[2]))]
+    assert len({key(), *others}) == 4
+
+
+# The DataModule
+
+
+def module(folder, **arguments):
+    given = {"train": "custom", "tokenizer": "bytes", "prompt": "chat", "chat_template": "plain", "num_workers": 0}
+    given |= {"validation_size": 0, "batch_size": 2, "directory": str(folder)}
+    return InstructionDataModule(**(given | arguments))
+
+
+@pytest.fixture
+def directory(tmp_path):
+    rows = [{"messages": [say("user", f"{n} + 1?"), say("assistant", str(n + 1))]} for n in range(6)]
+    silent = {"messages": [say("user", "Hello?")]}
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, [*rows, silent])))
+    (tmp_path / "test.jsonl").write_text("\n".join(map(json.dumps, rows[:2])))
+    return tmp_path
+
+
+def test_conversations_are_trained_on_validated_and_tested(directory, monkeypatch):
+    told = []
+    monkeypatch.setattr(instructions, "rank_zero_info", told.append)
+    data = module(directory, validation_size=2)
+    data.prepare_data()
+    for stage in ("fit", "test"):
+        data.setup(stage)
+    assert "train custom: 6, 1 left out that have no response to learn" in told[0]
+    for batch in data.train_dataloader():
+        assert {data.load_tokenizer().decode(row[row != IGNORED])[-4:] for row in batch["labels"]} == {"</s>"}
+    (batch,) = data.test_dataloader()["custom"]
+    assert (batch["prompt"][0], batch["answer"][0], batch["end_tokens"][0]) == ("User: 0 + 1?\n\nAssistant:", "1", (1,))
+    assert batch["benchmark"][0].grade(" 1", "1").correct
+    assert (batch["labels"] != IGNORED).sum() == 2 * len(" 1</s>".replace("</s>", "."))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"chat_template": None}, r"the tokenizer '.*' has no chat template, .*; give chat_template plain .* or the path"),
+        (
+            {"chat_template": "nowhere.jinja"},
+            "chat_template 'nowhere.jinja' is no file; give plain, or the path of a Jinja file",
+        ),
+        ({"prompt": "plain"}, "chat_template 'plain' has no effect with prompt plain; set prompt to chat"),
+        ({"prompt": "plain", "chat_template": None}, "train.jsonl' line 1 is a conversation; set prompt to chat"),
+        (
+            {"columns": {"question": "instruction"}},
+            "columns: 'question' is unknown; expected some of instruction, input, output",
+        ),
+        ({"columns": {"instruction": "a"}}, "columns names instruction; expected messages, or instruction and output at least"),
+        ({"columns": {}}, "columns names nothing; expected messages, or instruction"),
+        ({"columns": {"messages": "a", "output": "b"}}, "columns names messages beside output; a record is a conversation, or"),
+        (
+            {"columns": {"messages": "dialog"}},
+            "line 1 has no 'dialog', which columns names for messages; its columns are messages",
+        ),
+        ({"train": "hub:squad"}, "train: 'hub:squad' names no data set on the hub; expected hub:owner/name"),
+    ],
+)
+def test_mistakes_are_named_before_any_model_is_loaded(directory, arguments, message):
+    def prepare():
+        data = module(directory, **arguments)
+        data.prepare_data()
+        data.setup("fit")
+
+    with pytest.raises(ValueError, match=message) as error:
+        prepare()
+    assert "\n" not in str(error.value)
+
+
+def test_columns_without_custom_data_are_refused():
+    with pytest.raises(ValueError, match="columns is for data of your own, and train and test name none"):
+        ArithmeticDataModule(tokenizer="bytes", columns={"messages": "a"})
+
+
+def test_a_set_of_the_hub_is_read_by_its_columns(tmp_path, monkeypatch):
+    folder = tmp_path / "owner/talks"  # `datasets` reads a directory as it reads the hub
+    folder.mkdir(parents=True)
+    for split, count in (("train", 5), ("test", 2)):
+        datasets.Dataset.from_list([ALPACA] * count).to_parquet(folder / f"{split}-00000-of-00001.parquet")
+    monkeypatch.chdir(tmp_path)
+    names = {"instruction": "question", "input": "context", "output": "reply"}
+    data = module(tmp_path, directory=None, train={"hub:owner/talks": 2.0}, test=["hub:owner/talks"], columns=names)
+    data.prepare_data()
+    for stage in ("fit", "test"):
+        data.setup(stage)
+    assert [id_ for batch in data.train_dataloader() for id_ in batch["id"]].count("talks/4") == 2
+    assert [len(batch["id"]) for batch in data.test_dataloader()["talks"]] == [2]
+    with pytest.raises(ValueError, match=r"'hub:owner/talks:dev' cannot be loaded \(.*; without a network give a file of it"):
+        module(tmp_path, directory=None, train="hub:owner/talks:dev", columns=names).prepare_data()
+
+
+def test_generation_ends_where_the_template_ends_a_turn():
+    class Model:
+        class generation_config:  # noqa: N801
+            eos_token_id = 2
+
+    assert _end_tokens(Model, TOKENIZERS["bytes"](), [9, 1]) == [1, 2, 9]
