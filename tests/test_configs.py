@@ -13,7 +13,8 @@ from PIL import Image
 from support import REPOSITORY
 from support.commands import SMOKE
 
-from fourier_moe import FourierMoEConfig
+import train
+from fourier_moe import FourierMoEConfig, describe_adapter
 from lightning_modules.cli import AdaptationCLI
 
 DEFAULTS = Path("configs/defaults.yaml")
@@ -175,7 +176,7 @@ def test_smoke_overlay_fits_and_the_adapter_file_alone_tests_and_predicts(run, p
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", LANGUAGE, ids=ids(LANGUAGE))
-def test_smoke_overlay_fits_a_language_model_and_the_adapter_file_alone_answers_every_set(run, path):
+def test_smoke_overlay_fits_a_language_model_and_the_adapter_file_alone_answers_every_set(run, caplog, path):
     sets = config_of(path)["data"]["init_args"]["test"]
     words = ["--model.task.init_args.evaluation.max_new_tokens", "2", "--trainer.limit_val_batches", "1"]
     words += ["--model.task.init_args.dtype", "float32"]  # bfloat16 is slow on a CPU
@@ -188,8 +189,12 @@ def test_smoke_overlay_fits_a_language_model_and_the_adapter_file_alone_answers_
     if path.stem != "commonsense_gemma_7b":  # one config searches with the beams that it names
         words += ["--model.task.init_args.evaluation.num_beams", "1"]
     words = ["--config", str(path), *SMOKE, *words]
-    cli = run("fit", *words)
+    with caplog.at_level("INFO"):
+        cli = run("fit", *words)
     directory = Path(cli.trainer.log_dir)
+    assert f"chat --adapter {directory}\n" in caplog.text
+    assert describe_adapter(directory / "adapter").task["prompt"] == config_of(path)["data"]["init_args"]["prompt"]
+    assert len(train.main(["generate", "--adapter", str(directory), "--prompt", "a", "--max_new_tokens", "1"])) == 1
     assert cli.trainer.global_step == (4 if path.stem == "demo_math" else 1)  # the others accumulate 16 batches
     assert (directory / "checkpoints/last.ckpt").is_file()
     tested = run("test", *words, "--model.adapter_path", str(directory / "adapter"))

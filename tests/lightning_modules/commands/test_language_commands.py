@@ -44,7 +44,7 @@ def run(base, tmp_path_factory):
 
 
 def write_config(directory, model, scoring="generate"):
-    arguments = {"model": model, "tokenizer": "bytes", "scoring": scoring, "evaluation": {"max_new_tokens": 12}}
+    arguments = {"model": model, "tokenizer": "bytes", "scoring": scoring, "evaluation": {"max_new_tokens": 6}}
     config = {"model": {"task": {"class_path": SPEC, "init_args": arguments}}, "data": {"init_args": {"prompt": "plain"}}}
     (directory / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
 
@@ -55,7 +55,7 @@ def command(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def command(name, adapter=run, **options):
-        short = {} if name == "evaluate" else {"max_new_tokens": 12}
+        short = {} if name == "evaluate" else {"max_new_tokens": 6}
         return COMMANDS[name](adapter=str(adapter), **short, **options)
 
     return command
@@ -73,7 +73,7 @@ def with_template(monkeypatch):
 
 def rows_of_test(base, run, data, scoring="generate"):
     """The rows of `test`, by set."""
-    task = CausalLanguageModel(str(base), tokenizer="bytes", scoring=scoring, evaluation=GenerationSettings(12))
+    task = CausalLanguageModel(str(base), tokenizer="bytes", scoring=scoring, evaluation=GenerationSettings(6))
     load_adapter(task.build().eval(), run / "adapter")
     data.setup("test")
     return {name: [row for batch in loader for row in task.predict(batch)] for name, loader in data.test_dataloader().items()}
