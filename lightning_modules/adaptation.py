@@ -166,9 +166,11 @@ class AdaptationModule(L.LightningModule):
     def configure_callbacks(self) -> list[L.Callback]:
         """Add the callbacks of every run: exact resumption, a graceful stop, the newest state, a check for unused adapters.
 
-        Also claims the run's directory. This is the last hook before Lightning opens the loggers' files.
+        Also tells the data what the model reads, and claims the run's directory. This is the last hook before Lightning opens
+        the loggers' files.
         """
         check_callbacks(self.trainer)
+        self.task.tell_data(data_module(self.trainer))
         directory = attach_run_directory(self.trainer)
         directory.claim(self.trainer)
         if self.trainer.state.fn == "fit":

@@ -53,9 +53,10 @@ class ImageDataModule(BaseDataModule):
             through the test split.
         batch_size: images a batch and process.
         num_workers: loading processes of each loader; 0 loads in the main process.
-        image_size: height and width of the images that the model gets, in pixels.
-        mean: mean of each color channel, of values from 0 to 1. The default is CLIP's.
-        std: standard deviation of each color channel. The default is CLIP's.
+        image_size: height and width of the images that the model gets, in pixels. None is the model's own, told by
+            `follow_model`; without a model 224.
+        mean: mean of each color channel, of values from 0 to 1. None is the model's own; without a model CLIP's.
+        std: standard deviation of each color channel, as for mean.
         validation_fraction: share of train held out for validation, where there is no validation split.
         seed: decides which images are held out for validation. Their order in training follows the run's own seed
             (seed_everything), so that runs with several seeds share their splits.
@@ -73,9 +74,9 @@ class ImageDataModule(BaseDataModule):
         predict_directory: str | None = None,
         batch_size: int = 128,
         num_workers: int = 4,
-        image_size: int = 224,
-        mean: tuple[float, float, float] = CLIP_MEAN,
-        std: tuple[float, float, float] = CLIP_STD,
+        image_size: int | None = None,
+        mean: tuple[float, float, float] | None = None,
+        std: tuple[float, float, float] | None = None,
         validation_fraction: float = 0.1,
         seed: int = 0,
         synthetic: bool = False,
@@ -90,9 +91,10 @@ class ImageDataModule(BaseDataModule):
         )
         dataset = current_name(dataset, former="folder")
         self._benchmark = find_benchmark(dataset)
-        require("image_size", image_size, image_size >= 1, "1 or more")
-        require("mean", mean, len(mean) == 3 and all(map(math.isfinite, mean)), "three numbers")
-        require("std", std, len(std) == 3 and all(0 < value < math.inf for value in std), "three positive numbers")
+        require("image_size", image_size, image_size is None or image_size >= 1, "1 or more")
+        require("mean", mean, mean is None or (len(mean) == 3 and all(map(math.isfinite, mean))), "three numbers")
+        is_std = std is None or (len(std) == 3 and all(0 < value < math.inf for value in std))
+        require("std", std, is_std, "three positive numbers")
         require("validation_fraction", validation_fraction, 0 < validation_fraction < 1, "between 0 and 1, exclusive")
         has_revisions = revision is None or self._benchmark.on_hub
         require("revision", revision, has_revisions, f"null for '{dataset}', which is not on the hub")
@@ -100,20 +102,42 @@ class ImageDataModule(BaseDataModule):
             self._benchmark.open(dataset)  # says what is needed
 
         self.dataset = dataset
-        self.image_size = image_size
+        self._given = {"image_size": image_size, "mean": mean, "std": std}
         self.validation_fraction = validation_fraction
         self._predict_directory = None if predict_directory is None else Path(predict_directory).expanduser()
         if self._predict_directory is not None and not self._predict_directory.is_dir():
             raise UserError(f"predict_directory '{predict_directory}' does not exist; expected a directory of images")
 
-        self._train_transform = train_transform(image_size)
-        self._eval_transform = eval_transform(image_size)
-        self._normalization = normalization(mean, std)
         self._class_names: list[str] = []
         self._source: ImageSource | None = None
         self._datasets: dict[str, ImageDataset] = {}
+        self.follow_model()
         if self._is_local:
             self._open()
+
+    def follow_model(
+        self,
+        image_size: int | None = None,
+        mean: tuple[float, float, float] | None = None,
+        std: tuple[float, float, float] | None = None,
+    ) -> list[str]:
+        """Take over what the model reads where the DataModule's own argument is None. The task calls it before `setup`.
+
+        Returns:
+            A line for each argument that differs from the model's; the argument is used.
+        """
+        told = {"image_size": image_size, "mean": mean, "std": std}
+        used = {name: told[name] if value is None else value for name, value in self._given.items()}
+        self.image_size: int = used["image_size"] or 224  # type: ignore[assignment]
+        self._train_transform = train_transform(self.image_size)
+        self._eval_transform = eval_transform(self.image_size)
+        self._normalization = normalization(used["mean"] or CLIP_MEAN, used["std"] or CLIP_STD)  # type: ignore[arg-type]
+        self._datasets.clear()  # made with the earlier transforms
+        return [
+            f"data.{name}={used[name]} is used; the model's own is {value}"
+            for name, value in told.items()
+            if value is not None and value != used[name]
+        ]
 
     @property
     def dataset_name(self) -> str:

@@ -8,7 +8,6 @@ from typing import Any
 from torch.utils.data import DataLoader
 
 from datamodules.images.data_module import ImageDataModule
-from datamodules.images.transforms import CLIP_MEAN, CLIP_STD
 from datamodules.mixture import MixtureDataModule, MixtureTask, SeededConcatDataset
 from datamodules.shared.splits import TRAIN
 
@@ -23,9 +22,9 @@ class ImageMixtureDataModule(MixtureDataModule):
         revision: as for ImageDataModule, like all that follow.
         batch_size: images per batch and process, of all tasks.
         num_workers: loading processes of each loader; 0 loads in the main process.
-        image_size: height and width of the images that the model gets, in pixels.
-        mean: mean of each color channel, of values from 0 to 1.
-        std: standard deviation of each color channel.
+        image_size: height and width of the images that the model gets, in pixels; None is the model's own.
+        mean: mean of each color channel, of values from 0 to 1; None is the model's own.
+        std: standard deviation of each color channel; None is the model's own.
         validation_fraction: share of each task's train held out for validation, where it has no validation split.
         seed: decides which images are held out.
         synthetic: generate a tiny data set of 4 classes for every task and read that.
@@ -41,9 +40,9 @@ class ImageMixtureDataModule(MixtureDataModule):
         revision: str | None = None,
         batch_size: int = 128,
         num_workers: int = 4,
-        image_size: int = 224,
-        mean: tuple[float, float, float] = CLIP_MEAN,
-        std: tuple[float, float, float] = CLIP_STD,
+        image_size: int | None = None,
+        mean: tuple[float, float, float] | None = None,
+        std: tuple[float, float, float] | None = None,
         validation_fraction: float = 0.1,
         seed: int = 0,
         synthetic: bool = False,
@@ -65,6 +64,10 @@ class ImageMixtureDataModule(MixtureDataModule):
             )
 
         super().__init__(tasks, task_module, batch_size=batch_size, num_workers=num_workers, seed=seed, revision=revision)
+
+    def follow_model(self, **told: Any) -> list[str]:
+        """As for ImageDataModule; all tasks have the same arguments."""
+        return [task.follow_model(**told) for task in self._tasks.values() if isinstance(task, ImageDataModule)].pop()
 
     def train_dataloader(self) -> DataLoader[dict[str, Any]]:
         sets = self.sets(TRAIN).values()

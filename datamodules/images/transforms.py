@@ -1,4 +1,4 @@
-"""From an RGB image to CLIP's input tensor, in two steps: bytes in the loading process, floats on the model's device."""
+"""From an RGB image to the model's input tensor, in two steps: bytes in the loading process, floats on the model's device."""
 
 from collections.abc import Sequence
 

@@ -41,7 +41,9 @@ def loading_code(model: nn.Module) -> str:
     name, kind = backbone_name(model), type(model)
     if name is None or not kind.__module__.startswith("transformers."):
         return f"model = ...  # the pretrained model: {name or kind.__name__}"
-    labels = f", num_labels={model.config.num_labels}" if kind.__name__.endswith("ForSequenceClassification") else ""  # type: ignore[union-attr]
+    labels = f", num_labels={model.config.num_labels}" if kind.__name__.endswith("Classification") else ""  # type: ignore[union-attr]
+    if kind.__name__.endswith("ForImageClassification"):  # most of their files have a head for ImageNet's classes
+        labels += ", ignore_mismatched_sizes=True"
     return f"from transformers import {kind.__name__}\n\nmodel = {kind.__name__}.from_pretrained({name!r}{labels})"
 
 

@@ -1,4 +1,4 @@
-"""Fused attention modules, split into one nn.Linear per projection.
+"""Fused attention modules, split into one nn.Linear per projection; `fused_linear` has the simplest kind.
 
 `nn.MultiheadAttention` and open_clip's `Attention` keep the query, key and value projections in one parameter,
 `in_proj_weight`, and the first reads `out_proj.weight` without calling `out_proj`: an adapter finds nothing to
@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from fourier_moe.errors import UserError
+from fourier_moe.models.fused_linear import PARTS, SplitLinear, side_by_side
 
 FUSED_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
 
@@ -230,12 +231,20 @@ def is_fused_attention(module: nn.Module) -> bool:
     return has_fused_weight or isinstance(module, nn.MultiheadAttention) or _kind(module) is not None
 
 
+def fused_modules(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """Return what `split_attention` is for, by name: the projections that a split gives. A shared module has all its names."""
+    names = [name for name, module in model.named_modules(remove_duplicate=False) if name and is_fused_attention(module)]
+    return {**dict.fromkeys(names, FUSED_PROJECTIONS), **dict.fromkeys(side_by_side(model), PARTS)}
+
+
 def fused_projection(module: Any, name: str) -> nn.Linear:
     """Return the projection of this name that a split would give, on the meta device.
 
     Raises:
         UserError: if the kind of attention is unknown.
     """
+    if type(module) is nn.Linear:
+        return nn.Linear(module.in_features, module.out_features // 3, device="meta")
     if _kind(module) is None:
         raise UserError(f"{type(module).__name__} is not an attention module that can be split")
     if name == "out_proj":
@@ -249,7 +258,7 @@ def fused_projection(module: Any, name: str) -> nn.Linear:
 
 def is_split_attention(module: nn.Module) -> bool:
     """Return whether `module` came out of `split_attention`."""
-    return isinstance(module, _SplitAttention)
+    return isinstance(module, (_SplitAttention, SplitLinear))
 
 
 def fuse_attention(split: nn.Module, fused: nn.Module) -> None:
@@ -258,6 +267,9 @@ def fuse_attention(split: nn.Module, fused: nn.Module) -> None:
     Raises:
         UserError: if the two do not belong together.
     """
+    if isinstance(split, SplitLinear) and type(fused) is nn.Linear:
+        split.copy_to(fused)
+        return
     if not isinstance(split, _SplitAttention) or _kind(fused) is not type(split):
         raise UserError(f"a {type(split).__name__} is no split {type(fused).__name__}")
     projections = [split.q_proj, split.k_proj, split.v_proj]
@@ -283,7 +295,8 @@ def split_attention(module: nn.Module) -> nn.Module:
     module takes over `out_proj`'s parameters and the norms of `module`, which should not be used any more.
 
     Args:
-        module: an `nn.MultiheadAttention` or `open_clip.transformer.Attention`, not of a subclass.
+        module: an `nn.MultiheadAttention` or `open_clip.transformer.Attention`, not of a subclass; or an nn.Linear that
+            computes query, key and value side by side, which becomes a `SplitLinear`.
 
     Returns:
         The split module; put it where `module` was.
@@ -292,6 +305,10 @@ def split_attention(module: nn.Module) -> nn.Module:
         UserError: if the class is none of these, or has an option, attribute or hook that the split would lose.
     """
     name = f"{type(module).__module__}.{type(module).__qualname__}"
+    if type(module) is nn.Linear and module.out_features % len(PARTS) == 0:
+        if any(getattr(module, hooks) for hooks in _HOOKS):
+            raise UserError(f"cannot split {name}: the split would lose its hooks, so register them afterwards")
+        return SplitLinear(module)
     kind = _kind(module)
     if kind is None:
         supported = "; ".join(f"{'.'.join(kind.replaces)}({', '.join(_arguments(kind))})" for kind in _KINDS)

@@ -40,8 +40,8 @@ def backbone_name(model: nn.Module) -> str | None:
 
 
 def backbone_revision(model: nn.Module) -> str | None:
-    """Return the commit that transformers fetched the model from on the Hugging Face hub; None if it came from elsewhere."""
-    return getattr(getattr(model, "config", None), "_commit_hash", None)
+    """Return the model's commit on the Hugging Face hub: its own `backbone_revision`, or transformers' record; else None."""
+    return getattr(model, "backbone_revision", None) or getattr(getattr(model, "config", None), "_commit_hash", None)
 
 
 def measure_backbone(model: nn.Module, own: Collection[int] = ()) -> Fingerprint:
@@ -57,7 +57,7 @@ def measure_backbone(model: nn.Module, own: Collection[int] = ()) -> Fingerprint
     for name, parameter in sorted(model.named_parameters(), key=lambda pair: pair[0]):
         # A quantized weight is a subclass with a type of its own, or no floating-point number.
         comparable = type(parameter) is nn.Parameter and parameter.dtype in _PRECISIONS
-        if id(parameter) in own or parameter.is_meta or not comparable:
+        if id(parameter) in own or parameter.is_meta or not comparable or not parameter.numel():
             continue
         key = name.replace(".base.", ".")
         values[key] = _root_mean_square(parameter)

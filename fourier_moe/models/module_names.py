@@ -15,7 +15,7 @@ from torch import nn
 
 from fourier_moe.config import AdapterConfig
 from fourier_moe.errors import UserError
-from fourier_moe.models.attention import FUSED_PROJECTIONS, is_fused_attention
+from fourier_moe.models.attention import fused_modules
 
 _ATTRIBUTE = "fourier_moe_module_names"
 
@@ -113,8 +113,8 @@ def _projection_names(model: nn.Module) -> dict[str, int]:
     for name, module in model.named_modules(remove_duplicate=False):
         if name:
             names[name] = places.setdefault((id(module), ""), len(places))
-    for name in [name for name in names if is_fused_attention(model.get_submodule(name))]:
-        for projection in FUSED_PROJECTIONS:
+    for name, inside in fused_modules(model).items():
+        for projection in inside:
             place = (id(model.get_submodule(name)), projection)
             names.setdefault(f"{name}.{projection}", places.setdefault(place, len(places)))
     return names
@@ -140,7 +140,8 @@ def _named(entry: str, names: Iterable[str], *, by_suffix: bool) -> set[str]:
 def _no_match(argument: str, entry: str, names: Sequence[str]) -> UserError:
     last_parts = sorted({part for name in names if not (part := name.rpartition(".")[2]).isdigit()})
     near = difflib.get_close_matches(entry, [*last_parts, *names], n=5, cutoff=0.5)
-    meant = f"near names: {', '.join(near)}" if near else f"its modules are called: {', '.join(last_parts[:30])}"
+    meant = f"near names: {', '.join(near)}; " if near else ""
+    meant += f"its modules are called: {', '.join(last_parts[:30])}"
     return UserError(f"{argument} entry {entry!r} matches no module of the model; {meant}")
 
 

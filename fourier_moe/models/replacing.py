@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable
 from torch import nn
 
 from fourier_moe.errors import UserError
-from fourier_moe.models.attention import FUSED_PROJECTIONS, fused_projection, is_fused_attention, split_attention
+from fourier_moe.models.attention import fused_modules, fused_projection, split_attention
 from fourier_moe.models.projection import projection_shape
 
 
@@ -33,11 +33,11 @@ def split_fused(model: nn.Module, matches: Collection[str]) -> dict[nn.Module, n
         The split module of each fused one.
     """
     names = [name for name, _ in model.named_modules(remove_duplicate=False)]
-    fused = {name for name in names if name and is_fused_attention(model.get_submodule(name))}
-    wanted = {name for name in fused if any(f"{name}.{projection}" in matches for projection in FUSED_PROJECTIONS)}
+    fused = fused_modules(model)
+    wanted = {name for name, inside in fused.items() if any(f"{name}.{projection}" in matches for projection in inside)}
     for name, module in model.named_modules():
         if isinstance(module, nn.TransformerEncoderLayer) and any(match.startswith(f"{name}.") for match in matches):
-            wanted |= {f"{name}.self_attn"} & fused
+            wanted |= {f"{name}.self_attn"} & fused.keys()
     split: dict[nn.Module, nn.Module] = {}
     for name in (name for name in names if name in wanted):
         module = model.get_submodule(name)

@@ -286,6 +286,6 @@ def _head_like(head: nn.Module, name: str, shapes: Mapping[str, torch.Size]) -> 
 
 def _drop_weights(fused: nn.Module) -> None:
     """Free what a split attention has copies of; `fuse_attention` puts them back."""
-    for name in ("in_proj_weight", "in_proj_bias"):
+    for name in ("weight", "bias") if isinstance(fused, nn.Linear) else ("in_proj_weight", "in_proj_bias"):
         if getattr(fused, name) is not None:
             setattr(fused, name, nn.Parameter(torch.empty(0), requires_grad=False))

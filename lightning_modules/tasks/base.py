@@ -203,6 +203,10 @@ class Task(nn.Module, ABC):
                 f"{', '.join(keys)}; choose a model.task.class_path and a data.class_path of one kind"
             )
 
+    def tell_data(self, data: L.LightningDataModule | None) -> None:
+        """Tell a run's DataModule what the model reads, before its `prepare_data` and `setup`. By default nothing."""
+        return
+
     def check(self, loaders: Sequence[Any]) -> None:
         """Check the sets of this split, one loader each, before anything is read.
 

@@ -1,88 +1,56 @@
-"""ImageClassification: an open_clip vision tower with a classifier on its pooled output."""
+"""ImageClassification: a vision model of open_clip, timm or Hugging Face with a classifier on its pooled output."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import open_clip
-import torch
-from safetensors.torch import save_file
+import lightning as L
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.flop_counter import FlopCounterMode
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
+from datamodules.shared.tokenizers import is_path
 from fourier_moe.errors import UserError
-from fourier_moe.models.attention import fuse_attention, is_split_attention
-from fourier_moe.routing.logits import without_autocast
-from lightning_modules.tasks.backbones.open_clip import check_model, fetch_weights, load_open_clip, save_open_clip
+from lightning_modules.tasks.backbones.hugging_face_images import HuggingFaceImages
+from lightning_modules.tasks.backbones.image_library import DEFAULT, ImageLibrary
+from lightning_modules.tasks.backbones.open_clip_images import CosineHead, ImageClassifier, OpenClipImages
+from lightning_modules.tasks.backbones.timm_images import TimmImages, is_timm
 from lightning_modules.tasks.base import Batch, Evaluation, Task, TaskData
 from lightning_modules.tasks.class_ranges import class_rows, evaluate_classes, own_classes_only, require_two_classes
 from lightning_modules.tasks.scores import BalancedAccuracy
 
-
-class ImageClassifier(nn.Module):
-    """Backbone: images (B, 3, H, W) -> features (B, D); head: features -> logits (B, classes), always in float32."""
-
-    def __init__(self, backbone: nn.Module, head: nn.Module, backbone_name: str) -> None:
-        super().__init__()
-        self.backbone = backbone
-        self.head = head
-        self.backbone_name = backbone_name
-
-    def forward(self, images: Tensor) -> Tensor:
-        size = getattr(self.backbone, "image_size", None)
-        size = (size, size) if isinstance(size, int) else size  # open_clip's ResNets have a single number
-        if size is not None and tuple(images.shape[-2:]) != tuple(size):
-            raise UserError(
-                f"images are {images.shape[-2]} x {images.shape[-1]}, {self.backbone_name} needs {size[0]} x {size[1]}; set "
-                f"data.init_args.image_size={size[0]}, or model.task.init_args.image_size={images.shape[-1]}"
-            )
-        features = self.backbone(images)
-        with without_autocast(features.device):  # bfloat16 logits have 3 digits: a zero-shot head would tie 1 example in 20
-            return self.head(features.float())
-
-
-class CosineHead(nn.Module):
-    """CLIP's zero-shot classifier: the scaled cosine between image features (B, D) and one text embedding per class."""
-
-    logit_scale: Tensor
-
-    def __init__(self, text_features: Tensor, logit_scale: Tensor) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(text_features)
-        self.register_buffer("logit_scale", logit_scale, persistent=False)
-
-    def forward(self, features: Tensor) -> Tensor:
-        return self.logit_scale * F.linear(F.normalize(features, dim=-1), F.normalize(self.weight, dim=-1))
+__all__ = ["CosineHead", "ImageClassification", "ImageClassifier"]
 
 
 class ImageClassification(Task):
-    """Classify images with a frozen open_clip vision tower.
+    """Classify images with a frozen vision model of open_clip, timm or Hugging Face.
 
     Of several tasks at once (a batch with `classes`, see `datamodules.mixture`) each image is classified among the classes of
-    its own task, as with an output layer per task.
+    its own task, as with an output layer per task. The data's `image_size`, `mean` and `std` follow the model where they are
+    null.
 
     Args:
-        model: open_clip model name (`ViT-B-32-quickgelu`) or path of an open_clip model config (.json).
-        pretrained: open_clip tag of its weights (`openai`), path of a weights file (whole CLIP or vision tower), or null for an
-            untrained tower (always from the same seed, so that its adapters can be loaded again).
-        head: `linear` for a linear layer on the pooled output before CLIP's projection (768 numbers for ViT-B/32), as in the
-            paper; `zero_shot` for a cosine classifier that starts from CLIP's text embeddings of the class names (learning
-            rate 0 keeps them).
+        model: open_clip model name (`ViT-B-32-quickgelu`) or path of an open_clip model config (.json); `timm:NAME` or
+            `timm/NAME` (`timm:vit_small_patch14_dinov2`); name on the Hugging Face hub (`google/vit-base-patch16-224`); or a
+            directory of timm or Hugging Face.
+        pretrained: `default` for the weights that belong to the name (OpenAI's for open_clip); an open_clip tag (`openai`);
+            path of a weights file (whole CLIP or vision tower; a timm model's); or null for an untrained model (always from
+            the same seed, so that its adapters can be loaded again).
+        head: `linear` for a linear layer on the pooled output. For open_clip that is before CLIP's projection (768 numbers for
+            ViT-B/32), as in the paper; other models pool as their library's classifier does. `zero_shot` for a cosine
+            classifier that starts from CLIP's text embeddings of the class names (learning rate 0 keeps them).
         templates: prompts of the zero-shot head; `{}` stands for the class name.
         image_size: side of the input in pixels; null for the model's own. Position embeddings are interpolated.
-        tiny: use an untrained tower with 2 layers of width 256 (configs/smoke.yaml).
+        tiny: use an untrained model with 2 layers of width 256 (configs/smoke.yaml).
 
     Raises:
         UserError: for an unknown model, tag or path, or a template without `{}`.
     """
 
-    head_names = ("head",)
     main_metric = "accuracy"
     monitor = ("val/accuracy", "max")
     pipeline_tag = "image-classification"
@@ -91,14 +59,13 @@ class ImageClassification(Task):
     def __init__(
         self,
         model: str = "ViT-B-32-quickgelu",
-        pretrained: str | None = "openai",
+        pretrained: str | None = DEFAULT,
         head: Literal["linear", "zero_shot"] = "linear",
         templates: Sequence[str] = ("a photo of a {}.",),
         image_size: int | None = None,
         tiny: bool = False,
     ) -> None:
         super().__init__()
-        check_model(model, pretrained)
         if head not in ("linear", "zero_shot"):
             raise UserError(f"head={head!r} must be 'linear' or 'zero_shot'")
         if not templates or any("{}" not in template for template in templates):
@@ -106,52 +73,52 @@ class ImageClassification(Task):
         self.model_name, self.pretrained = model, pretrained
         self.head_kind, self.templates = head, tuple(templates)
         self.image_size, self.tiny = image_size, tiny
+        self.num_classes = 0  # outputs of the head
+        self.library = self._library()
+
+    def _library(self) -> ImageLibrary:
+        arguments = (self.model_name, self.pretrained, self.image_size, self.tiny)
+        timm, config = is_timm(self.model_name), self.model_name.endswith(".json")
+        if not timm and (config or not ("/" in self.model_name or is_path(self.model_name))):
+            return OpenClipImages(*arguments, templates=self.templates if self.works_untrained else None)
+        if self.works_untrained:
+            raise UserError(f"head='zero_shot' needs an open_clip model, for its text tower; model={self.model_name!r} is none")
+        return (TimmImages if timm else HuggingFaceImages)(*arguments)
+
+    @property
+    def head_names(self) -> tuple[str, ...]:  # type: ignore[override]
+        return self.library.head_names
 
     @property
     def works_untrained(self) -> bool:
         return self.head_kind == "zero_shot"
 
     def fetch(self) -> None:
-        if not self.tiny:
-            fetch_weights(self.model_name, self.pretrained)
+        self.library.fetch()
 
-    def forward_flops(self) -> int:
-        with torch.device("meta"):
-            clip: Any = load_open_clip(self.model_name, self.pretrained, image_size=self.image_size, tiny=self.tiny)
-            size = clip.visual.image_size
-            height, width = (size, size) if isinstance(size, int) else size
-            return _count_flops(clip.visual, torch.empty(1, 3, height, width))
+    def forward_flops(self) -> int | None:
+        return self.library.forward_flops()
 
     def check_data(self, data: TaskData) -> None:
         super().check_data(data)
         require_two_classes(data)
 
-    def build(self, num_classes: int | None, class_names: Sequence[str] | None = None) -> ImageClassifier:
-        """Load tower and head; see Task.
+    def tell_data(self, data: L.LightningDataModule | None) -> None:
+        """Tell an ImageDataModule the size, mean and std of the images that the model reads."""
+        follow = getattr(data, "follow_model", None)
+        for note in follow(**self.library.input()._asdict()) if follow is not None else ():
+            rank_zero_info(note)
+
+    def build(self, num_classes: int | None, class_names: Sequence[str] | None = None) -> nn.Module:
+        """Load model and head; see Task.
 
         Raises:
             UserError: if the number of classes is unknown, or class names are missing for the zero-shot head.
         """
-        num_classes = num_classes or len(class_names or ())
-        if not num_classes:
+        self.num_classes = num_classes or len(class_names or ())
+        if not self.num_classes:
             raise UserError("num_classes is unknown; give data with classes, or the adapter file that keeps them")
-        zero_shot = self.head_kind == "zero_shot"
-        clip = load_open_clip(
-            self.model_name, self.pretrained, image_size=self.image_size, tiny=self.tiny, needs_text=zero_shot
-        )
-        backbone: Any = clip.visual
-        head: nn.Module
-        if zero_shot:
-            if class_names is None:
-                raise UserError("head='zero_shot' needs class names, and neither data nor adapter file has them")
-            head = self._zero_shot_head(clip, class_names)
-        elif isinstance(getattr(backbone, "proj", None), nn.Parameter):
-            head = nn.Linear(backbone.proj.shape[0], num_classes)
-            backbone.proj = None
-        else:  # a tower without CLIP's projection returns its pooled output
-            head = nn.Linear(_feature_size(backbone, backbone.image_size), num_classes)
-        weights = "tiny" if self.tiny else Path(self.pretrained).name if self.pretrained else "untrained"
-        self.model = ImageClassifier(backbone, head, f"{Path(self.model_name).stem}/{weights}")
+        self.model = self.library.build(self.num_classes, class_names)
         return self.model
 
     def arguments(self) -> dict[str, Any]:
@@ -159,44 +126,17 @@ class ImageClassification(Task):
         names = {"model": self.model_name, "pretrained": self.pretrained, "head": self.head_kind}
         return {**names, **prompts, "image_size": self.image_size, "tiny": self.tiny}
 
-    @torch.no_grad()
-    def _zero_shot_head(self, clip: Any, class_names: Sequence[str]) -> CosineHead:
-        tokenizer = open_clip.get_tokenizer(Path(self.model_name).stem)
-        training = clip.training
-        clip.eval()
-        features = []
-        for name in class_names:
-            prompts = tokenizer([template.replace("{}", name.replace("_", " ")) for template in self.templates])
-            features.append(F.normalize(clip.encode_text(prompts, normalize=True).mean(0), dim=-1))
-        clip.train(training)
-        return CosineHead(torch.stack(features), clip.logit_scale.exp())
-
     def forward(self, images: Tensor) -> Tensor:
         """Return logits (B, classes) for preprocessed images (B, 3, H, W)."""
         assert self.model is not None, "build() comes first"
-        return self.model(images)
+        return self.library.logits(self.model, images)
 
     def save_model(self, directory: Path, class_names: Sequence[str] | None) -> None:
-        """Write the whole CLIP for open_clip, with its unchanged text tower, and head.safetensors and head.json beside it.
+        """Write the whole model in its library's own format.
 
-        The head takes the tower's pooled output: `clip.visual.proj = None`, then `head(clip.visual(images))`.
+        open_clip's is the whole CLIP with its unchanged text tower, and head.safetensors and head.json beside it.
         """
-        assert isinstance(self.model, ImageClassifier)
-        clip: Any = load_open_clip(self.model_name, self.pretrained, image_size=self.image_size, tiny=self.tiny)
-        split = {name: module for name, module in self.model.backbone.named_modules() if is_split_attention(module)}
-        for name, module in split.items():
-            fuse_attention(module, clip.visual.get_submodule(name))
-        inside = tuple(f"{name}." for name in split)
-        state = {key: value for key, value in self.model.backbone.state_dict().items() if not key.startswith(inside)}
-        unknown = clip.visual.load_state_dict(state, strict=False).unexpected_keys
-        assert not unknown, unknown
-        save_open_clip(clip, self.model_name, directory, image_size=self.image_size, tiny=self.tiny)
-        head = {key: value.detach().cpu().clone() for key, value in self.model.head.state_dict().items()}
-        save_file(head, directory / "head.safetensors")
-        description: dict[str, Any] = {"kind": self.head_kind, "class_names": class_names and list(class_names)}
-        if isinstance(self.model.head, CosineHead):
-            description["logit_scale"] = self.model.head.logit_scale
-        (directory / "head.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+        self.library.save(self.model, directory, class_names)
 
     def _logits(self, batch: Batch) -> Tensor:
         if "classes" in batch and self.head_kind == "zero_shot":
@@ -212,33 +152,8 @@ class ImageClassification(Task):
         accuracy = MulticlassAccuracy(self.num_classes, average="micro")
         return MetricCollection({"accuracy": accuracy, "balanced_accuracy": BalancedAccuracy(self.num_classes)})
 
-    @property
-    def num_classes(self) -> int:
-        """Number of outputs of the head."""
-        assert isinstance(self.model, ImageClassifier)
-        weight = self.model.head.weight
-        assert isinstance(weight, Tensor)
-        return weight.shape[0]
-
     def evaluate(self, batch: Batch) -> Evaluation:
         return evaluate_classes(self._logits(batch), batch)
 
     def predict(self, batch: Batch) -> list[dict[str, Any]]:
         return class_rows(self._logits(batch), batch)
-
-
-def _count_flops(module: nn.Module, *inputs: Tensor) -> int:
-    """Count the floating-point operations of a forward pass; a multiply-add counts as two. Free on the meta device."""
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        module(*inputs)
-    return counter.get_total_flops()
-
-
-@torch.no_grad()
-def _feature_size(backbone: nn.Module, image_size: Any) -> int:
-    """Find the width of a tower's output by running it."""
-    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-    training = backbone.training
-    size = backbone.eval()(torch.zeros(1, 3, height, width)).shape[-1]
-    backbone.train(training)
-    return size

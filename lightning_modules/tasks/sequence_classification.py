@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
-import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -17,7 +15,6 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from datamodules.shared.tokenizers import load_tokenizer
 from fourier_moe.errors import UserError
-from fourier_moe.routing.logits import without_autocast
 from lightning_modules.tasks.backbones.hugging_face import (
     check_model,
     check_vocabulary,
@@ -30,6 +27,7 @@ from lightning_modules.tasks.backbones.hugging_face import (
 from lightning_modules.tasks.backbones.quantization import modules_outside_body
 from lightning_modules.tasks.base import Batch, Evaluation, Task, TaskData
 from lightning_modules.tasks.class_ranges import class_rows, evaluate_classes, own_classes_only, require_two_classes
+from lightning_modules.tasks.heads import cast_to_float32, reading_heads
 from lightning_modules.tasks.padding import padded_right, real_tokens
 from lightning_modules.tasks.scores import F1, Matthews
 
@@ -122,7 +120,7 @@ class SequenceClassification(Task):
         self.head_names = modules_outside_body(model)
         self._reads_last_token = _reads_last_token(model.config, self.head_names)
         for name in self.head_names:
-            model.get_submodule(name).float().register_forward_pre_hook(_in_float32)
+            model.get_submodule(name).float().register_forward_pre_hook(cast_to_float32)
         config, embeddings = model.config.get_text_config(), cast(nn.Embedding, model.get_input_embeddings())
         if self._reads_last_token and (config.pad_token_id is None or not 0 <= config.pad_token_id < len(embeddings.weight)):
             config.pad_token_id = self._tokenizer().pad_token_id  # without one, transformers refuses batches
@@ -138,7 +136,7 @@ class SequenceClassification(Task):
             inputs["input_ids"] = inputs["input_ids"].masked_fill(~mask, padding)
         heads = [self.model.get_submodule(name) for name in self.head_names]
         last_token = mask.sum(-1) - 1 if self._reads_last_token else None
-        with _reading(heads, last_token, mask.shape[-1]):
+        with reading_heads(heads, last_token, mask.shape[-1]):
             logits = self.model(**inputs).logits.float()
         return own_classes_only(logits, batch)
 
@@ -188,39 +186,3 @@ def _reads_last_token(config: PretrainedConfig, head_names: Sequence[str]) -> bo
     if config.model_type in _FIRST_TOKEN_READERS or config.is_encoder_decoder:
         return False
     return "score" in head_names or config.model_type in _OTHER_LAST_TOKEN_READERS
-
-
-@contextmanager
-def _reading(heads: Sequence[nn.Module], last_token: Tensor | None, length: int) -> Iterator[None]:
-    """Let the heads compute without autocast, on the last real token of each example, repeated over all positions.
-
-    transformers may then select any position. It compares ids with `config.pad_token_id`, and would otherwise take padding for
-    text if the batch is padded with another token, or text for padding if the text contains that token.
-
-    Args:
-        heads: modules outside the model's body.
-        last_token: index of each example's last real token (B,); None for a model that pools by itself.
-        length: number of tokens T of the batch.
-    """
-    with ExitStack() as hooks, ExitStack() as autocast:
-
-        def begin(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-            autocast.enter_context(without_autocast(inputs[0].device))
-            if last_token is None or inputs[0].dim() < 3:  # pooled by a head before this one
-                return inputs
-            examples = torch.arange(len(inputs[0]), device=inputs[0].device)
-            return inputs[0][examples, last_token.to(inputs[0].device)].unsqueeze(1), *inputs[1:]
-
-        def end(_: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
-            autocast.close()
-            return output if last_token is None or output.dim() < 3 else output.expand(-1, length, -1)
-
-        for head in heads:
-            hooks.callback(head.register_forward_pre_hook(begin).remove)
-            hooks.callback(head.register_forward_hook(end).remove)
-        yield
-
-
-def _in_float32(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Cast the inputs of a head from the backbone's precision to float32."""
-    return tuple(x.float() if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs)

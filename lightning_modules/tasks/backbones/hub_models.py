@@ -53,13 +53,18 @@ def fetch_open_clip(model: str, tag: str, *, look_up: bool) -> None:
     location = open_clip.get_pretrained_cfg(model, tag).get("hf_hub")
     if location:  # all tags of open_clip 3
         name, _, file = location.rpartition("/")
-        select = functools.partial(_clip_files, file or "open_clip_pytorch_model.bin")
+        select = functools.partial(weights_file, file or "open_clip_pytorch_model.bin")
         Repository(name).fetch(select, rank_zero_info, look_up=look_up)
 
 
-def _clip_files(file: str, sizes: Mapping[str, int]) -> list[str]:
-    stem = file.rpartition(".")[0]
-    safe = "open_clip_model.safetensors" if file == "open_clip_pytorch_model.bin" else f"{stem}.safetensors"
+def weights_file(file: str, sizes: Mapping[str, int]) -> list[str]:
+    """Choose the safetensors twin of a weights file, or else the file itself.
+
+    Raises:
+        HubError: if there is neither.
+    """
+    twins = {"open_clip_pytorch_model.bin": "open_clip_model.safetensors", "pytorch_model.bin": "model.safetensors"}
+    safe = twins.get(file, f"{file.rpartition('.')[0]}.safetensors")
     found = next((path for path in (safe, file) if path in sizes), None)
     if found is None:
         raise HubError(f"it has neither {safe} nor {file}")

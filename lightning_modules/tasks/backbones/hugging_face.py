@@ -116,7 +116,7 @@ def fetch_model(model: str, *, look_up: bool = True) -> str | None:
     try:
         return Repository(model).fetch(model_files, rank_zero_info, look_up=look_up)[0].parent.name
     except HubError as error:
-        raise _not_loaded(model, error) from error
+        raise not_loaded(model, error) from error
 
 
 def load_sequence_classifier(
@@ -190,7 +190,7 @@ def _load(
     if tiny:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(_UNTRAINED_SEED)
-            loaded = _built(auto_class, model, _tiny_config(model, **options), building)
+            loaded = build_untrained(auto_class, model, _tiny_config(model, **options), building)
         if quantization:
             with tempfile.TemporaryDirectory() as directory:  # transformers quantizes only weights that it reads from files
                 loaded.save_pretrained(directory)
@@ -198,64 +198,72 @@ def _load(
         loaded.config._name_or_path = f"{Path(model).name}/tiny"
         return loaded
     commit = fetch_model(model, look_up=False)
-    config = _config(model, **options)
+    config = read_config(model, **options)
     if auto_class is AutoModelForCausalLM:
         _check_continues_text(model, config)
     if without_weights():
-        return _named(_empty(auto_class, model, config, building), model, commit)
+        return named(_empty(auto_class, model, config, building), model, commit)
     reading: dict[str, Any] = {"config": config, "local_files_only": True, **building}  # fetched above
     if quantization:
         with torch.device("meta"):
-            skeleton = _built(auto_class, model, config, building)
+            skeleton = build_untrained(auto_class, model, config, building)
         reading["quantization_config"] = quantization_config(quantization, skeleton)
     try:
-        with _quiet():  # transformers reports the new head as "newly initialized"
-            loaded, info = auto_class.from_pretrained(_source(model), **reading, output_loading_info=True)
+        with quiet_transformers():  # transformers reports the new head as "newly initialized"
+            loaded, info = auto_class.from_pretrained(source(model), **reading, output_loading_info=True)
     except Exception as error:  # every file format has its own errors
-        raise _not_loaded(model, error) from error
+        raise not_loaded(model, error) from error
     if quantization:
         prepare_training(loaded)
-    _check_complete(model, loaded, info["missing_keys"], may_have_new_head=auto_class is not AutoModelForCausalLM)
-    return _named(loaded, model, commit)
+    has_new_head, body = auto_class is not AutoModelForCausalLM, f"{loaded.base_model_prefix}."
+    check_complete(model, loaded, [name for name in info["missing_keys"] if name.startswith(body) or not has_new_head])
+    return named(loaded, model, commit)
 
 
-def _built(auto_class: Any, model: str, config: PretrainedConfig, building: dict[str, Any]) -> PreTrainedModel:
+def build_untrained(auto_class: Any, model: str, config: PretrainedConfig, building: dict[str, Any]) -> PreTrainedModel:
     """Build an untrained model of a config."""
     try:
         built: PreTrainedModel = auto_class.from_config(config, **building)
     except (ImportError, ValueError) as error:  # attn_implementation is unknown, not installed, or not this model's
-        raise _not_loaded(model, error) from error
+        raise not_loaded(model, error) from error
     return built
 
 
 def _empty(auto_class: Any, model: str, config: PretrainedConfig, building: dict[str, Any]) -> PreTrainedModel:
     """Build a model on the meta device, which `from_pretrained` refuses."""
-    loaded = _built(auto_class, model, config, building)
+    loaded = build_untrained(auto_class, model, config, building)
     if loaded.can_generate():
         with suppress(OSError):  # a model without one has these settings in its config
-            loaded.generation_config = GenerationConfig.from_pretrained(_source(model), local_files_only=True)
+            loaded.generation_config = GenerationConfig.from_pretrained(source(model), local_files_only=True)
     return loaded
 
 
-def _named(loaded: PreTrainedModel, model: str, commit: str | None) -> PreTrainedModel:
+def named(loaded: PreTrainedModel, model: str, commit: str | None) -> PreTrainedModel:
     """Set the name and commit that adapter files record, and train mode; from_pretrained returns models in eval mode."""
     loaded.config._name_or_path = Path(model).name if is_path(model) else model
     loaded.config._commit_hash = commit  # transformers no longer sets it
     return loaded.train()
 
 
-def _config(model: str, **options: Any) -> PretrainedConfig:
+def read_config(model: str, **options: Any) -> PretrainedConfig:
+    """Read the config of a directory, or of a model that was fetched; `options` override its entries.
+
+    Raises:
+        UserError: if it cannot be read.
+    """
     try:
-        return AutoConfig.from_pretrained(_source(model), local_files_only=True, **options)
+        return AutoConfig.from_pretrained(source(model), local_files_only=True, **options)
     except (OSError, ValueError) as error:
-        raise _not_loaded(model, error) from error
+        raise not_loaded(model, error) from error
 
 
-def _source(model: str) -> str:
+def source(model: str) -> str:
+    """Return what `from_pretrained` takes for a model."""
     return str(Path(model).expanduser()) if is_path(model) else model
 
 
-def _not_loaded(model: str, error: Exception) -> UserError:
+def not_loaded(model: str, error: Exception) -> UserError:
+    """Return the error of a model that cannot be loaded because of another error."""
     reason = " ".join(str(error).split())
     if re.search("attn_implementation|flash.?attention", reason, re.IGNORECASE):
         return UserError(f"attn_implementation of model={model!r}: {reason[:300]}")
@@ -277,28 +285,36 @@ def _check_continues_text(model: str, config: PretrainedConfig) -> None:
         )
 
 
-def _check_complete(model: str, loaded: PreTrainedModel, missing: Collection[str], *, may_have_new_head: bool) -> None:
-    """Refuse missing weights, which transformers initializes randomly with only a log message."""
-    body = f"{loaded.base_model_prefix}."
-    random = sorted(name for name in missing if name.startswith(body) or not may_have_new_head)
+def check_complete(model: str, loaded: PreTrainedModel, missing: Collection[str]) -> None:
+    """Refuse missing weights outside a new head, which transformers initializes randomly with only a log message."""
+    random = sorted(missing)
     if not random:
         return
     share = f"{len(random)} of {len(loaded.state_dict())} weights are not in its files ({', '.join(random[:3])}, ...)"
-    if may_have_new_head and all(name.startswith(f"{body}pooler.") for name in random):
+    if all(name.startswith(f"{loaded.base_model_prefix}.pooler.") for name in random):
         rank_zero_warn(f"model={model!r}: {share}: its pooler is random and is not trained")  # RoBERTa was trained without one
     else:
         raise UserError(f"model={model!r} is incomplete or damaged: {share}")
 
 
-def _tiny_config(model: str, **options: Any) -> PretrainedConfig:
-    """Return a config of the architecture that a name or directory stands for, with 2 layers of width 256."""
+def architecture(model: str) -> str:
+    """Return transformers' name of the architecture that a name or directory stands for (`llama`), without a network.
+
+    Raises:
+        UserError: if a name does not tell it.
+    """
     if is_path(model):
-        model_type = _config(model).model_type
-    else:
-        name = model.lower()
-        model_type = max((kind for kind in CONFIG_MAPPING if kind in name), key=len, default="")
+        return str(read_config(model).model_type)
+    name = model.lower()
+    model_type = max((kind for kind in CONFIG_MAPPING if kind in name), key=len, default="")
     if not model_type:
         raise UserError(f"tiny=True cannot tell the architecture of model={model!r} from its name; give its directory")
+    return model_type
+
+
+def _tiny_config(model: str, **options: Any) -> PretrainedConfig:
+    """Return a config of the architecture that a name or directory stands for, with 2 layers of width 256."""
+    model_type = architecture(model)
     config = CONFIG_MAPPING[model_type]()
     sizes = {
         "hidden_size": 256,
@@ -317,7 +333,8 @@ def _tiny_config(model: str, **options: Any) -> PretrainedConfig:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
+    """Let transformers log errors only."""
     before = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity(logging.ERROR)
     try:

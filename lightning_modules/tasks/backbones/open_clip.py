@@ -18,10 +18,9 @@ from torch import nn
 from fourier_moe.errors import UserError
 from fourier_moe.files.hub_files import HubError
 from lightning_modules.tasks.backbones.hub_models import fetch_open_clip
+from lightning_modules.tasks.backbones.image_library import UNTRAINED_SEED
 from lightning_modules.tasks.backbones.quiet import quiet
 from lightning_modules.tasks.base import without_weights
-
-_UNTRAINED_SEED = 0  # untrained towers are always the same, so that their adapters can be loaded again
 
 
 def check_model(model: str, pretrained: str | None) -> None:
@@ -41,7 +40,7 @@ def check_model(model: str, pretrained: str | None) -> None:
         near = difflib.get_close_matches(model, open_clip.list_models(), n=5, cutoff=0.4)
         raise UserError(
             f"model={model!r} is not an open_clip model; near names: {', '.join(near) or 'none'}; open_clip.list_models() has "
-            "all (or give the path of an open_clip model config, ending in .json)"
+            "all. Other models: the path of an open_clip config (.json), timm:NAME, owner/name on the hub, or a directory"
         )
     if pretrained is None or Path(pretrained).is_file():
         return
@@ -69,6 +68,17 @@ def _check_activation(model: str, tag: str) -> None:
         )
 
 
+def image_settings(model: str, pretrained: str | None) -> dict[str, Any]:
+    """Return `image_size`, `mean` and `std` of the images that a tower reads, without loading it; see `check_model`."""
+    tags = [] if model.endswith(".json") else open_clip.list_pretrained_tags_by_model(model)
+    weights = open_clip.get_pretrained_cfg(model, pretrained) if pretrained in tags else {}
+    return {
+        "image_size": _register(model)[1]["vision_cfg"].get("image_size", 224),
+        "mean": weights.get("mean", open_clip.OPENAI_DATASET_MEAN),
+        "std": weights.get("std", open_clip.OPENAI_DATASET_STD),
+    }
+
+
 def load_open_clip(
     model: str, pretrained: str | None, *, image_size: int | None = None, tiny: bool = False, needs_text: bool = False
 ) -> nn.Module:
@@ -89,7 +99,7 @@ def load_open_clip(
     overrides = _tiny(config, model) if tiny else {}
     # open_clip warns of random initialization even if weights are loaded afterwards; the run's report names the weights.
     with torch.random.fork_rng(devices=[]), quiet(logging.ERROR):
-        torch.manual_seed(_UNTRAINED_SEED)
+        torch.manual_seed(UNTRAINED_SEED)
         if without_weights():
             return open_clip.create_model(name, force_image_size=image_size, pretrained_text=False, device="meta", **overrides)
         if tiny or pretrained is None:

@@ -15,6 +15,8 @@ TASKS = {
     "llama classifier": lambda: SequenceClassification("llama", tiny=True),
     "clip": lambda: ImageClassification(pretrained=None, tiny=True),
     "clip zero-shot": lambda: ImageClassification(pretrained=None, head="zero_shot", tiny=True),
+    "hugging face": lambda: ImageClassification("google/vit-base-patch16-224", tiny=True),
+    "timm": lambda: ImageClassification("timm:test_vit", pretrained=None),
     "resnet": lambda: ImageClassification("RN50", None),
 }
 TARGETS = {"roberta": "query"}
