@@ -95,7 +95,11 @@ class FrontDoor(AdaptationCLI):
             own_parser = self._subcommand_parsers[name]
             self._line, own = split_command_line(words, self._subcommand_method_arguments[name])
             if not _starts_from_config(COMMANDS[name]):
-                super().parse_arguments(parser, [name, *own, *self._line.words])
+                if any(rest != "{}\n" for rest in self._line.configs[1::2]):
+                    own_parser.error(
+                        f"--config {', '.join(self._line.files)} is not for {name}, which reads that of --adapter RUN"
+                    )
+                super().parse_arguments(parser, [name, *own, *self._line.arguments])
                 return
             if not self._line.files and not self._asks:
                 own_parser.error("--config is missing: give a config, as for fit")

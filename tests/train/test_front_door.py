@@ -97,6 +97,17 @@ def test_own_options_in_a_config_are_taken_from_it_and_the_command_line_wins(mai
     assert yaml.safe_load(line.configs[3]) == {"trainer": {"max_epochs": 2}}
 
 
+def test_a_command_that_starts_from_an_adapter_reads_its_options_from_a_config_too(calls, tmp_path, capsys):
+    path = tmp_path / "answers.yaml"
+    path.write_text("adapter: runs/x\nmax_new_tokens: 5\n")
+    train.main(["generate", "--config", str(path), "--prompt", "-1 or 1?"])
+    ((_, options),) = calls
+    assert (options["adapter"], options["max_new_tokens"], options["prompt"]) == ("runs/x", 5, "-1 or 1?")
+    with pytest.raises(SystemExit):
+        train.main(["generate", *DEMO, "--adapter", "runs/x", "--prompt", "a"])
+    assert "configs/demo.yaml is not for generate, which reads that of --adapter RUN" in capsys.readouterr().err
+
+
 def test_the_saved_config_of_a_run_is_taken_by_every_command(main, calls, trained):
     saved = Path(trained.trainer.log_dir) / "config.yaml"
     assert yaml.safe_load(saved.read_text()).keys() >= {"ckpt_path", "weights_only"}

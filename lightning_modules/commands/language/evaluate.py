@@ -69,17 +69,17 @@ def evaluate(
         from lm_eval.utils import handle_non_serializable, make_table
     except ModuleNotFoundError as error:
         raise UserError(f"evaluate needs lm-evaluation-harness ({error}): pip install 'lm-eval[hf]>=0.4.13'") from error
-    if output is not None:
-        if Path(output).exists():
-            raise UserError(f"--output {output} exists; give a new file, or remove it first")
-        require_writable(Path(output).parent, "--output")
+    if output is not None and Path(output).exists():
+        raise UserError(f"--output {output} exists; give a new file, or remove it first")
     names = [name.strip() for name in (tasks.split(",") if isinstance(tasks, str) else tasks)]
     manager = TaskManager(include_path=include_path, include_defaults=not BENCHMARKS.keys() >= set(names))  # thousands of files
-    names = known_tasks(names, manager.all_tasks)
+    names = known_tasks(names, manager)
     trained = load_trained(adapter, model=model, dtype=dtype, device=device, style=style, without_adapter=without_adapter)
     with _errors_only("lm_eval"):  # it warns of a model and of data that are in memory, as these are
         harness_model = _language_model(trained, batch_size)
         own = {name: benchmark_task(name, trained, directory) for name in names if name in BENCHMARKS}
+    path = Path(output) if output is not None else _free(trained.run or Path("runs/evaluate", Path(adapter).name))
+    require_writable(path.parent, "--output")
     results = lm_eval.simple_evaluate(
         model=harness_model,
         tasks=[*own.values(), *_load([name for name in names if name not in own], manager)],
@@ -90,7 +90,6 @@ def evaluate(
         log_samples=False,
     )
     assert results is not None  # of the only process
-    path = Path(output) if output is not None else _free(trained.run or Path("runs/evaluate", Path(adapter).name))
     path.parent.mkdir(parents=True, exist_ok=True)
     results["adapter"], results["prompt"] = None if without_adapter else adapter, trained.style
     path.write_text(json.dumps(results, indent=2, default=handle_non_serializable, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -101,16 +100,16 @@ def evaluate(
     return dict(results)
 
 
-def known_tasks(names: Sequence[str], known: Sequence[str]) -> list[str]:
-    """Return the tasks that names and wildcards stand for.
+def known_tasks(names: Sequence[str], manager: Any) -> list[str]:
+    """Return what names stand for, of tasks, groups and tags, and wildcards, of tasks.
 
     Raises:
         UserError: for a name that stands for none, with similar ones.
     """
-    everything = [*BENCHMARKS, *known]
+    everything = [*BENCHMARKS, *manager.all_tasks]
     found: dict[str, None] = {}
     for name in filter(None, names):
-        matches = fnmatch.filter(everything, name)
+        matches = [name] if name in everything else fnmatch.filter([*BENCHMARKS, *manager.all_subtasks], name)
         if not matches:
             near = difflib.get_close_matches(name, everything, n=5, cutoff=0.6)
             advice = f"did you mean {', '.join(near)}?" if near else f"there are {len(everything):,}: {shorten(everything, 20)}"
@@ -132,6 +131,10 @@ def _load(names: Sequence[str], manager: Any) -> list[Any]:
             raise UserError(f"--tasks {name}: its data cannot be loaded ({reason})") from error
         group = found.get("groups", {}).get(name)
         loaded += [group] if group is not None else found["tasks"].values()
+    try:
+        manager.load(loaded)
+    except ValueError as error:  # a task that is also in a group
+        raise UserError(f"--tasks {','.join(names)}: {error}") from error
     return loaded
 
 

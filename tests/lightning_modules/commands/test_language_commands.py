@@ -3,6 +3,7 @@
 import io
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -253,9 +254,10 @@ def test_harness_has_the_accuracies_of_test(command, base, run, data, tmp_path, 
 
 
 def test_names_of_tasks():
-    known = ["arc_easy", "arc_challenge", "boolq"]
-    assert known_tasks(["boolq", "arc_*", "llm_adapters_arc_*"], known) == [
-        *("boolq", "arc_easy", "arc_challenge"),
+    tasks = ["arc_easy", "arc_challenge", "boolq"]
+    known = SimpleNamespace(all_tasks=["arc_group", *tasks], all_subtasks=tasks)
+    assert known_tasks(["boolq", "arc_*", "arc_group", "llm_adapters_arc_*"], known) == [
+        *("boolq", "arc_easy", "arc_challenge", "arc_group"),
         *("llm_adapters_arc_easy", "llm_adapters_arc_challenge"),
     ]
     with pytest.raises(ValueError, match=r"--tasks bolq is no task.*did you mean boolq"):
