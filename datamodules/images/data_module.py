@@ -46,7 +46,7 @@ class ImageDataModule(BaseDataModule):
 
     Args:
         dataset: which data set: cars, dtd, eurosat, gtsrb, resisc45, svhn, sun397 (the paper's partition), sun397_19850
-            (50 train images a class), digits (comes with scikit-learn), or custom (your own images in `directory`).
+            (50 train images a class), digits (bundled), or custom (your own images in `directory`).
         directory: local directory to read instead of the hub. The classes are those found there.
         revision: branch, tag or commit of the hub's data set; None for the newest commit.
         predict_directory: directory of images without labels, in any layout, for predict. Without it, predict goes

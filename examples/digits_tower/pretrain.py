@@ -1,6 +1,6 @@
 """Make the demo's pretrained tower again: python examples/digits_tower/pretrain.py
 
-A CLIP-style vision transformer (digits_vit.json) learns to tell the digits 0-4 apart on the training half of scikit-learn's
+A CLIP-style vision transformer (digits_vit.json) learns to tell the digits 0-4 apart on the training half of the bundled
 handwritten digits, without ever seeing the digits 5-9 or a test image. The head is thrown away; the tower is written, in
 half precision, to digits_vit.safetensors beside this file. Takes about two minutes on two cores.
 """
