@@ -22,7 +22,13 @@ def logits(x: Tensor, weight_EN: Tensor) -> Tensor:
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """No autocast in the body. A device that has none, such as meta, needs no context and refuses to make one."""
-    return torch.autocast(device.type, enabled=False) if torch.amp.is_autocast_available(device.type) else nullcontext()
+    return torch.autocast(device.type, enabled=False) if _has_autocast(device.type) else nullcontext()
+
+
+# torch.compile of 2.11 cannot look inside.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _has_autocast(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type)
 
 
 def _product(x: Tensor, weight_EN: Tensor) -> Tensor:
