@@ -16,6 +16,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from fourier_moe import (
     AdapterConfig,
@@ -45,8 +46,9 @@ from lightning_modules.interruption import (
     require_finite_weights,
 )
 from lightning_modules.optimization import Optimization
+from lightning_modules.optimization.chosen_classes import check_direction, follow_validation
 from lightning_modules.run_directory import attach_run_directory
-from lightning_modules.strategies.blocks import checkpoint_activations
+from lightning_modules.strategies.blocks import check_backend, checkpoint_activations, compile_blocks
 from lightning_modules.strategies.sharding import check_strategy
 from lightning_modules.tasks import Task
 from lightning_modules.tasks.base import data_module, run_data, without_weights
@@ -90,12 +92,13 @@ class AdaptationModule(L.LightningModule):
             `hf://owner/name[@revision]` on the Hugging Face hub.
         activation_checkpointing: keep only the input of every transformer block for the backward pass and recompute the rest:
             much less memory for about a third more time.
+        compile: run the transformer blocks through torch.compile in training; the name of a backend, or true for `inductor`.
 
     Attributes:
         batch_losses: parts of the loss of the last training batch.
 
     Raises:
-        UserError: if there is no adapter at adapter_path.
+        UserError: if there is no adapter at adapter_path, or `compile` cannot work.
     """
 
     def __init__(
@@ -106,6 +109,7 @@ class AdaptationModule(L.LightningModule):
         num_classes: int | None = None,
         adapter_path: str | None = None,
         activation_checkpointing: bool = False,
+        compile: bool | str = False,
     ) -> None:
         super().__init__()
         self.strict_loading = False  # checkpoints leave the frozen model out
@@ -115,6 +119,9 @@ class AdaptationModule(L.LightningModule):
         self.num_classes = num_classes
         self.adapter_path = adapter_path
         self.activation_checkpointing = activation_checkpointing
+        self.compile_backend = "inductor" if compile is True else compile or None
+        if self.compile_backend is not None and activation_checkpointing:
+            raise UserError("compile and activation_checkpointing do not work together; set one of them to false")
         self.class_names: list[str] | None = None
         self.report: InjectionReport | None = None
         self.skips_prediction = False  # set by PredictionsWriter for batches whose rows it has
@@ -147,6 +154,8 @@ class AdaptationModule(L.LightningModule):
             raise UserError(f"adapter.head={list(self.adapter.head)} is set by the task; remove it from the config")
         if self._trainer is not None:
             check_strategy(self._trainer.strategy, self.adapter, getattr(self.task, "quantization", None))
+        if self.compile_backend is not None:
+            check_backend(self.compile_backend)
         self.task.check_data(run_data(self._trainer))
         adapter_classes = self._stored.class_names if self._stored else None
         data_classes = list(run_data(self._trainer).class_names) or self.class_names  # without data, those of a checkpoint
@@ -160,6 +169,8 @@ class AdaptationModule(L.LightningModule):
             load_adapter(model, self._adapter_directory)
         if self.activation_checkpointing:
             checkpoint_activations(model)
+        if self.compile_backend is not None:
+            compile_blocks(model, self.compile_backend)
         self._untrained = not (self.adapter_path or self.task.works_untrained)
         rank_zero_info(f"\n{backbone_name(model)}, {type(self.adapter).__name__}\n{self.report}\n")
 
@@ -322,23 +333,35 @@ class AdaptationModule(L.LightningModule):
         return {"set": sets.names[dataloader_idx], "rows": evaluation.rows, **graded}
 
     def on_validation_epoch_end(self) -> None:
-        self._log_evaluation("val", self.val_sets)
+        values = self._log_evaluation("val", self.val_sets)
+        if self.trainer.state.fn == "fit" and not self.trainer.sanity_checking:
+            assert self._schedule is not None
+            follow_validation(self._schedule.scheduler, self.task.monitor[0], values)
 
     def on_test_epoch_end(self) -> None:
         self._log_evaluation("test", self.test_sets)
 
-    def _log_evaluation(self, split: str, sets: EvaluationSets | None) -> None:
-        """Log the results. All processes must call it together, also one without examples of some set."""
+    def _log_evaluation(self, split: str, sets: EvaluationSets | None) -> dict[str, Any]:
+        """Log the results and return them. All processes must call it together, also one without examples of some set."""
         assert sets is not None
-        for name, value in sets.compute().items():
-            self.log(f"{split}/{name}", value, prog_bar=name == self.task.main_metric, sync_dist=True)  # avoids a warning
+        values = {f"{split}/{name}": value for name, value in sets.compute().items()}
+        for name, value in values.items():
+            self.log(name, value, prog_bar=name == f"{split}/{self.task.main_metric}", sync_dist=True)  # avoids a warning
+        return values
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         if self.optimization is None:
             raise UserError("optimization is missing; fit needs its learning rates")
         optimizer = self.optimization.build_optimizer(self.model, adapter_config(self.model))
         self._schedule = PlannedSchedule(self.optimization, optimizer, self.trainer)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self._schedule.scheduler, "interval": "step"}}
+        check_direction(self._schedule.scheduler, *self.task.monitor)
+        schedule = {"scheduler": self._schedule.scheduler, "interval": self.optimization.schedule_interval}
+        return {"optimizer": optimizer, "lr_scheduler": {**schedule, "reduce_on_plateau": False}}  # see lr_scheduler_step
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        """Leave ReduceLROnPlateau to the end of validation: Lightning advances it after the checkpoints, and not if resumed."""
+        if not isinstance(scheduler, ReduceLROnPlateau):
+            super().lr_scheduler_step(scheduler, metric)
 
     def save_adapter(self, directory: Path, metrics: Mapping[str, float]) -> None:
         """Write the adapter with a description of this run; see `fourier_moe.save_adapter`."""
@@ -365,6 +388,8 @@ class AdaptationModule(L.LightningModule):
         if self.average is not None:
             checkpoint["state_dict"] |= self.average.averaged()
         require_finite_weights(self.trainer, checkpoint["state_dict"])
+        if self.optimization is not None:
+            checkpoint["optimization"] = self.optimization.class_names()
         checkpoint["adaptation"] = {
             "backbone": backbone_name(self.model),
             "backbone_fingerprint": backbone_fingerprint(self.model),
@@ -387,7 +412,7 @@ class AdaptationModule(L.LightningModule):
         check_fit(self.model, "the checkpoint", state, stored.config, stored.backbone, stored.fingerprint)
         self._untrained = False
         check_resumed(self.trainer, checkpoint, self.average)
-        if self.optimization is not None:
+        if self.optimization is not None and self.trainer.state.fn == "fit":
             self.optimization.override(checkpoint)
 
 

@@ -10,7 +10,7 @@ import re
 from argparse import ArgumentParser
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_type_hints
 
 import yaml
 
@@ -28,11 +28,13 @@ class _Place:
         key: dotted name of the setting that the line is about, without what the line itself names.
         owner: innermost class that was being parsed; None outside of classes.
         lines: the error's line and all below it.
+        before: the line above.
     """
 
     key: str
     owner: type | None
     lines: Sequence[str]
+    before: str = ""
 
     @classmethod
     def of(cls, tree: Sequence[str], index: int) -> _Place:
@@ -51,7 +53,7 @@ class _Place:
                 if not dataclasses.is_dataclass(found) or (isinstance(found, type) and issubclass(found, AdapterConfig)):
                     keys.insert(0, "init_args")
         own = re.search(r'Parser key "([^"]+)":', tree[index])
-        return cls(".".join([*keys, *([own[1]] if own else [])]), owner, tree[index:])
+        return cls(".".join([*keys, *([own[1]] if own else [])]), owner, tree[index:], tree[index - 1] if index else "")
 
     @property
     def value(self) -> str:
@@ -63,6 +65,12 @@ class _Place:
                 text = (nested[1] if nested else found[1]).replace("None", "null")
                 return "" if text.startswith(("Namespace(", "{")) else f"={text}"
         return ""
+
+    @property
+    def callable_class(self) -> Any:
+        """The class that a function of its instances was to be made of, such as an optimizer; None if there is none."""
+        path = re.search(r"callable class: .*class_path='([^']+)'", self.lines[0])
+        return _imported(path[1]) if path else None
 
     def join(self, name: str) -> str:
         return f"{self.key}.{name}" if self.key else name
@@ -87,19 +95,20 @@ def one_line(message: str, parser: ArgumentParser, files: Iterable[Path] = ()) -
 
 def _unknown_in_class(found: re.Match[str], place: _Place, parser: ArgumentParser, files: Iterable[Path]) -> str:
     name = found[1].lstrip("-").partition("=")[0]
-    if place.owner is None:
+    owner = place.callable_class or place.owner
+    if owner is None:
         return _unknown_option(found, place, parser, files)
     section = place.key.removesuffix(".init_args")
-    if place.owner.__name__ in ("LightningDataModule", "Task", "AdapterConfig"):
+    if owner.__name__ in ("LightningDataModule", "Task", "AdapterConfig"):
         return (
             f"{place.join(name)} belongs to no class: {section}.class_path is not given; name a config that gives it before "
             f"overlays such as configs/smoke.yaml{_in_file(place.join(name), files)}"
         )
-    known = [*inspect.signature(place.owner).parameters]
+    known = [*inspect.signature(owner).parameters]
     first, dot, rest = name.partition(".")
     near = _nearest(first, known)
-    advice = f"did you mean {place.join(near)}{dot}{rest}?" if near else f"{place.owner.__name__} takes {', '.join(known)}"
-    return f"{place.join(name)} is no option of {place.owner.__name__}; {advice}{_in_file(place.join(name), files)}"
+    advice = f"did you mean {place.join(near)}{dot}{rest}?" if near else f"{owner.__name__} takes {', '.join(known)}"
+    return f"{place.join(name)} is no option of {owner.__name__}; {advice}{_in_file(place.join(name), files)}"
 
 
 def _unknown_option(found: re.Match[str], place: _Place, parser: ArgumentParser, files: Iterable[Path]) -> str:
@@ -113,12 +122,22 @@ def _unknown_option(found: re.Match[str], place: _Place, parser: ArgumentParser,
 
 
 def _no_such_class(found: re.Match[str], place: _Place, parser: ArgumentParser, _: Iterable[Path]) -> str:
+    if "Literal[" in place.before and "." not in found[1]:  # a name, or the path of a class
+        return _not_of_type(found, dataclasses.replace(place, lines=[place.before, *place.lines]))
     key = place.key.removesuffix(".init_args")
     paths = [path for hint in _type_of(key, parser) for path in _class_paths(hint)]
     by_name = {path.rpartition(".")[2].lower(): path for path in reversed(paths)}
     near = _nearest(found[1].rpartition(".")[2].lower(), by_name)
     advice = f"did you mean {by_name[near]}?" if near else "give the path of a class, such as package.module.Class"
     return f"{key}={found[1]} is no class; {advice}"
+
+
+def _of_another_base(found: re.Match[str], place: _Place, *_: Any) -> str:
+    return f"{place.key}={found[1]} is no {found[2]}"
+
+
+def _in_callable(found: re.Match[str], place: _Place, *_: Any) -> str:
+    return f"{place.key}={found[2]} must be {_KINDS.get(found[1], f'a {found[1]}')}"
 
 
 def _not_of_type(found: re.Match[str], place: _Place, *_: Any) -> str:
@@ -174,6 +193,8 @@ _RULES: list[tuple[re.Pattern[str], Callable[..., str]]] = [
     (re.compile(r"does not accept option '([^']+)'"), _unknown_option),
     (re.compile(r"module '[^']+' has no attribute '([^']+)'"), _no_such_class),
     (re.compile(r"No module named '([^']+)'"), _no_such_class),
+    (re.compile(r"callable class: Expected '([^']+)' to be a subclass of <class '(?:[\w.]+\.)?(\w+)'>"), _of_another_base),
+    (re.compile(r"Expected a <class '(\w+)'>\. Got value: (.*?)\. Got value: Namespace"), _in_callable),
     (re.compile(r"Expected a dot import path string: (\S+)"), _no_such_class),
     (re.compile(r'expected "subcommand" to be one of'), _no_command),
     (re.compile(r"the following arguments are required: ([\w.]+)"), _missing),
@@ -209,8 +230,15 @@ def _imported(path: str) -> Any:
 
 
 def _type_of(key: str, parser: ArgumentParser) -> Iterator[type]:
-    hint = next((getattr(action, "_typehint", None) for action in parser._actions if action.dest == key), None)
-    return _classes(hint)
+    """Yield the classes in the type of an option, or of a dataclass's field behind it."""
+    for action in parser._actions:
+        hint = getattr(action, "_typehint", None)
+        if action.dest == key:
+            yield from _classes(hint)
+        elif hint is not None and key.startswith(f"{action.dest}."):
+            field = key.removeprefix(f"{action.dest}.")
+            for owner in filter(dataclasses.is_dataclass, _classes(hint)):
+                yield from _classes(get_type_hints(owner).get(field))
 
 
 def _classes(hint: Any) -> Iterator[type]:

@@ -1,4 +1,4 @@
-"""The blocks of a transformer, the units of sharding and of activation checkpointing."""
+"""The blocks of a transformer, the units of sharding, of activation checkpointing and of compilation."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from fourier_moe import Adapter
-from fourier_moe.errors import UserError
+from fourier_moe.errors import UserError, shorten
 
 
 def transformer_blocks(model: nn.Module) -> list[nn.Module]:
@@ -39,14 +39,15 @@ def checkpoint_activations(model: nn.Module) -> None:
     Raises:
         UserError: if the model has no blocks.
     """
+    for block in _require_blocks(model, "activation_checkpointing=True recomputes"):
+        block.forward = partial(_recompute, block, block.forward)
+
+
+def _require_blocks(model: nn.Module, what: str) -> list[nn.Module]:
     blocks = transformer_blocks(model)
     if not blocks:
-        raise UserError(
-            f"activation_checkpointing=True recomputes transformer blocks, and {type(model).__name__} has no list of them; "
-            "set it to false"
-        )
-    for block in blocks:
-        block.forward = partial(_recompute, block, block.forward)
+        raise UserError(f"{what} transformer blocks, and {type(model).__name__} has no list of them; set it to false")
+    return blocks
 
 
 def _recompute(block: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -54,3 +55,48 @@ def _recompute(block: nn.Module, forward: Callable[..., Any], *args: Any, **kwar
     if block.training and torch.is_grad_enabled():
         return checkpoint(forward, *args, use_reentrant=False, **kwargs)
     return forward(*args, **kwargs)
+
+
+def check_backend(backend: str) -> None:
+    """Compile a line, so that a backend that cannot work is refused before anything is loaded.
+
+    Raises:
+        UserError: if there is no such backend, or it does not work on this machine (inductor without a compiler).
+    """
+    known = torch.compiler.list_backends(exclude_tags=())
+    if backend not in known:
+        raise UserError(f"compile={backend!r} must be true, false, or a backend of torch.compile: {', '.join(known)}")
+    try:
+        torch.compile(lambda x: x + 1, backend=backend)(torch.ones(2))
+    except Exception as error:
+        raise UserError(f"compile={backend!r} does not work here: {shorten(str(error).splitlines()[:3])}") from error
+
+
+def compile_blocks(model: nn.Module, backend: str) -> None:
+    """Compile every block for training. Names of modules and parameters do not change; evaluation stays as it is.
+
+    Args:
+        backend: of torch.compile.
+
+    Raises:
+        UserError: if the model has no blocks.
+    """
+    for block in _require_blocks(model, "compile=True compiles"):
+        block.forward = partial(_compiled_in_training, block, block.forward, _compile_alone(block.forward, backend))
+
+
+def _compile_alone(forward: Callable[..., Any], backend: str) -> Callable[..., Any]:
+    """Compile a block as code of its own: blocks share no graph, as routers record by block, and torch keeps 8 of one code."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return forward(*args, **kwargs)
+
+    call.__code__ = call.__code__.replace()  # equal, and another object
+    return torch.compile(call, backend=backend)
+
+
+def _compiled_in_training(
+    block: nn.Module, plain: Callable[..., Any], compiled: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Any:
+    """Compile training only: a generation has caches that grow by a token, and would be compiled again and again."""
+    return (compiled if block.training and torch.is_grad_enabled() else plain)(*args, **kwargs)

@@ -7,14 +7,14 @@ import math
 import lightning as L
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities import rank_zero_warn
-from torch.optim import AdamW
+from torch.optim import Optimizer
 
 from fourier_moe.errors import UserError
 from lightning_modules.optimization import Optimization
 
 
 class PlannedSchedule:
-    """Keep the schedule of a run up to date with the number of its optimizer steps.
+    """Keep the schedule of a run up to date with the number of its optimizer steps, unless the user chose a scheduler's class.
 
     Args:
         optimization: the kind of schedule.
@@ -22,16 +22,16 @@ class PlannedSchedule:
         trainer: knows the number of steps.
 
     Attributes:
-        num_steps: number of optimizer steps that the schedule covers.
-        scheduler: the scheduler that Lightning advances after every step.
+        num_steps: number of optimizer steps that the schedule covers; 0 for a chosen class.
+        scheduler: the scheduler that Lightning advances.
 
     Raises:
         UserError: if the number of steps is unknown.
     """
 
-    def __init__(self, optimization: Optimization, optimizer: AdamW, trainer: L.Trainer) -> None:
+    def __init__(self, optimization: Optimization, optimizer: Optimizer, trainer: L.Trainer) -> None:
         self._optimization = optimization
-        self.num_steps = planned_steps(trainer)
+        self.num_steps = planned_steps(trainer) if optimization.covers_run else 0
         self.scheduler = optimization.build_scheduler(optimizer, self.num_steps)
 
     def on_train_start(self, trainer: L.Trainer) -> None:
@@ -39,6 +39,8 @@ class PlannedSchedule:
 
         They differ if a finished run is extended: the rates in its checkpoint are 0.
         """
+        if not self.num_steps:
+            return
         before = self._share_of_peak()
         self._plan(trainer)
         after = self._share_of_peak()
@@ -51,7 +53,7 @@ class PlannedSchedule:
     def on_train_epoch_start(self, trainer: L.Trainer) -> None:
         """Plan again if the epoch has another number of batches than planned."""
         planned = self.num_steps
-        if planned_steps(trainer) != planned:
+        if planned and planned_steps(trainer) != planned:
             self._plan(trainer)
             rank_zero_warn(
                 f"epoch {trainer.current_epoch} has another number of batches than the schedule was planned for: it now covers "

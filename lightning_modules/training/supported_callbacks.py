@@ -21,8 +21,8 @@ from fourier_moe.errors import UserError
 _REFUSED: dict[type[Callback], str] = {
     StochasticWeightAveraging: "copies the module before its model is built, and would average nothing; use "
     "lightning.pytorch.callbacks.EMAWeightAveraging or WeightAveraging",
-    LearningRateFinder: "finds one learning rate, but experts, router and head have one each; try values of "
-    "model.optimization in separate runs",
+    LearningRateFinder: "finds one learning rate, but experts, router and head have one each; find them with "
+    "`compare --adapters config --tune 8`",
     BatchSizeFinder: "changes the batch size after the steps of the schedule are counted; set data.init_args.batch_size",
     ModelPruning: "looks for weights before the model is built, and finds none",
     BaseFinetuning: "freezes weights before the model is built; model.adapter says what is trained",

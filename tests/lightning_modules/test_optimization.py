@@ -1,8 +1,12 @@
-"""AdamW's groups and schedules."""
+"""Groups, optimizers and schedules."""
+
+from functools import partial
 
 import pytest
 import torch
-from support.token_task import ADAPTER, TokenModel
+from lightning.pytorch.callbacks import ModelCheckpoint
+from support.token_task import ADAPTER, TokenData, TokenModel, token_module, token_trainer
+from torch.optim import SGD, lr_scheduler
 
 from fourier_moe import FullFineTuning, HeadOnly, adapters, inject
 from lightning_modules.optimization import Optimization, ParameterGroup
@@ -186,3 +190,106 @@ def test_override_leaves_a_checkpoint_without_optimizer_as_it_is():
     checkpoint = {"state_dict": {"a": torch.zeros(1)}}
     Optimization(experts=ParameterGroup(0.1)).override(checkpoint)
     assert list(checkpoint) == ["state_dict"]
+
+
+STEPS = partial(lr_scheduler.StepLR, step_size=2, gamma=0.5)
+PLATEAU = partial(lr_scheduler.ReduceLROnPlateau, patience=0, threshold=10.0)  # no epoch is good enough
+MOMENTUM = partial(SGD, momentum=0.9)
+HALVES = partial(lr_scheduler.ExponentialLR, gamma=0.5)
+
+
+def chosen(optimizer=MOMENTUM, schedule=STEPS, rates=(0.1, 0.01), **options):
+    groups = {"experts": ParameterGroup(rates[0], 0.1), "router": ParameterGroup(0.05), "head": ParameterGroup(rates[1])}
+    return Optimization(**groups, optimizer=optimizer, schedule=schedule, warmup_ratio=0.0, **options)
+
+
+def test_chosen_optimizer_has_the_groups_and_the_chosen_scheduler_scales_their_rates():
+    model, config = adapted()
+    optimizer = chosen().build_optimizer(model, config)
+    rates = {group["name"]: (group["lr"], group["weight_decay"], group["momentum"]) for group in optimizer.param_groups}
+    assert rates == {"experts": (0.1, 0.1, 0.9), "router": (0.05, 0.0, 0.9), "head": (0.01, 0.0, 0.9)}
+    seen = advance(optimizer, chosen().build_scheduler(optimizer, 5), 4)
+    assert seen == [(0.1, 0.01), (0.1, 0.01), (0.05, 0.005), (0.05, 0.005), (0.025, 0.0025)]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"optimizer": partial(SGD, lr=0.2)}, r"sets lr=0.2 for SGD, but every group has its own; set optimization.experts.lr"),
+        ({"optimizer": partial(SGD, weight_decay=0.2)}, "sets weight_decay=0.2 for SGD"),
+        ({"optimizer": partial(SGD, nesterov=True)}, "optimization.optimizer cannot be built: Nesterov momentum requires"),
+        ({"optimizer": partial(SGD, momentun=0.9)}, "optimization.optimizer cannot be built: .*momentun"),
+        ({"optimizer": torch.optim.LBFGS}, "optimization.optimizer cannot be built: LBFGS doesn't support"),
+        ({"optimizer": torch.optim.Rprop}, "Rprop has no weight decay; set weight_decay of all groups to 0"),
+        ({"optimizer": dict}, "optimization.optimizer "),
+        ({"betas": (0.8, 0.99)}, "are AdamW's, and optimization.optimizer is given"),
+        ({"schedule": partial(lr_scheduler.StepLR)}, "optimization.schedule cannot be built: .*step_size"),
+        ({"schedule": partial(lr_scheduler.OneCycleLR, max_lr=0.1, total_steps=9)}, "OneCycleLR replaces the learning rates"),
+        ({"schedule": partial(lr_scheduler.CyclicLR, base_lr=0.1, max_lr=0.2)}, "CyclicLR replaces the learning rates"),
+        ({"schedule": PLATEAU, "schedule_interval": "epoch"}, "schedule_interval='epoch' has no effect on ReduceLROnPlateau"),
+        ({"schedule": "constant", "schedule_interval": "epoch"}, "schedule='constant' counts steps"),
+        ({"schedule_interval": "batch"}, "schedule_interval='batch' must be 'step' or 'epoch'"),
+    ],
+)
+def test_class_that_cannot_train_these_groups_is_refused_before_there_is_a_model(options, message):
+    with pytest.raises(ValueError, match=message):
+        chosen(**options)
+
+
+def test_warm_up_is_of_named_schedules():
+    with pytest.raises(ValueError, match=r"warmup_ratio=0.03 is of named schedules; set it to 0"):
+        Optimization(schedule=STEPS)
+
+
+def test_optimizer_that_does_not_take_these_parameters_is_one_line():
+    if not hasattr(torch.optim, "Muon"):
+        pytest.skip("this torch has no Muon")
+    muon = Optimization(experts=ParameterGroup(0.1), head=ParameterGroup(0.1), optimizer=torch.optim.Muon)
+    with pytest.raises(ValueError, match=r"optimization.optimizer cannot be built: .*2D"):
+        muon.build_optimizer(*adapted())
+
+
+def trained(directory, optimization, epochs=4, checkpoint=None):
+    """The module after a run with a checkpoint at the end of every epoch, and the experts' rate at the end."""
+    module = token_module(optimization=optimization)
+    saving = ModelCheckpoint(directory, "{epoch}", save_top_k=-1)
+    trainer = token_trainer(directory, saving, max_epochs=epochs, enable_checkpointing=True)
+    trainer.fit(module, TokenData(), ckpt_path=checkpoint)
+    return module.model.state_dict(), trainer.optimizers[0].param_groups[0]["lr"]
+
+
+@pytest.mark.parametrize(
+    ("options", "rate"),
+    [
+        ({}, 0.1 * 0.5**6),  # 12 steps
+        ({"schedule": HALVES, "schedule_interval": "epoch"}, 0.1 * 0.5**4),
+        ({"schedule": PLATEAU}, 0.1 * 0.1**4),
+        ({"schedule": "constant", "optimizer": torch.optim.NAdam}, 0.1),
+    ],
+    ids=["step", "epoch", "plateau", "optimizer alone"],
+)
+def test_run_with_chosen_classes_resumes_to_the_bit(tmp_path, options, rate):
+    whole, last = trained(tmp_path / "whole", chosen(**options))
+    assert last == pytest.approx(rate)
+    again, resumed = trained(tmp_path / "rest", chosen(**options), checkpoint=tmp_path / "whole/epoch=1.ckpt")
+    assert resumed == last
+    assert all(torch.equal(tensor, again[name]) for name, tensor in whole.items())
+
+
+def test_checkpoint_of_another_class_is_refused_and_new_settings_replace_its_own(tmp_path):
+    trained(tmp_path, chosen(), epochs=1)
+    checkpoint = tmp_path / "epoch=0.ckpt"
+    with pytest.raises(ValueError, match="the checkpoint's optimizer is SGD, this run's is AdamW; resume with the same"):
+        trained(tmp_path, chosen(None), checkpoint=checkpoint)
+    with pytest.raises(ValueError, match="the checkpoint's scheduler is StepLR, this run's is ExponentialLR"):
+        trained(tmp_path, chosen(schedule=HALVES), checkpoint=checkpoint)
+    stored = torch.load(checkpoint, weights_only=True)
+    chosen(partial(SGD, momentum=0.5), rates=(0.2, 0.01)).override(stored)
+    group = stored["optimizer_states"][0]["param_groups"][0]
+    assert (group["lr"], group["momentum"]) == (0.1, 0.5)  # half of the peak after 3 steps
+
+
+def test_plateau_waits_for_the_direction_of_what_validation_is_judged_by(tmp_path):
+    upward = partial(lr_scheduler.ReduceLROnPlateau, mode="max")
+    with pytest.raises(ValueError, match="mode='max' must be 'min', since it follows val/loss"):
+        trained(tmp_path, chosen(schedule=upward), epochs=1)

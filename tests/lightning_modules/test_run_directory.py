@@ -300,7 +300,7 @@ def test_evaluation_in_other_processes_keeps_its_directory(run, trained, tmp_pat
 
 REFUSED = {
     "StochasticWeightAveraging": (["--trainer.callbacks.swa_lrs", "0.1"], "would average nothing; use .*EMAWeightAveraging"),
-    "LearningRateFinder": ([], "experts, router and head have one each"),
+    "LearningRateFinder": ([], "experts, router and head have one each; find them with `compare --adapters config --tune 8`"),
     "BatchSizeFinder": ([], "after the steps of the schedule are counted; set data.init_args.batch_size"),
     "ModelPruning": (["--trainer.callbacks.pruning_fn", "l1_unstructured"], "before the model is built"),
     "BackboneFinetuning": ([], "model.adapter says what is trained"),

@@ -51,6 +51,18 @@ def said(main, capsys, monkeypatch):
         ("--model.optimization.experts.lr nan", "model.optimization.experts.lr=nan must be a finite number"),
         ("--model.optimization.router.lr=-1", "optimization.router.lr=-1.0 must be 0 or more"),
         ("--model.optimization.schedule cosin", "must be one of linear, cosine, constant; did you mean cosine?"),
+        ("--model.optimization.optimizer torch.optim.SGDD", "did you mean torch.optim.SGD?"),
+        ("--model.optimization.optimizer torch.nn.Linear", "optimization.optimizer=torch.nn.Linear is no Optimizer"),
+        (
+            "--model.optimization.optimizer SGD --model.optimization.optimizer.momentun 0.9",
+            "did you mean model.optimization.optimizer.momentum?",
+        ),
+        ("--model.optimization.optimizer SGD --model.optimization.optimizer.nesterov true", "Nesterov momentum requires"),
+        ("--model.optimization.schedule torch.optim.lr_scheduler.StepLR", "schedule.step_size is missing"),
+        (
+            "--model.optimization.schedule StepLR --model.optimization.schedule.step_size x",
+            "step_size=x must be a whole number",
+        ),
         ("--model.adapter null", "model.adapter=null: give the class_path"),
         ("--model.adapter.init_args.top_k 1.5", "model.adapter.init_args.top_k=1.5 must be a whole number"),
         ("--model.adapter.init_args.scaling true", "scaling=True must be a finite number or relative"),

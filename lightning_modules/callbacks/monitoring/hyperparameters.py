@@ -37,6 +37,7 @@ def hyperparameters(
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, SaveConfigCallback):
             config = callback.config.as_dict()
+            values["optimization"] = config["model"]["optimization"]  # names classes
             values |= {"task": config["model"]["task"], "data": config["data"], "seed": config["seed_everything"]}
             values["trainer"] = {name: config["trainer"][name] for name in TRAINER}
     return dict(_flat("", values))

@@ -6,12 +6,12 @@ import pytest
 import torch
 from support.language_models import ADAPTER, TinyLanguageModel, adapted_llama, collate, example, tiny_llama
 from support.models import randomize
-from support.token_task import TokenModel
+from support.token_task import TokenModel, token_module
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from fourier_moe import FourierMoEConfig, HeadOnly, balance_loss, inject, recording, routers
-from lightning_modules.strategies.blocks import checkpoint_activations, transformer_blocks
+from lightning_modules.strategies.blocks import check_backend, checkpoint_activations, compile_blocks, transformer_blocks
 from lightning_modules.tasks import ImageClassification, SequenceClassification
 
 BATCH = collate([example(1, 2), example(30, 4)], extra=2)
@@ -133,3 +133,54 @@ def test_reentrant_checkpointing_by_hand_is_refused_and_what_wants_no_gradient_i
         for router in routers(model).values():
             router.requires_grad_(False)
         assert layer.balance_loss() > 0
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(16, 16)
+
+    def forward(self, x):
+        return x + self.fc(x).tanh()
+
+
+def five_steps(backend):
+    """Losses and weights of five steps, then an evaluation."""
+    torch.manual_seed(0)
+    model = nn.Module()
+    model.layers = nn.ModuleList([Block() for _ in range(2)])
+    inject(model, FourierMoEConfig(targets=["fc"], num_coefficients=16, num_experts=4, balance_weight=0.5))
+    names, x, losses = list(model.state_dict()), torch.randn(2, 3, 16), []
+    if backend:
+        compile_blocks(model, backend)
+        assert list(model.state_dict()) == names
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for train in (True,) * 5 + (False,):
+        optimizer.zero_grad()
+        with recording(model.train(train)):
+            loss = model.layers[1](model.layers[0](x)).square().mean() + balance_loss(model)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    return losses, {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+def test_compiled_blocks_train_as_eager_ones_under_the_same_names_and_are_all_compiled():
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    with torch._dynamo.config.patch(recompile_limit=1):  # so that a second block of the same code would not be compiled
+        torch.testing.assert_close(five_steps(backend), five_steps(None))
+    assert len(compiled) == 2  # and none for the evaluation
+
+
+def test_compilation_that_cannot_work_is_refused():
+    with pytest.raises(ValueError, match=r"compile='inductr' must be true, false, or a backend of torch.compile: .*inductor"):
+        check_backend("inductr")
+    with pytest.raises(ValueError, match="compile=True compiles transformer blocks, and TokenModel has no list of them"):
+        compile_blocks(TokenModel(2), "aot_eager")
+    with pytest.raises(ValueError, match="compile and activation_checkpointing do not work together"):
+        token_module(activation_checkpointing=True, compile=True)

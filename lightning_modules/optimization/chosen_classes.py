@@ -1,0 +1,128 @@
+"""Optimizers and schedulers of a user's choice, refused where they would not train as the parameter groups say."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from fourier_moe.errors import UserError
+
+_OWN_RATES = ("lr", "weight_decay")  # what every parameter group has
+_BUILD_ERRORS = (TypeError, ValueError, RuntimeError, KeyError)
+
+
+def new_optimizer(build: Callable[[Any], Optimizer], groups: list[dict[str, Any]]) -> Optimizer:
+    """Return what `build` makes of parameter groups.
+
+    Raises:
+        UserError: with the class's own words, if it does not take them.
+    """
+    return _built("optimizer", Optimizer, build, groups)
+
+
+def new_scheduler(build: Callable[[Optimizer], LRScheduler], optimizer: Optimizer) -> LRScheduler:
+    """Return what `build` makes of an optimizer.
+
+    Raises:
+        UserError: with the class's own words, if it does not take it.
+    """
+    rates = [group["lr"] for group in optimizer.param_groups]
+    scheduler: LRScheduler = _built("schedule", LRScheduler, build, optimizer)
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group.setdefault("initial_lr", rate)  # all but ReduceLROnPlateau set it
+    return scheduler
+
+
+def sample_groups() -> list[dict[str, Any]]:
+    """Return two parameter groups of a few numbers, to try classes with before there is a model."""
+    rates = {"experts": 0.5, "head": 0.125}
+    return [
+        {"params": [nn.Parameter(torch.zeros(2, 2))], "name": name, "lr": rate, "weight_decay": 0.0}
+        for name, rate in rates.items()
+    ]
+
+
+def check_optimizer(optimizer: Optimizer, decays: bool) -> None:
+    """Refuse an optimizer of sample groups that has rates of its own, which would have no effect.
+
+    Args:
+        decays: whether any group has a weight decay.
+
+    Raises:
+        UserError: naming the class and the setting.
+    """
+    name, known = type(optimizer).__name__, inspect.signature(type(optimizer)).parameters
+    for setting in _OWN_RATES:
+        default = known[setting].default if setting in known else inspect.Parameter.empty
+        given = optimizer.defaults.get(setting, default)
+        if default is not inspect.Parameter.empty and given != default:
+            raise UserError(
+                f"optimization.optimizer sets {setting}={given} for {name}, but every group has its own; set "
+                f"optimization.experts.{setting} and those of the other groups"
+            )
+    if decays and "weight_decay" not in optimizer.defaults:
+        raise UserError(f"optimization.optimizer: {name} has no weight decay; set weight_decay of all groups to 0")
+
+
+def check_scheduler(scheduler: LRScheduler, interval: str) -> None:
+    """Refuse a scheduler of sample groups that replaces their rates, and an interval without effect.
+
+    Raises:
+        UserError: naming the class.
+    """
+    name = type(scheduler).__name__
+    for group, sample in zip(scheduler.optimizer.param_groups, sample_groups(), strict=True):
+        if group["initial_lr"] != sample["lr"]:
+            raise UserError(
+                f"optimization.schedule: {name} replaces the learning rates of the groups by its own; choose a class that "
+                "scales them, such as torch.optim.lr_scheduler.CosineAnnealingWarmRestarts"
+            )
+    if isinstance(scheduler, ReduceLROnPlateau) and interval != "step":
+        raise UserError(
+            f"schedule_interval={interval!r} has no effect on {name}, which advances after validations; leave it out"
+        )
+
+
+def check_direction(scheduler: LRScheduler, monitor: str, mode: str) -> None:
+    """Refuse a ReduceLROnPlateau that waits for the wrong direction of what validation is judged by.
+
+    Raises:
+        UserError: naming the mode to set.
+    """
+    if isinstance(scheduler, ReduceLROnPlateau) and scheduler.mode != mode:
+        raise UserError(f"optimization.schedule: mode={scheduler.mode!r} must be {mode!r}, since it follows {monitor}")
+
+
+def follow_validation(scheduler: LRScheduler, monitor: str, values: Mapping[str, Any]) -> None:
+    """Advance a ReduceLROnPlateau by the results of a validation; do nothing for other schedulers.
+
+    Raises:
+        UserError: if the validation has not measured what the scheduler follows.
+    """
+    if not isinstance(scheduler, ReduceLROnPlateau):
+        return
+    if monitor not in values:
+        raise UserError(f"optimization.schedule follows {monitor}, and validation measured {', '.join(values)}")
+    scheduler.step(values[monitor])
+
+
+def settings_of_class(optimizer: Optimizer) -> Mapping[str, Any]:
+    """Return the settings that an optimizer was built with, without what it keeps in its groups while it trains."""
+    known = inspect.signature(type(optimizer)).parameters
+    return {name: value for name, value in optimizer.defaults.items() if name in known and name not in _OWN_RATES}
+
+
+def _built(name: str, kind: type, build: Callable[[Any], Any], argument: Any) -> Any:
+    try:
+        built = build(argument)
+    except _BUILD_ERRORS as error:
+        raise UserError(f"optimization.{name} cannot be built: {' '.join(str(error).split())}") from error
+    if not isinstance(built, kind):
+        raise UserError(f"optimization.{name} makes a {type(built).__name__}, and has to make a {kind.__name__}")
+    return built
