@@ -153,7 +153,8 @@ class AdaptationModule(L.LightningModule):
         if self.adapter.head:
             raise UserError(f"adapter.head={list(self.adapter.head)} is set by the task; remove it from the config")
         if self._trainer is not None:
-            check_strategy(self._trainer.strategy, self.adapter, getattr(self.task, "quantization", None))
+            quantization, compiles = getattr(self.task, "quantization", None), self.compile_backend is not None
+            check_strategy(self._trainer.strategy, self.adapter, quantization, compiles)
         if self.compile_backend is not None:
             check_backend(self.compile_backend)
         self.task.check_data(run_data(self._trainer))
@@ -354,9 +355,12 @@ class AdaptationModule(L.LightningModule):
             raise UserError("optimization is missing; fit needs its learning rates")
         optimizer = self.optimization.build_optimizer(self.model, adapter_config(self.model))
         self._schedule = PlannedSchedule(self.optimization, optimizer, self.trainer)
-        check_direction(self._schedule.scheduler, *self.task.monitor)
-        schedule = {"scheduler": self._schedule.scheduler, "interval": self.optimization.schedule_interval}
-        return {"optimizer": optimizer, "lr_scheduler": {**schedule, "reduce_on_plateau": False}}  # see lr_scheduler_step
+        scheduler, interval = self._schedule.scheduler, self.optimization.schedule_interval
+        check_direction(scheduler, *self.task.monitor)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": interval, "reduce_on_plateau": False},  # see lr_scheduler_step
+        }
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
         """Leave ReduceLROnPlateau to the end of validation: Lightning advances it after the checkpoints, and not if resumed."""

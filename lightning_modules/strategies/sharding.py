@@ -110,13 +110,14 @@ class ShardedBaseStrategy(ModelParallelStrategy):
     load_checkpoint = ParallelStrategy.load_checkpoint
 
 
-def check_strategy(strategy: Strategy, adapter: AdapterConfig, quantization: str | None = None) -> None:
+def check_strategy(strategy: Strategy, adapter: AdapterConfig, quantization: str | None = None, compiles: bool = False) -> None:
     """Refuse strategies that would not train or save what they seem to, before any weights are loaded.
 
     Args:
         strategy: the trainer's strategy.
         adapter: the config of the adapter.
         quantization: quantization of the task's frozen weights; None if there is none.
+        compiles: whether the blocks go through torch.compile.
 
     Raises:
         UserError: naming the strategy, the reason, and what to use instead.
@@ -132,6 +133,11 @@ def check_strategy(strategy: Strategy, adapter: AdapterConfig, quantization: str
             raise UserError(
                 f"trainer.strategy={name} cannot shard weights with quantization={quantization!r}; use "
                 "configs/strategies/ddp.yaml, or quantization null"
+            )
+        if compiles:
+            raise UserError(
+                f"trainer.strategy={name} gathers a block's weights around its forward pass, which is not tested with compile; "
+                "use configs/strategies/ddp.yaml, or set compile to false"
             )
     elif isinstance(strategy, ModelParallelStrategy):
         raise UserError(f"trainer.strategy={name} splits projections over the devices of a node by default; {_OVERLAY}")

@@ -198,6 +198,8 @@ def test_full_fine_tuning_is_refused_with_the_sharded_base_alone(adapter):
 
 def test_a_method_without_a_backbone_to_train_is_taken_by_the_sharded_base():
     check_strategy(ShardedBaseStrategy(), HeadOnly(head=["head"]))
+    with pytest.raises(ValueError, match=r"not tested with compile; use configs/strategies/ddp\.yaml, or set"):
+        check_strategy(ShardedBaseStrategy(), ADAPTER, compiles=True)
 
 
 def test_quantized_weights_are_refused_with_the_sharded_base_alone():
