@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pydoc
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,8 +133,10 @@ def load_trained(
         UserError: if there is no adapter, it is not a causal language model's, or its base model cannot be loaded.
     """
     directory, run = _find(adapter)
-    description = describe_adapter(directory)
     config = _config_of(run)
+    if method := config.get("model", {}).get("adapter", {}).get("class_path"):
+        pydoc.locate(method)  # a method of one's own is known once its module is imported
+    description = describe_adapter(directory)
     kind, tag = description.task.get("class"), description.task.get("pipeline_tag")
     if tag not in (None, CausalLanguageModel.pipeline_tag):
         raise UserError(f"--adapter {adapter} was trained for {kind}; an adapter of a causal language model is needed")
@@ -151,8 +154,8 @@ def load_trained(
         raise UserError("--style chat: the tokenizer has no chat template; choose llm_adapters, plain or none")
     chosen: Style = style or trained or ("chat" if has_template else "none")
     source = "--style" if style else "as in training" if trained else "its training is not known; --style chooses another"
-    method = "no adapter" if without_adapter else f"{type(description.config).__name__} of {directory}"
-    rank_zero_info(f"{description.backbone}, {method}; prompt: {chosen} ({source})")
+    weights = "no adapter" if without_adapter else f"{type(description.config).__name__} of {directory}"
+    rank_zero_info(f"{description.backbone}, {weights}; prompt: {chosen} ({source})")
     coder = ChatTokenizer(task.tokenizer, template, max_length=2) if chosen == "chat" else None
     return TrainedModel(task, chosen, run, coder)
 

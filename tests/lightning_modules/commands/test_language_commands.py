@@ -44,9 +44,10 @@ def run(base, tmp_path_factory):
     return directory
 
 
-def write_config(directory, model, scoring="generate"):
+def write_config(directory, model, scoring="generate", method="fourier_moe.FourierMoEConfig"):
     arguments = {"model": model, "tokenizer": "bytes", "scoring": scoring, "evaluation": {"max_new_tokens": 6}}
-    config = {"model": {"task": {"class_path": SPEC, "init_args": arguments}}, "data": {"init_args": {"prompt": "plain"}}}
+    classes = {"task": {"class_path": SPEC, "init_args": arguments}, "adapter": {"class_path": method}}
+    config = {"model": classes, "data": {"init_args": {"prompt": "plain"}}}
     (directory / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
 
 
@@ -126,7 +127,7 @@ def test_drawing_base_model_and_prompt_are_chosen(command):
     assert len(command("generate", prompt=QUESTION, dtype="bfloat16")) == 1
 
 
-def test_base_model_that_has_moved_and_an_adapter_alone(command, base, run, tmp_path, with_template):
+def test_base_model_that_has_moved_and_an_adapter_alone(command, base, run, tmp_path, with_template, monkeypatch):
     greedy = command("generate", prompt=QUESTION)
     alone = tmp_path / "alone"
     alone.mkdir()
@@ -137,10 +138,13 @@ def test_base_model_that_has_moved_and_an_adapter_alone(command, base, run, tmp_
     assert command("generate", prompt=QUESTION, model=str(base), style="plain", adapter=alone) == greedy
     templated = command("generate", prompt=QUESTION, model=str(base), adapter=alone)
     assert templated == command("generate", prompt=f"<user>{QUESTION}<a>", style="none") != greedy
-    write_config(alone, "/nowhere/base")
+    write_config(alone, "/nowhere/base", method="own_method.Config")
+    (tmp_path / "own_method.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ValueError, match=r"model='/nowhere/base' has no config.json.*; --model DIR tells"):
         command("generate", prompt="a", adapter=alone)
     assert command("generate", prompt=QUESTION, model=str(base), adapter=alone) == greedy
+    assert sys.modules.pop("own_method")  # which registers the adapter's config
 
 
 # ---------------------------------------------------------------- mistakes
