@@ -12,6 +12,7 @@ from datamodules.instructions.reading.records import Conversation, Record
 from datamodules.instructions.tokenizing.prompts import Prompt
 from datamodules.instructions.tokenizing.templates import ChatTemplate
 from datamodules.instructions.tokenizing.text import ExampleTokenizer, TokenizedExample
+from datamodules.shared.cache import cache_key
 from fourier_moe.errors import UserError
 
 CHAT = "chat"  # the prompt style
@@ -58,14 +59,19 @@ class ChatTokenizer(ExampleTokenizer):
     def response(self, output: str) -> str:
         return self._before + output
 
+    def key(self, records: Sequence[Record]) -> str:
+        """Return a name for the examples of these records, without rendering them."""
+        settings = [self._max_length, self._template.text]
+        conversations = map(_conversation, records)
+        return cache_key(
+            self._tokenizer, settings, (json.dumps([one.messages, one.learned, one.tools]) for one in conversations)
+        )
+
     def _around(self) -> tuple[str, str]:
         try:
             return self._template.around()
         except UserError:  # it wants a system message, for example; the records will tell
             return "", ""
-
-    def _settings(self) -> object:
-        return [self._max_length, CHAT]
 
     def _parts(self, record: Record) -> Sequence[str]:
         return self._template.parts(_conversation(record))

@@ -76,6 +76,10 @@ class ExampleTokenizer(ABC):
         """Yield the evaluation prompts and their token ids."""
 
     @abstractmethod
+    def key(self, records: Sequence[Record]) -> str:
+        """Return a name for the examples of these records: a hash of all that they depend on."""
+
+    @abstractmethod
     def response(self, output: str) -> str:
         """Return a response as it follows the prompt."""
 
@@ -87,10 +91,6 @@ class ExampleTokenizer(ABC):
     def _fit(self, parts: Sequence[list[int]]) -> TokenizedExample:
         """Return the example of the tokens of its parts, at most `max_length` of them."""
 
-    @abstractmethod
-    def _settings(self) -> object:
-        """Return all but the texts that the ids depend on, for JSON."""
-
     def examples(self, records: Sequence[Record]) -> Iterator[TokenizedExample]:
         """Yield the training examples, at most `max_length` tokens each.
 
@@ -99,11 +99,6 @@ class ExampleTokenizer(ABC):
         """
         for texts in self._batches(records):
             yield from map(self._fit, self._tokenize(texts))
-
-    def key(self, records: Sequence[Record]) -> str:
-        """Return a name for the examples of these records: a hash of all that they depend on."""
-        texts = (text for texts in self._batches(records) for parts in texts for text in (*parts, ""))
-        return cache_key(self._tokenizer, self._settings(), texts)
 
     def _batches(self, records: Sequence[Record]) -> Iterator[list[Sequence[str]]]:
         """Yield the parts of some records at a time."""
@@ -162,8 +157,10 @@ class InstructionTokenizer(ExampleTokenizer):
     def response(self, output: str) -> str:
         return self.style.response(output)
 
-    def _settings(self) -> object:
-        return [self._max_length, self._prefix, self._suffix]
+    def key(self, records: Sequence[Record]) -> str:
+        settings = [self._max_length, self._prefix, self._suffix]
+        texts = (part for texts in self._batches(records) for parts in texts for part in parts)
+        return cache_key(self._tokenizer, settings, texts)
 
     def _parts(self, record: Record) -> Sequence[str]:
         """Return the head, question, tail and response."""

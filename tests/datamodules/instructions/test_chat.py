@@ -176,12 +176,21 @@ def test_templates_that_change_what_they_have_written_are_refused_where_it_matte
 
 
 def test_the_key_of_conversations_names_what_they_depend_on():
-    def key(record=None, template="plain", length=50):
-        return ChatTokenizer(byte_level(), template, length).key([record or talk(*TALK)])
+    def key(record=None, template=None, length=50):
+        tokenizer = byte_level()
+        tokenizer.chat_template = template
+        return ChatTokenizer(tokenizer, None if template else "plain", length).key([record or talk(*TALK)])
 
+    silent = [*TALK[:2], {**TALK[2], "weight": 0}, *TALK[3:]]
+    others = [
+        key(talk(*TALK[:3])),
+        key(talk(*silent)),
+        key(talk(*TALK, tools=[{"name": "f"}])),
+        key(length=60),
+        key(None, CHATML),
+    ]
     assert key() == key()
-    others = [key(talk(*TALK[:3])), key(length=60), key(talk(TALK[1], TALK[2]))]
-    assert len({key(), *others}) == 4
+    assert len({key(), *others}) == 6
 
 
 # The DataModule
