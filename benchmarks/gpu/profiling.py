@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 from torch import nn
@@ -18,6 +19,7 @@ from benchmarks.methods import TRITON, usable_methods
 from benchmarks.routing import BalancedRouter
 from benchmarks.timing import time_interleaved
 from fourier_moe import FourierMoEConfig, FourierMoELinear, TopKRouter
+from fourier_moe.spectral import torch_product
 from fourier_moe.spectral.kernels import OPT_IN
 
 
@@ -58,6 +60,7 @@ def measure(device: torch.device, tiny: bool, record: Record) -> None:
     record.add("bytes per second", bandwidth, f"A copy reads and writes {bandwidth / 1e12:.3f} TB/s.")
     paths = {"PyTorch": "0", "Triton": "1"} if TRITON in usable_methods(device.type) else {"PyTorch": "0"}
     rows: dict[str, list[dict[str, Any]]] = {"forward": [], "forward and backward": []}
+    parts: list[dict[str, Any]] = []
     for shape in TINY if tiny else SHAPES:
         work = _Work(shape, device)
         for path, switch in paths.items():
@@ -65,10 +68,13 @@ def measure(device: torch.device, tiny: bool, record: Record) -> None:
                 for (part, table), backward in zip(rows.items(), (False, True), strict=True):
                     table.append({"projection": shape.name, "path": path, **work.row(backward, bandwidth)})
                     record.add(f"{part}, so far", table)
+        parts += [{"projection": shape.name, **row} for row in work.by_size_of_parts()]
     for part, table in rows.items():
         del record.results[f"{part}, so far"]
         record.add(f"{part}, unit", "microseconds", f"One adapted projection in bfloat16, {part}, microseconds on the device:")
         record.table(part, table)
+    record.add("parts, path", "PyTorch", "The PyTorch path, forward and backward, by token-position pairs of a part:")
+    record.table("parts", parts)
 
 
 class _Work:
@@ -108,6 +114,20 @@ class _Work:
         """x is read and y written; backward, x and the gradient of y are read and the gradient of x is written."""
         _, tokens, in_features, out_features, *_ = self.shape
         return _BF16 * tokens * (in_features + out_features + backward * (2 * in_features + out_features))
+
+    def by_size_of_parts(self) -> list[dict[str, Any]]:
+        """Return time and memory of the PyTorch path by how many token-position pairs it computes at once."""
+        product, rows = partial(self.product, True), []
+        for size in (2**17, 2**19, 2**21, 2**23):
+            with patch.object(torch_product, "_POSITIONS_PER_CHUNK", size), environment({OPT_IN: "0"}):
+                product()
+                if self.device.type == "cuda":
+                    torch.cuda.reset_peak_memory_stats()
+                    before = torch.cuda.memory_allocated()
+                seconds = min(time_interleaved({"product": product}, _STEPS)["product"])
+                peak = torch.cuda.max_memory_allocated() - before if self.device.type == "cuda" else 0
+            rows.append({"pairs": f"2^{size.bit_length() - 1}", "milliseconds": 1e3 * seconds, "peak, MiB": peak / 2**20})
+        return rows
 
     def product(self, backward: bool) -> None:
         """The experts' update for a given routing."""

@@ -57,6 +57,7 @@ def test_sections_run_on_a_cpu(tmp_path, monkeypatch):
     assert results["roberta"]["table"]["methods"].keys() == set(usable_methods("cpu"))
     (row,) = results["profile"]["forward and backward"]
     assert all(row[kind] > 0 for kind in ("transform", "gather and scatter", "copies", "arithmetic", "router"))
+    assert [part["pairs"] for part in results["profile"]["parts"]] == ["2^17", "2^19", "2^21", "2^23"]
     assert results["resume"]["checks"]["PyTorch: numbers that differ after resuming"]["passed"]
     assert results["quantized"]["checks"]["nf4: quantized"]["passed"]
 
