@@ -41,7 +41,7 @@ LEVELS = {room: level for level, line in enumerate(ROOMS.split("\n")) for room i
 # The method works without a trainer and without the libraries that its models come from.
 FOREIGN = ("lightning", "pytorch_lightning", "lightning_fabric", "transformers", "open_clip", "datasets", "peft")
 # What a function of the method may import, with a comment that says why: what is not always there, or slow to import.
-OPTIONAL = ("peft", "triton", "bitsandbytes", "huggingface_hub", "tqdm")
+OPTIONAL = ("peft", "triton", "bitsandbytes", "huggingface_hub", "tqdm", "axolotl")
 # The one file that imports peft at its top: nothing imports it but its users.
 PEFT_TUNER = "fourier_moe.integrations.peft"
 
