@@ -53,9 +53,9 @@ class InstructionDataModule(TextDataModule):
     Args:
         train: what to train on: names from the table, custom (train.json, .jsonl, .ndjson or .parquet in `directory`), paths of
             such files (with instruction, output, perhaps input and answer; or with messages, or ShareGPT's conversations), or
-            data sets on the hub (hub:owner/name, hub:owner/name/config, with :split at the end for another than train); one, a
-            list, or each with its weight, the number of times that each of its examples comes in an epoch (on average; 0.5 is
-            every other epoch).
+            data sets on the hub (hub:owner/name, behind it @revision, /config and :split where they are needed); one, a list,
+            or each with its weight, the number of times that each of its examples comes in an epoch (on average; 0.5 is every
+            other epoch).
         test: which sets to test on: names from the table, custom (test.json in `directory`), or paths; null for all of the
             table, and without a table for custom if there is such a file. Training on files of your own
             alone fetches none of them: they are fetched when they are tested.
@@ -174,6 +174,12 @@ class InstructionDataModule(TextDataModule):
             source.name: self._inventory.note(source, is_validated=source.name in validated) for source in self._test_sources
         }
         return {name: note for name, note in notes.items() if note}
+
+    @property
+    def data_revision(self) -> str | None:
+        """The revision of the hub's data set, where `train` names it."""
+        on_hub = [HubSplit.parse(source.file) for source in self._sources if source.file.startswith(HUB)]
+        return on_hub[0].revision if len(on_hub) == len(self._sources) == 1 else None
 
     def prepare_data(self) -> None:
         """Fetch the files and the tokenizer that this run needs, and tokenize a large training set, in one process."""

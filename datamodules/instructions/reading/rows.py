@@ -21,9 +21,10 @@ _REASON_CHARACTERS = 300  # of an error from below
 
 
 class HubSplit(NamedTuple):
-    """A split of a data set on the Hugging Face hub, written `hub:owner/name`, `hub:owner/name/config` and with `:split`."""
+    """A split of a data set on the Hugging Face hub, written `hub:owner/name[@revision][/config][:split]`."""
 
     dataset: str
+    revision: str | None
     config: str | None
     split: str | None
 
@@ -42,13 +43,14 @@ class HubSplit(NamedTuple):
         """
         path, _, split = written.removeprefix(HUB).partition(":")
         owner, _, rest = path.partition("/")
-        name, _, config = rest.partition("/")
+        named, _, config = rest.partition("/")
+        name, _, revision = named.partition("@")
         if not owner or not name or "/" in config:
             raise UserError(
-                f"'{written}' names no data set on the hub; expected {HUB}owner/name, {HUB}owner/name/config, or either with "
-                ":split at its end"
+                f"'{written}' names no data set on the hub; expected {HUB}owner/name, behind it @revision, /config and :split "
+                "where they are needed"
             )
-        return cls(f"{owner}/{name}", config or None, split or None)
+        return cls(f"{owner}/{name}", revision or None, config or None, split or None)
 
     def load(self, **options: Any) -> Any:
         """Return the split as the `datasets` library loads it, with the options of `load_dataset`.
@@ -58,7 +60,7 @@ class HubSplit(NamedTuple):
         """
         assert self.split is not None
         try:
-            return datasets.load_dataset(self.dataset, self.config, split=self.split, **options)
+            return datasets.load_dataset(self.dataset, self.config, split=self.split, revision=self.revision, **options)
         except Exception as error:  # the hub, the network, files of many formats: each has its own errors
             reason = " ".join(f"{error}".split())[:_REASON_CHARACTERS]
             raise UserError(
@@ -66,8 +68,8 @@ class HubSplit(NamedTuple):
             ) from error
 
     def __str__(self) -> str:
-        config = f"/{self.config}" if self.config else ""
-        return f"{HUB}{self.dataset}{config}{f':{self.split}' if self.split else ''}"
+        parts = (("@", self.revision), ("/", self.config), (":", self.split))
+        return HUB + self.dataset + "".join(f"{mark}{part}" for mark, part in parts if part)
 
 
 def read_rows(file: str | Path) -> Iterator[tuple[str, Any]]:

@@ -11,6 +11,7 @@ from datamodules.instructions import data_module as instructions
 from datamodules.instructions.arithmetic import ArithmeticDataModule
 from datamodules.instructions.dataset import IGNORED
 from datamodules.instructions.reading.records import Conversation, Record, parse_record, read_records
+from datamodules.instructions.reading.rows import HubSplit, read_rows
 from datamodules.instructions.tokenizing.chat import ChatTokenizer
 from lightning_modules.tasks.generation import _end_tokens
 
@@ -282,6 +283,18 @@ def test_a_set_of_the_hub_is_read_by_its_columns(tmp_path, monkeypatch):
     assert [len(batch["id"]) for batch in data.test_dataloader()["talks"]] == [2]
     with pytest.raises(ValueError, match=r"'hub:owner/talks:dev' cannot be loaded \(.*; without a network give a file of it"):
         module(tmp_path, directory=None, train="hub:owner/talks:dev", columns=names).prepare_data()
+
+
+def test_names_on_the_hub(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda *names, **options: asked.append((names, options)) or [ALPACA])
+    written = "hub:owner/name@main/config:train_sft"
+    assert str(HubSplit.parse(written)) == written
+    assert next(read_rows(written)) == (f"{written} row 1", ALPACA)
+    assert asked == [(("owner/name", "config"), {"split": "train_sft", "revision": "main"})]
+    data = module(tmp_path, directory=None, train=written)
+    assert ([source.name for source in data._sources], data.data_revision) == (["name-config"], "main")
+    assert module(tmp_path, directory=None, train="hub:owner/name").data_revision is None
 
 
 def test_generation_ends_where_the_template_ends_a_turn():
