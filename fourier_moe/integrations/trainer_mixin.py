@@ -33,8 +33,8 @@ class AdapterTrainerMixin:
     - Checkpoints hold the adapter (a file of `save_adapter`) instead of the whole model, and training resumes from them. For
       a model that peft adapted they are peft's.
 
-    Under gradient accumulation, and with several processes, transformers 5.24 does not divide the loss of sequence classifiers,
-    which take `num_items_in_batch` and ignore it: set `trainer.loss_is_scaled_for_ga = False` for them.
+    Under gradient accumulation, and with several processes, transformers 5.17 to 5.24 do not divide the loss of sequence
+    classifiers, which take `num_items_in_batch` and ignore it: set `trainer.model_accepts_loss_kwargs = False` for them.
 
     Args:
         learning_rates: peak learning rate by kind of parameters: experts, router, adapter, head, backbone. A kind that it does

@@ -74,7 +74,8 @@ def train(directory, model, trainer_class=AdapterTrainer, resume=None, causal=Fa
     extra = {"learning_rates": rates} if rates else {}
     arguments = TrainingArguments(str(directory), **settings)
     trainer = trainer_class(model=model, args=arguments, train_dataset=Sentences(causal=causal), **extra)
-    trainer.loss_is_scaled_for_ga = scaled
+    if scaled is not None:
+        trainer.model_accepts_loss_kwargs = scaled  # whatever the version; 5.24 also has loss_is_scaled_for_ga
     trainer.train(resume_from_checkpoint=resume)
     return trainer
 
