@@ -18,9 +18,11 @@ pytest.importorskip("bitsandbytes")
 
 from benchmarks.adapters import compare
 from benchmarks.gpu import __main__ as command
+from benchmarks.gpu import tables
 from benchmarks.gpu.record import Record
 from benchmarks.gpu.verdict import verdicts
-from benchmarks.methods import usable_methods
+from benchmarks.methods import METHODS, usable_methods
+from benchmarks.steps import Setting
 
 # A lent machine lacks these. The modules here must not need them when they are imported.
 ABSENT = {"jsonargparse", "open_clip", "datasets"}
@@ -40,12 +42,12 @@ def run(output: Path, *sections: str) -> dict[str, Any]:
 
 
 def test_sections_run_on_a_cpu(tmp_path, monkeypatch):
-    tables = []
+    results_of: list[dict[str, Any]] = []
 
     def compare_once(*arguments: Any, **options: Any) -> dict[str, Any]:
         """The first table for real; the others differ in settings that are not tiny."""
-        tables.append(tables[0] if tables else compare(*arguments, **options))
-        return tables[0]
+        results_of.append(results_of[0] if results_of else compare(*arguments, **options))
+        return results_of[0]
 
     monkeypatch.setattr("benchmarks.gpu.tables.compare", compare_once)
     sections = run(tmp_path, *command.SECTIONS)["sections"]
@@ -53,7 +55,7 @@ def test_sections_run_on_a_cpu(tmp_path, monkeypatch):
     checks = results["exactness"]["checks"]
     assert [sum(f" {dtype} (" in name for name in checks) for dtype in ("float32", "bfloat16", "float64")] == [24] * 3
     assert all(checks[f"PyTorch torch.compile {part}"]["passed"] for part in ("y", "dx", "dcoefficients", "drouter"))
-    assert len(tables) == 4
+    assert len(results_of) == 4
     assert results["roberta"]["table"]["methods"].keys() == set(usable_methods("cpu"))
     (row,) = results["profile"]["forward and backward"]
     assert all(row[kind] > 0 for kind in ("transform", "gather and scatter", "copies", "arithmetic", "router"))
@@ -156,6 +158,24 @@ def table(**methods: tuple[float, float] | None) -> dict[str, Any]:
         for name, pair in methods.items()
     }
     return {"setting": {"model": "llama-2-7b", "layers": 2}, "methods": samples}
+
+
+def test_llama_takes_the_faster_path_and_as_many_layers_as_fit(tmp_path, monkeypatch):
+    calls = []
+
+    def compare_stub(setting: Setting, methods: Sequence[str], rounds: int, **_: Any) -> dict[str, Any]:
+        calls.append((setting.layers, list(methods)))
+        fits = table(**dict.fromkeys(methods, (1.0, 1)) | {"fourier_moe_triton": (0.9, 1)})
+        return fits if setting.layers < 32 else table(**dict.fromkeys(methods))
+
+    monkeypatch.setattr("benchmarks.gpu.tables.compare", compare_stub)
+    monkeypatch.setattr("benchmarks.gpu.tables.markdown", lambda results: "")
+    monkeypatch.setattr("benchmarks.gpu.tables.usable_methods", lambda device: list(METHODS))
+    tables.llama(torch.device("cuda"), False, Record(tmp_path / "llama.json"))
+    three = ["head_only", "lora", "fourier_moe_triton"]
+    assert calls == [(2, list(METHODS)), (32, three), (24, three)]
+    setting = tables.setting_of("llama-2-7b", torch.device("cuda"), tiny=False, layers=8)
+    assert (setting.batch, setting.length, setting.dtype, setting.device) == (16, 256, "bfloat16", "cuda")
 
 
 def test_verdict_takes_the_faster_path_and_counts_no_memory_as_slow():
