@@ -35,8 +35,10 @@ class FourierMoETuner(Tuner):
 class FourierMoETrainer(AdapterTrainerMixin, Seq2SeqTrainer):
     """Adds the balance loss and rates by kind of parameters; the files of a checkpoint are ms-swift's and the tuner's."""
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, learning_rates=LEARNING_RATES, **kwargs)
+    def __init__(self, *, args, **kwargs):
+        # ms-swift recomputes in the reentrant way unless told otherwise, and that gives the balance loss no gradient
+        args.gradient_checkpointing_kwargs = {**(args.gradient_checkpointing_kwargs or {}), "use_reentrant": False}
+        super().__init__(args=args, learning_rates=LEARNING_RATES, **kwargs)
 
     def create_optimizer_and_scheduler(self, num_training_steps):
         self.create_optimizer()  # ms-swift would ask its optimizer callback, which makes groups without rates

@@ -24,6 +24,8 @@ from fourier_moe.spectral.experts import SpectralExperts
 from fourier_moe.spectral.layer import FourierMoELinear
 
 LARGEST_DIFFERENCE = 1e-5  # relative; float32 rounding leaves some 1e-7
+ROUTER_FILE = "router.safetensors"
+SHARED = "shared"  # the expert of `shared_coefficients`, see SpectralExperts.names
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,9 @@ def export_loras(model: nn.Module, directory: Path, rank: int | None = None) -> 
     expert of `shared_coefficients` is in `shared/`. The routed model is y = base(x) + LoRA_shared(x) + sum_e g_e LoRA_e(x):
     p = softmax(R x + b) with R (E, N) under the projection's name in router.safetensors, b (E,) under its name and `.bias`
     where the adapter has `normalize_input: moments`, else 0; g_e = p_e for the `top_k` largest, divided by their sum where
-    `normalize_gates` is true, else 0. router.json has these two and, as `split_attention`, the modules that have to be replaced
+    `normalize_gates` is true, else 0. This is the form base(x) + sum_i gate_i(x) LoRA_i(x) that vLLM's RFC #49705 names for
+    routed LoRAs; it defines no file. router.json has `router` (the file), `experts` (directories in the order of R's rows),
+    `shared` (a directory, or null), `top_k`, `normalize_gates` and, as `split_attention`, the modules that have to be replaced
     by `fourier_moe.models.attention.split_attention` of themselves before peft can find the projections inside.
 
     Args:
@@ -178,9 +182,13 @@ def _write_router(model: nn.Module, layers: Mapping[str, FourierMoELinear], dire
             weight, bias = layer.input_moments.as_affine(weight)
             weights[f"{name}.bias"] = bias.float().cpu()
         weights[name] = weight.float().cpu().clone()
-    save_file(weights, directory / "router.safetensors")
+    save_file(weights, directory / ROUTER_FILE)
     config = adapter_config(model)
+    names = next(iter(layers.values())).experts.names
     description = {
+        "router": ROUTER_FILE,
+        "experts": [name for name in names if name != SHARED],
+        "shared": SHARED if SHARED in names else None,
         "top_k": config.top_k,  # type: ignore[attr-defined] # that of the layers just seen
         "normalize_gates": config.normalize_gates and config.top_k > 1,  # type: ignore[attr-defined]
         "split_attention": [name for name, module in model.named_modules() if is_split_attention(module)],

@@ -264,8 +264,9 @@ def test_exported_experts_and_router_are_the_adapter(kind, features, tmp_path):
     gates = torch.zeros_like(p).scatter(-1, chosen, gates / gates.sum(-1, keepdim=True))
     plain = base["proj"](x)
     y = plain.clone()
-    for expert in range(4):
-        one = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / f"expert_{expert}")
+    assert (description["router"], len(description["experts"]), description["shared"]) == ("router.safetensors", 4, None)
+    for expert, folder in enumerate(description["experts"]):
+        one = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / folder)
         y = y + gates[:, [expert]] * (one.base_model.model["proj"](x) - plain)
     torch.testing.assert_close(y, layer(x), rtol=1e-4, atol=1e-4)
     assert (y - plain).abs().max() > 0.1
