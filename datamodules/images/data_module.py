@@ -24,6 +24,7 @@ from datamodules.shared.sampling import hold_out
 from datamodules.shared.splits import PREDICT, TEST, TRAIN, VALIDATION
 from fourier_moe.errors import UserError
 
+_DEFAULTS: dict[str, Any] = {"image_size": 224, "mean": CLIP_MEAN, "std": CLIP_STD}  # without a model
 _SPLITS_OF_STAGE = {
     "fit": (TRAIN, VALIDATION),
     "validate": (VALIDATION,),
@@ -102,7 +103,8 @@ class ImageDataModule(BaseDataModule):
             self._benchmark.open(dataset)  # says what is needed
 
         self.dataset = dataset
-        self._given = {"image_size": image_size, "mean": mean, "std": std}
+        self._given = {"image_size": image_size, "mean": mean and tuple(mean), "std": std and tuple(std)}
+        self._used: dict[str, Any] = {}
         self.validation_fraction = validation_fraction
         self._predict_directory = None if predict_directory is None else Path(predict_directory).expanduser()
         if self._predict_directory is not None and not self._predict_directory.is_dir():
@@ -124,19 +126,21 @@ class ImageDataModule(BaseDataModule):
         """Take over what the model reads where the DataModule's own argument is None. The task calls it before `setup`.
 
         Returns:
-            A line for each argument that differs from the model's; the argument is used.
+            A line for each argument that differs from the model's, and for what neither says; the line names what is used.
         """
         told = {"image_size": image_size, "mean": mean, "std": std}
-        used = {name: told[name] if value is None else value for name, value in self._given.items()}
-        self.image_size: int = used["image_size"] or 224  # type: ignore[assignment]
-        self._train_transform = train_transform(self.image_size)
-        self._eval_transform = eval_transform(self.image_size)
-        self._normalization = normalization(used["mean"] or CLIP_MEAN, used["std"] or CLIP_STD)  # type: ignore[arg-type]
-        self._datasets.clear()  # made with the earlier transforms
+        known = {name: told[name] if value is None else value for name, value in self._given.items()}
+        used: dict[str, Any] = {name: default if known[name] is None else known[name] for name, default in _DEFAULTS.items()}
+        if used != self._used:
+            self._used, self.image_size = used, int(used["image_size"])
+            self._train_transform = train_transform(self.image_size)
+            self._eval_transform = eval_transform(self.image_size)
+            self._normalization = normalization(used["mean"], used["std"])
+            self._datasets.clear()  # made with the earlier transforms
         return [
-            f"data.{name}={used[name]} is used; the model's own is {value}"
+            f"data.{name}={used[name]} is used; the model's own is {'unknown' if value is None else value}"
             for name, value in told.items()
-            if value is not None and value != used[name]
+            if (known[name] is None if value is None else value != used[name])
         ]
 
     @property

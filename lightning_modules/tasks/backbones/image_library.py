@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -81,10 +82,11 @@ class ImageLibrary(ABC):
 
     def forward_flops(self) -> int | None:
         """Count the operations of one image's forward pass without loading anything; None if unknown."""
-        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        with torch.random.fork_rng(devices=[]), torch.device("meta"), suppress(NotImplementedError, RuntimeError):
             size = self.input().image_size or 224
             model = self.build(2).eval()
             return count_flops(lambda images: self.logits(model, images), torch.empty(1, 3, size, size))
+        return None  # a model that looks at values, which the meta device has not
 
 
 def count_flops(function: Any, *inputs: Tensor) -> int:

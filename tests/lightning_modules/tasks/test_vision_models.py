@@ -264,6 +264,12 @@ def test_data_follow_the_model_where_their_arguments_are_null(directory, tmp_pat
     assert data.image_size == SIZE
     assert data.normalize(white).flatten().tolist() == [1.0] * 3
     data.setup("validate")
+    loaded = data.datasets("validation")
+    told.tell_data(data)  # of the next run in this process: nothing is read again
+    assert data.datasets("validation") == loaded
+    assert ImageDataModule("cars", synthetic=True, std=HALF).follow_model(SIZE) == [
+        f"data.mean={CLIP_MEAN} is used; the model's own is unknown"
+    ]
     assert next(iter(data.val_dataloader()))["image"].shape[1:] == (3, SIZE, SIZE)
     own = {"image_size": 16, "std": (1.0, 1.0, 1.0)}
     assert ImageDataModule("cars", synthetic=True, **own).follow_model(SIZE, HALF, HALF) == [
