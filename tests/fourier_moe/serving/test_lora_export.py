@@ -191,7 +191,15 @@ def test_routed_model_can_be_computed_from_the_exported_files(tmp_path, top_k):
     export_loras(model, tmp_path)
     router = json.loads((tmp_path / "router.json").read_text())
     weights = load_file(tmp_path / "router.safetensors")
-    assert router == {"top_k": top_k, "normalize_gates": top_k > 1, "split_attention": []}
+    shared = "shared" if (tmp_path / "shared").is_dir() else None
+    assert router == {
+        "router": "router.safetensors",
+        "experts": [f"expert_{expert}" for expert in range(4)],
+        "shared": shared,
+        "top_k": top_k,
+        "normalize_gates": top_k > 1,
+        "split_attention": [],
+    }
     folders = [f"expert_{expert}" for expert in range(4)] + ["shared"] * (top_k == 2)
     experts = [load_file(tmp_path / folder / "adapter_model.safetensors") for folder in folders]
     for name, layer in adapters(model).items():
