@@ -54,12 +54,15 @@ class CausalLanguageModel(Task):
         tiny: use an untrained model with 2 layers of width 256 that reads bytes (configs/smoke.yaml).
         attn_implementation: attention in transformers: `eager`, `sdpa`, `flash_attention_2` (needs flash-attn and a 16-bit
             dtype), ...; null for its own choice.
+        loss_chunk_size: labels whose logits exist at the same time, for large vocabularies; the backward pass computes logits
+            again. null for all.
 
     Attributes:
         finished: `output` and `loss` by id from an interrupted evaluation; these examples are graded, not answered again.
 
     Raises:
-        UserError: for an unknown scoring, dtype or quantization, a missing package, or a directory without a model.
+        UserError: for an unknown scoring, dtype or quantization, an impossible loss_chunk_size, a missing package, or a
+            directory without a model.
     """
 
     main_metric = "accuracy"
@@ -77,13 +80,16 @@ class CausalLanguageModel(Task):
         quantization: Literal["int8", "nf4"] | None = None,
         tiny: bool = False,
         attn_implementation: str | None = None,
+        loss_chunk_size: int | None = None,
     ) -> None:
         super().__init__()
         check_model(model, dtype, quantization)
         if scoring not in ("generate", "likelihood"):
             raise UserError(f"scoring={scoring!r} must be 'generate' or 'likelihood'")
         self.model_name, self.dtype, self.quantization, self.tiny = model, dtype, quantization, tiny
-        self.attn_implementation = attn_implementation
+        self.attn_implementation, self.loss_chunk_size = attn_implementation, loss_chunk_size
+        if loss_chunk_size is not None and loss_chunk_size < 1:
+            raise UserError(f"loss_chunk_size={loss_chunk_size} must be 1 or more, or null")
         self.tokenizer_name = tokenizer or tokenizer_name(model, tiny)
         self.evaluation, self.scoring, self.generate_in_validation = evaluation, scoring, generate_in_validation
         self.finished: Mapping[str, dict[str, Any]] = {}
@@ -200,7 +206,10 @@ class CausalLanguageModel(Task):
         return self.split != "val" or self.generate_in_validation
 
     def _label_losses(self, batch: Batch) -> LabelLosses:
-        return label_losses(self.model, **padded_right(batch, "input_ids", "labels", "position_ids"))
+        if self.loss_chunk_size is not None and self.model is not None and is_sharded(self.model):
+            raise UserError("loss_chunk_size does not work with FSDP2, which gathers the output layer once; set it to null")
+        inputs = padded_right(batch, "input_ids", "labels", "position_ids")
+        return label_losses(self.model, **inputs, chunk_size=self.loss_chunk_size)
 
     def _unfinished(self, batch: Batch) -> list[int]:
         """Return the examples to answer. With a sharded model all processes answer all examples if any is missing anywhere."""

@@ -6,13 +6,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import takewhile
 from typing import Any, NamedTuple
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedTokenizerBase
 
 from fourier_moe import Adapter
+from fourier_moe.errors import UserError
 
 IGNORED = -100  # label of tokens without loss
 
@@ -32,7 +35,13 @@ class LabelLosses(NamedTuple):
 
 
 def label_losses(
-    model: Any, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, position_ids: Tensor | None = None
+    model: Any,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    labels: Tensor,
+    position_ids: Tensor | None = None,
+    *,
+    chunk_size: int | None = None,
 ) -> LabelLosses:
     """Score the prediction of every label from the tokens before it.
 
@@ -42,34 +51,93 @@ def label_losses(
         attention_mask: (B, T), 0 for padding.
         labels: int64 (B, T), the input ids, or -100 for no loss.
         position_ids: int64 (B, T), of packed rows: 0 where an example or the padding begins. Examples do not see each other.
+        chunk_size: labels whose logits exist at the same time; the backward pass computes them a second time. None for all.
+
+    Raises:
+        UserError: with chunk_size, if logits are more than the output layer of the hidden states, or this layer is adapted.
     """
-    logits, targets, example = label_logits(model, input_ids, attention_mask, labels, position_ids)
-    losses = F.cross_entropy(logits, targets, reduction="none")
-    zeros = losses.new_zeros(len(labels))
-    correct = (logits.detach().argmax(-1) == targets).to(losses.dtype)
-    num_labels = (labels[:, 1:] != IGNORED).sum(1)
-    return LabelLosses(zeros.index_add(0, example, losses), zeros.index_add(0, example, correct), num_labels)
+    targets, wanted = _targets(labels)
+    if chunk_size is None:
+        losses, correct = _scores(label_logits(model, input_ids, attention_mask, labels, position_ids), targets[wanted])
+    else:
+        states = _label_states(model, input_ids, attention_mask, wanted, position_ids)
+        head, chunks = (
+            model.get_output_embeddings(),
+            zip(states.split(chunk_size), targets[wanted].split(chunk_size), strict=True),
+        )
+        parts = [checkpoint(_chunk_scores, head, *chunk, use_reentrant=False) for chunk in chunks]
+        losses, correct = (torch.cat(each) for each in zip(*parts, strict=True))
+    zeros, example = losses.new_zeros(len(labels)), wanted.nonzero()[:, 0]
+    return LabelLosses(zeros.index_add(0, example, losses), zeros.index_add(0, example, correct), wanted.sum(1))
 
 
 def label_logits(
     model: Any, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, position_ids: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the logits that predict the labels; arguments as for `label_losses`.
+) -> Tensor:
+    """Return the logits that predict the labels, (tokens, vocabulary), float32; arguments as for `label_losses`.
 
     Other logits are not computed: with a vocabulary of 256,000, those of a prompt would need more memory than anything else.
-
-    Returns:
-        Logits (tokens, vocabulary), float32; the labels (tokens,); the index of each label's example (tokens,).
     """
+    wanted = _targets(labels)[1]
+    with _only(model.get_output_embeddings(), wanted):
+        logits = _forward(model, input_ids, attention_mask, position_ids)
+    everywhere = logits.shape[:2] == wanted.shape  # never equal for (1, tokens), since the last position has no label
+    return (logits[wanted] if everywhere else logits[0]).float()
+
+
+def _targets(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the token that each position predicts (B, T), and whether it is a label."""
     targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED)  # position t predicts token t + 1
-    wanted = targets != IGNORED
+    return targets, targets != IGNORED
+
+
+def _forward(model: Any, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor | None) -> Tensor:
     packed = position_ids is not None  # transformers tells examples apart by their positions, if there is no mask
     places = {"position_ids": position_ids} if packed else {"attention_mask": attention_mask}
-    with _only(model.get_output_embeddings(), wanted):
-        logits = model(input_ids=input_ids, use_cache=False, **places).logits
-    everywhere = logits.shape[:2] == wanted.shape  # never equal for (1, tokens), since the last position has no label
-    logits = (logits[wanted] if everywhere else logits[0]).float()  # (tokens, vocabulary)
-    return logits, targets[wanted], wanted.nonzero()[:, 0]
+    logits: Tensor = model(input_ids=input_ids, use_cache=False, **places).logits
+    return logits
+
+
+def _scores(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the negative log-likelihood of each target (tokens,), and 1 where it is the most probable token, else 0."""
+    losses = F.cross_entropy(logits, targets, reduction="none")
+    return losses, (logits.detach().argmax(-1) == targets).to(losses.dtype)
+
+
+def _chunk_scores(head: nn.Module, states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    return _scores(head(states).float(), targets)
+
+
+def _label_states(model: Any, input_ids: Tensor, attention_mask: Tensor, wanted: Tensor, position_ids: Tensor | None) -> Tensor:
+    """Return what the output layer gets for each label, (tokens, D); it computes the first token only."""
+    head, kept = model.get_output_embeddings(), []
+    if isinstance(head, Adapter):
+        raise UserError(
+            "loss_chunk_size splits the tokens of the output layer, and a router needs all; leave the layer out of targets"
+        )
+
+    def keep(_: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+        kept.append(inputs[0][wanted])
+        return (kept[0][None, :1],)
+
+    handle = head.register_forward_pre_hook(keep)
+    try:
+        first = _forward(model, input_ids, attention_mask, position_ids)[0]
+    finally:
+        handle.remove()
+    if head not in _PLAIN_HEADS:
+        with torch.no_grad():
+            if not torch.allclose(first.float(), head(kept[0][:1]).float(), rtol=1e-5, atol=1e-6):
+                raise UserError(
+                    f"loss_chunk_size needs the logits that are those of the output layer, and {type(model).__name__} changes "
+                    "them afterwards (by a cap or a scale); set it to null"
+                )
+        if len(kept[0]):
+            _PLAIN_HEADS.add(head)
+    return kept[0]
+
+
+_PLAIN_HEADS: WeakSet[nn.Module] = WeakSet()  # output layers after which nothing changes the logits
 
 
 def log_likelihoods(

@@ -5,6 +5,7 @@ import json
 import logging
 import warnings
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -182,6 +183,37 @@ def test_loss_is_that_of_transformers(model, batch):
     for row in range(len(PAIRS)):
         alone = model(**{name: tensor[row : row + 1] for name, tensor in inputs.items()}).loss
         torch.testing.assert_close(losses.loss[row] / losses.num_labels[row], alone)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 5, 1000])
+def test_chunked_loss_has_the_same_values_and_gradients(model, batch, chunk_size):
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
+    inputs["labels"][2] = -100
+    trained, found = [p for p in model.parameters() if p.requires_grad], []
+    for size in (None, chunk_size):
+        losses = label_losses(model, **inputs, chunk_size=size)
+        gradients = torch.autograd.grad(losses.loss.sum(), trained)
+        found.append((losses, torch.cat([gradient.flatten() for gradient in gradients])))
+    torch.testing.assert_close(found[1][0], found[0][0], rtol=1e-6, atol=1e-6)
+    assert (found[1][1] - found[0][1]).norm() < 1e-6 * found[0][1].norm()
+
+
+def test_chunked_loss_keeps_the_logits_of_one_chunk_and_refuses_what_it_cannot_split(model, batch):
+    inputs, seen = {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}, []
+    handle = model.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(output.shape[:-1].numel()))
+    label_losses(model, **inputs, chunk_size=5)
+    assert max(seen) == 5
+    handle.remove()
+    capped = copy.deepcopy(model)
+    capped.forward = lambda **inputs: SimpleNamespace(logits=model_output(capped, inputs).tanh())
+    with pytest.raises(ValueError, match="LlamaForCausalLM changes them afterwards"):
+        label_losses(capped, **inputs, chunk_size=5)
+    with pytest.raises(ValueError, match="loss_chunk_size=0 must be 1 or more, or null"):
+        TinyLanguageModel(loss_chunk_size=0)
+
+
+def model_output(model, inputs):
+    return type(model).forward(model, **inputs).logits
 
 
 def test_correct_counts_labels_that_are_the_most_probable_token(model, batch):
