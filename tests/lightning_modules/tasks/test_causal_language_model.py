@@ -367,18 +367,18 @@ def scores(task, *batches):
     [("it is {}".format, 1, 1), ("{} or so".format, 1, 0), ("it is {}0".format, 0, 0), ("{} it is 1".format, 0, 0)],
 )
 def test_right_answers_score_all_and_wrong_ones_nothing(model, batch, monkeypatch, write, accuracy, strict):
-    monkeypatch.setattr(causal_language_model, "generate", lambda *_: list(map(write, batch["answer"])))
+    monkeypatch.setattr(causal_language_model, "generate", lambda *_, **__: list(map(write, batch["answer"])))
     assert scores(task_with(model), batch) == {"accuracy": accuracy, "strict_accuracy": strict}
 
 
 def test_strict_accuracy_differs_though_the_first_batch_agrees(model, batch, monkeypatch):
     outputs = iter([["it is 3", "it is 304", "", ""], ["3", "304", "", ""]])
-    monkeypatch.setattr(causal_language_model, "generate", lambda *_: next(outputs))
+    monkeypatch.setattr(causal_language_model, "generate", lambda *_, **__: next(outputs))
     assert scores(task_with(model), batch, batch) == {"accuracy": 0.5, "strict_accuracy": 0.25}
 
 
 def test_rows_say_what_was_asked_written_and_found(model, batch, monkeypatch):
-    monkeypatch.setattr(causal_language_model, "generate", lambda *_: ["so 1 is 4, or 3", *"xyz"])
+    monkeypatch.setattr(causal_language_model, "generate", lambda *_, **__: ["so 1 is 4, or 3", *"xyz"])
     evaluation = task_with(model).evaluate(batch)
     loss = evaluation.rows[0]["loss"]
     assert evaluation.rows[0] == {
@@ -406,7 +406,7 @@ def test_no_known_response_means_no_loss(model):
 
 
 def test_validation_scores_known_responses_and_writes_nothing(model, batch, monkeypatch):
-    monkeypatch.setattr(causal_language_model, "generate", lambda *_: pytest.fail("generated"))
+    monkeypatch.setattr(causal_language_model, "generate", lambda *_, **__: pytest.fail("generated"))
     task = task_with(model)
     task.split = "val"
     evaluation = task.evaluate(batch)
@@ -427,7 +427,7 @@ def test_finished_examples_are_not_answered_again(model, batch, monkeypatch):
     task = task_with(model)
     rows = task.predict(batch)
     asked = []
-    monkeypatch.setattr(causal_language_model, "generate", lambda *a: asked.append(len(a[2])) or generate(*a))
+    monkeypatch.setattr(causal_language_model, "generate", lambda *a, **o: asked.append(len(a[2])) or generate(*a, **o))
     task.finished = {row["id"]: row for row in rows[1:3]}
     again = task.predict(batch)
     assert asked == [2]
@@ -448,7 +448,7 @@ def test_processes_that_share_a_model_answer_a_batch_together_or_not_at_all(
     task = task_with(model)
     task.finished = {row["id"]: row for row in task.predict(batch)}
     asked = []
-    monkeypatch.setattr(causal_language_model, "generate", lambda *a: asked.append(len(a[2])) or generate(*a))
+    monkeypatch.setattr(causal_language_model, "generate", lambda *a, **o: asked.append(len(a[2])) or generate(*a, **o))
     monkeypatch.setattr(causal_language_model, "is_sharded", lambda _: True)
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda count: count.add_(missing_elsewhere))
     assert [row["id"] for row in task.predict(batch)] == batch["id"]
