@@ -29,7 +29,6 @@ from fourier_moe.models.pretrained_weight import PretrainedWeight
 from fourier_moe.models.projection import with_update
 from fourier_moe.routing.reminders import attach_reminders
 from fourier_moe.spectral.config import FourierMoEConfig
-from fourier_moe.spectral.layer import FourierMoELinear
 
 if not hasattr(BaseTuner, "_remove_adapter_name_from_key"):
     raise ImportError(f"fourier_moe.integrations.peft needs peft 0.21 or newer, found {peft.__version__}")
@@ -135,25 +134,33 @@ class FourierMoEPeftLinear(nn.Module, BaseTunerLayer):
             UserError: if an adapter routes tokens, or the base layer's weight cannot take an update.
             ValueError: under `safe_merge`, if a weight would not be finite.
         """
-        for name in check_adapters_to_merge(self, adapter_names):
-            if name in self.fourier_moe_layers:
-                self._add(name, 1, safe_merge)
-                self.merged_adapters.append(name)
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.fourier_moe_layers]
+        updates = {name: self._update(name) for name in names}  # all are refused before one is merged
+        for name, update in updates.items():
+            self._add(*update, name if safe_merge else None)
+            self.merged_adapters.append(name)
 
     def unmerge(self) -> None:
         """Take the updates out again; what is left is rounding."""
         while self.merged_adapters:
-            self._add(self.merged_adapters.pop(), -1)
+            update, shift = self._update(self.merged_adapters.pop())
+            self._add(-update, None if shift is None else -shift)
 
-    def _add(self, name: str, sign: int, safely: bool = False) -> None:
+    def _update(self, name: str) -> tuple[Tensor, Tensor | None]:
         layer: Any = self.fourier_moe_layers[name]
-        update, shift = layer.constant_update()
-        changed: Any = with_update(self.base_layer, sign * update, None if shift is None else sign * shift)
-        if safely and not changed.weight.isfinite().all():
-            raise ValueError(f"the weight of {layer.projection_name} would not be finite with adapter {name}")
-        self.base_layer.weight.data = changed.weight.data
-        if shift is not None:
-            self.base_layer.bias.data = changed.bias.data
+        try:
+            update, shift = layer.constant_update()
+        except UserError as error:
+            raise UserError(f"adapter {name}: {error}") from error
+        return update, shift
+
+    def _add(self, update: Tensor, shift: Tensor | None, checked: str | None = None) -> None:
+        changed: Any = with_update(self.base_layer, update, shift)
+        tensors = {"weight": changed.weight, **({} if shift is None else {"bias": changed.bias})}
+        if checked is not None and not all(tensor.isfinite().all() for tensor in tensors.values()):
+            raise ValueError(f"a projection's {' or '.join(tensors)} would not be finite with adapter {checked}")
+        for name, tensor in tensors.items():
+            setattr(self.base_layer, name, tensor)  # in the old one, a tied weight would change elsewhere, too
 
     @property
     def weight(self) -> Tensor:
@@ -203,11 +210,6 @@ class FourierMoEPeftModel(BaseTuner):
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
         return key.replace(f".fourier_moe_layers.{adapter_name}.", ".fourier_moe_layers.")
-
-    def _check_merge_allowed(self) -> None:
-        for layer in self.model.modules():
-            if isinstance(layer, FourierMoELinear) and layer.router is not None:
-                layer.constant_update()  # says why not
 
 
 PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = FourierMoEPeftConfig

@@ -136,6 +136,26 @@ def test_an_adapter_of_a_single_expert_merges_and_unmerges():
     torch.testing.assert_close(logits(merged), adapted)
 
 
+def test_a_single_expert_merges_beside_a_routed_adapter_which_is_refused_before_any_weight_changes():
+    model = learn(get_peft_model(fresh(), config(**ALONE)))
+    model.add_adapter("routed", FourierMoEPeftConfig(target_modules=["query"], num_coefficients=16, num_experts=2))
+    adapted = logits(model)
+    with pytest.raises(UserError, match="adapter routed: FourierMoELinear cannot be merged"):
+        model.merge_adapter(adapter_names=["default", "routed"])
+    assert torch.equal(logits(model), adapted)
+    torch.testing.assert_close(logits(model.merge_and_unload(adapter_names=["default"])), adapted)
+
+
+@pytest.mark.filterwarnings("ignore:Model with `tie_word_embeddings")
+def test_merging_a_tied_projection_leaves_the_embedding_as_it_is():
+    torch.manual_seed(0)
+    tied = GPT2LMHeadModel(GPT2Config(vocab_size=40, n_positions=8, n_embd=32, n_layer=1, n_head=2)).eval()
+    model = learn(get_peft_model(tied, FourierMoEPeftConfig(target_modules=["lm_head"], **{**METHOD, **ALONE})))
+    ids = torch.arange(8).unsqueeze(0)
+    adapted = model(ids).logits
+    torch.testing.assert_close(model.merge_and_unload()(ids).logits, adapted, rtol=1e-4, atol=1e-5)
+
+
 def test_two_active_adapters_add_up_on_a_transposed_projection():
     torch.manual_seed(0)
     base = GPT2LMHeadModel(GPT2Config(vocab_size=40, n_positions=8, n_embd=32, n_layer=1, n_head=2)).eval()
