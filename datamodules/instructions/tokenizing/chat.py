@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 
+from lightning.pytorch.utilities import rank_zero_warn
 from transformers import PreTrainedTokenizerBase
 
 from datamodules.instructions.reading.conversations import ASSISTANT, Message
@@ -70,7 +71,8 @@ class ChatTokenizer(ExampleTokenizer):
     def _around(self) -> tuple[str, str]:
         try:
             return self._template.around()
-        except UserError:  # it wants a system message, for example; the records will tell
+        except UserError as error:  # the records will tell
+            rank_zero_warn(f"where a turn ends is unknown, so answers end only at the tokenizer's end token: {error}")
             return "", ""
 
     def _parts(self, record: Record) -> Sequence[str]:

@@ -72,9 +72,18 @@ class ChatTemplate:
         return [text[start:end] for start, end in pairwise(borders)]
 
     def around(self) -> tuple[str, str]:
-        """Return what stands before and after the text of a response that ends a conversation."""
-        messages = ({"role": "user", "content": "Question"}, {"role": ASSISTANT, "content": _PROBE})
-        before, _, after = self.parts(Conversation("", "", "", "", messages, (1,)))[1].partition(_PROBE)
+        """Return what stands before and after the text of a response that ends a conversation.
+
+        Raises:
+            UserError: the template takes no simple conversation, with or without a system message.
+        """
+        messages: tuple[Message, ...] = ({"role": "user", "content": "Question"}, {"role": ASSISTANT, "content": _PROBE})
+        try:
+            *_, response = self.parts(Conversation("", "", "", "", messages, (1,)))
+        except UserError:  # some templates want a system message
+            messages = ({"role": "system", "content": "Instructions"}, *messages)
+            *_, response = self.parts(Conversation("", "", "", "", messages, (2,)))
+        before, _, after = response.partition(_PROBE)
         return before, after
 
     def _by_beginnings(self, conversation: Conversation) -> tuple[str, list[tuple[int, int]]]:

@@ -28,6 +28,7 @@ CHANGING = (
     "{% for m in messages %}<{{ m.role }}>{% if loop.last and m.role == 'assistant' %}<think></think>{% endif %}"
     "{{ m.content }}{{ eos_token }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
 )
+SYSTEM_FIRST = "{% if messages[0].role != 'system' %}{{ raise_exception('system first') }}{% endif %}" + CHATML
 STRICT = "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}{% endfor %}"
 
 
@@ -117,13 +118,14 @@ def test_broken_conversations_are_named(messages, message):
     [
         ("plain", ["Yo</s>", "4</s>"], True),
         (CHATML, ["Yo<|im_end|>", "4<|im_end|>"], True),
+        (SYSTEM_FIRST, ["Yo<|im_end|>", "4<|im_end|>"], True),
         (MARKED, ["Yo</s>", "4</s>"], True),
         ("{% for m in messages %}{{ m.content }}\n{% endfor %}", ["Yo\n", "4\n"], False),
     ],
 )
 def test_every_turn_of_the_assistant_is_learned_up_to_its_end(kind, template, responses, ends):
     tokenizer = TOKENIZERS[kind]()
-    if template == CHATML:
+    if template in (CHATML, SYSTEM_FIRST):
         tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
     coder, example, learned = tokenized(tokenizer, template, talk(*TALK))
     assert [text.strip(" ") for text in learned] == responses
@@ -303,3 +305,10 @@ def test_generation_ends_where_the_template_ends_a_turn():
             eos_token_id = 2
 
     assert _end_tokens(Model, TOKENIZERS["bytes"](), [9, 1]) == [1, 2, 9]
+
+
+def test_a_template_that_takes_no_simple_conversation_is_warned_of():
+    tokenizer = byte_level()
+    tokenizer.chat_template = "{{ raise_exception('no tools') }}"
+    with pytest.warns(UserWarning, match=r"where a turn ends is unknown.*no tools"):
+        assert ChatTokenizer(tokenizer, None, 50).end_tokens == ()
