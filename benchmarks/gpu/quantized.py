@@ -52,7 +52,7 @@ def _train(
     num_coefficients = 64 if tiny else entry.num_coefficients
     inject(model, FourierMoEConfig(targets=entry.targets, num_coefficients=num_coefficients, num_experts=8, top_k=entry.top_k))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    frozen = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
+    frozen = {n: p.data.to("cpu", copy=True) for n, p in model.named_parameters() if not p.requires_grad}
     optimizer = torch.optim.AdamW(trained, lr=0.02)
     tokens = torch.randint(_VOCABULARY, (2, 16) if tiny else (16, 256), generator=torch.Generator().manual_seed(0)).to(device)
     if device.type == "cuda":
@@ -73,7 +73,7 @@ def _train(
         losses.append(loss.item())
     record.check(f"{name}: adapters without a finite gradient", float(idle))
     record.check(f"{name}: last loss / first loss", losses[-1] / losses[0], 0.999, f"{losses[0]:.4f} to {losses[-1]:.4f}")
-    changed = sum(not torch.equal(p, frozen[n]) for n, p in model.named_parameters() if n in frozen)
+    changed = sum(not torch.equal(p.data.cpu(), frozen[n]) for n, p in model.named_parameters() if n in frozen)
     record.check(f"{name}: frozen weights that changed", float(changed))
     return {
         "frozen weights, MiB": sum(p.numel() * p.element_size() for p in frozen.values()) / 2**20,

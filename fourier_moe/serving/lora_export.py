@@ -177,7 +177,8 @@ def _write_router(model: nn.Module, layers: Mapping[str, FourierMoELinear], dire
     weights = {}
     for name, layer in layers.items():
         router = layer.router  # of a single expert: p = 1 with any weight
-        weight = torch.zeros(1, layer.in_features) if router is None else router.matrix().detach()
+        zeros = layer.experts.coefficients.new_zeros(1, layer.in_features)
+        weight = zeros if router is None else router.matrix().detach()
         if layer.input_moments is not None:
             weight, bias = layer.input_moments.as_affine(weight)
             weights[f"{name}.bias"] = bias.float().cpu()
