@@ -260,7 +260,8 @@ class InstructionDataModule(TextDataModule):
     def train_dataloader(self) -> DataLoader[dict[str, Any]]:
         assert self._train is not None
         if isinstance(self._train, StreamedDataset):
-            share = StreamShare(len(self._train), self.trainer)
+            assert self.trainer is not None
+            share = StreamShare(len(self._train), self.batch_size, self.trainer)
             return TrainLoader(sampler=share, generator=torch.Generator(), **self._loader_options(self._train, self.batch_size))
         weight_of = {source.name: source.weight for source in self._sources}
         weights = None if set(weight_of.values()) == {1.0} else [weight_of[str(task)] for task in self._train.tasks]

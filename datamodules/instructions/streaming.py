@@ -49,9 +49,11 @@ class Stream:
             if len(found) == size:
                 self._num_held_out = row.number + 1
                 return found
+        if not found:
+            raise self._nothing()
         raise UserError(f"validation_size={size} would hold out all {len(found)} training examples; give a smaller number")
 
-    def examples(self, seed: str) -> Iterator[Example]:
+    def examples(self, seed: int) -> Iterator[Example]:
         """Yield examples without end.
 
         Raises:
@@ -66,7 +68,16 @@ class Stream:
                     found = True
                     yield example
             if not found:
-                raise UserError(f"'{self.source.file}' has nothing to train on: no record that has a response to learn")
+                raise self._nothing()
+
+    def _nothing(self) -> UserError:
+        """Return what to say where no example is left."""
+        rows = sum(1 for _ in stream_rows(self.source.file))
+        if self._num_held_out:
+            reason = f"the first {self._num_held_out} of its {rows} records are held out; give a smaller validation_size"
+        else:
+            reason = "no record that has a response to learn" if rows else "it has no records"
+        return UserError(f"'{self.source.file}' has nothing to train on: {reason}")
 
     def _example(self, row: Row) -> Example | None:
         record = parse_record(row.item(), row.where, False, self._columns)
@@ -85,7 +96,7 @@ def _shuffled(rows: Iterator[Row], rng: random.Random) -> Iterator[Row]:
 
 
 class StreamedDataset(Dataset[dict[str, Any]]):
-    """The examples of a stream by (epoch, place); items as in TrainDataset.
+    """The examples of a stream by place; items as in TrainDataset.
 
     Places are asked for in ascending order, some by each loading process of each training process, which all read the whole
     stream and tokenize their own examples. An earlier place begins again.
@@ -102,43 +113,50 @@ class StreamedDataset(Dataset[dict[str, Any]]):
         self._stream, self._tokenizer, self._seed, self._length = stream, tokenizer, seed, length
         self._train_on_prompt = train_on_prompt
         self._examples: Iterator[Example] = iter(())
-        self._epoch, self._next = -1, 0
+        self._next: int | None = None
 
     def __len__(self) -> int:
         return self._length
 
-    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
-        epoch, place = key
-        if epoch != self._epoch or place < self._next:
-            self._examples, self._epoch, self._next = self._stream.examples(f"{self._seed} {epoch}"), epoch, 0
+    def __getitem__(self, place: int) -> dict[str, Any]:
+        if self._next is None or place < self._next:
+            self._examples, self._next = self._stream.examples(self._seed), 0
         example = next(islice(self._examples, place - self._next, None))
         self._next = place + 1
         return TrainDataset([example], self._tokenizer, train_on_prompt=self._train_on_prompt)[0]
 
 
 class StreamShare(TrainShare):
-    """A process's own places of a stream, in their order: every `num_replicas`-th, as pairs of epoch and place.
+    """A process's own places of a stream, in their order: every `num_replicas`-th.
+
+    An epoch begins behind the last example of the one before it, so that a limited epoch, and a finished run that goes on with
+    more steps, see new examples.
 
     Args:
-        length: of the stream, a multiple of the number of processes.
+        length: of an epoch, a multiple of the number of processes.
+        batch_size: examples a batch and process.
+        trainer: counts the batches of the run.
     """
 
-    def __init__(self, length: int, trainer: L.Trainer | None) -> None:
+    def __init__(self, length: int, batch_size: int, trainer: L.Trainer) -> None:
         super().__init__(cast(Any, range(length)), trainer)
-        self._length = length
+        self._length, self._batch_size, self._trainer = length, batch_size, trainer
 
-    def __iter__(self) -> Iterator[tuple[int, int]]:
+    def __iter__(self) -> Iterator[int]:
         first, self.first = self.first, 0
-        places = range(self.rank + first * self.num_replicas, self._length, self.num_replicas)
-        return ((self.epoch, place) for place in places)
+        batches = self._trainer.fit_loop.epoch_loop.batch_progress
+        earlier = max(0, batches.total.ready - batches.current.ready) * self._batch_size * self.num_replicas
+        return iter(range(earlier + self.rank + first * self.num_replicas, earlier + self._length, self.num_replicas))
 
 
 def num_batches(trainer: L.Trainer) -> int:
     """Return the batches that a process needs for all optimizer steps of a run.
 
     Raises:
-        UserError: if the number of steps is not set.
+        UserError: if the number of steps is not set, or all are to train on the same batches.
     """
+    if limit := trainer.overfit_batches:  # type: ignore[attr-defined]
+        raise UserError(f"streaming and trainer.overfit_batches={limit} cannot be used together")
     if trainer.max_steps < 1:
         raise UserError(
             f"streaming has no end, and trainer.max_steps is {trainer.max_steps}; set it to the number of optimizer steps"

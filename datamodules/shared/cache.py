@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from fourier_moe.errors import UserError
 from fourier_moe.files.writing import write_file
 
-_VERSION = "4"  # raise it when the same inputs would give other files
+_VERSION = "5"  # raise it when the same inputs would give other files
 _CHECKSUM = "sha256"  # key of the file's metadata
 
 
@@ -86,6 +86,7 @@ def _describe(tokenizer: PreTrainedTokenizerBase) -> str:
     parts = [
         type(tokenizer).__name__,
         json.dumps(tokenizer.model_input_names),
+        json.dumps(tokenizer.special_tokens_map, sort_keys=True, default=str),  # a chat template writes them
         json.dumps(tokenizer.get_vocab(), sort_keys=True),
     ]
     if tokenizer.is_fast:

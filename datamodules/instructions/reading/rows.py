@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +17,7 @@ from fourier_moe.errors import UserError
 SUFFIXES = (*json_items.SUFFIXES, ".parquet")
 HUB = "hub:"
 
+_HUB_BATCH = 100  # rows of a stream that are converted together
 _REASON_CHARACTERS = 300  # of an error from below
 
 
@@ -82,13 +83,13 @@ def read_rows(file: str | Path) -> Iterator[tuple[str, Any]]:
         UserError: it cannot be read.
     """
     if str(file).startswith(HUB):
-        yield from named_rows(HubSplit.parse(str(file)).load(), str(file))
+        yield from _named(HubSplit.parse(str(file)).load(), str(file))
         return
     path = Path(file)
     if path.suffix.lower() != ".parquet":
         yield from json_items.read_items(path)
         return
-    yield from named_rows(_parquet_rows(path), f"'{path}'")
+    yield from _named(_parquet_rows(path), f"'{path}'")
 
 
 class Row(NamedTuple):
@@ -112,9 +113,9 @@ def stream_rows(file: str) -> Iterator[Row]:
         UserError: it cannot be read, or is a JSON list, which has no end before it is read.
     """
     if file.startswith(HUB):
-        items = named_rows(HubSplit.parse(file).load(streaming=True), file)
+        items = _named(_hub_stream(HubSplit.parse(file)), file)
     elif file.lower().endswith(".parquet"):
-        items = named_rows(_parquet_rows(Path(file)), f"'{file}'")
+        items = _named(_parquet_rows(Path(file)), f"'{file}'")
     else:
         for number, (where, line) in enumerate(json_items.read_lines(Path(file))):
             yield Row(number, where, partial(json_items.parse_line, line, where))
@@ -127,10 +128,27 @@ def _same(item: Any) -> Any:
     return item
 
 
-def named_rows(rows: Any, where: str) -> Iterator[tuple[str, Any]]:
-    """Yield rows with their names."""
+def _named(rows: Iterable[Mapping[str, Any]], where: str) -> Iterator[tuple[str, Any]]:
+    """Yield rows of Arrow tables with their names, without the fields of nested objects that Arrow filled in.
+
+    The objects of a column all have the same fields there. Those that an object does not have are None: the arguments of
+    every other function, in a tool call.
+    """
     for number, row in enumerate(rows, start=1):
-        yield f"{where} row {number}", row
+        yield f"{where} row {number}", {name: _without_none(value) for name, value in row.items()}
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _without_none(item) for name, item in value.items() if item is not None}
+    return [_without_none(item) for item in value] if isinstance(value, list) else value
+
+
+def _hub_stream(split: HubSplit) -> Iterator[dict[str, Any]]:
+    """Yield all rows in every process. In a loading process `datasets` gives some of the files only, except as batches."""
+    for batch in split.load(streaming=True).iter(_HUB_BATCH):
+        for values in zip(*batch.values(), strict=True):
+            yield dict(zip(batch, values, strict=True))
 
 
 def _parquet_rows(path: Path) -> Iterator[Any]:

@@ -64,9 +64,8 @@ class ChatTokenizer(ExampleTokenizer):
         """Return a name for the examples of these records, without rendering them."""
         settings = [self._max_length, self._template.text]
         conversations = map(_conversation, records)
-        return cache_key(
-            self._tokenizer, settings, (json.dumps([one.messages, one.learned, one.tools]) for one in conversations)
-        )
+        texts = (json.dumps([one.messages, one.learned, one.tools], default=str) for one in conversations)  # times in parquet
+        return cache_key(self._tokenizer, settings, texts)
 
     def _around(self) -> tuple[str, str]:
         try:

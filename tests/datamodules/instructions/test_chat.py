@@ -1,6 +1,7 @@
 """Conversations: their forms, the chat template, which tokens have a loss, and what is cut."""
 
 import json
+from datetime import datetime
 
 import datasets
 import pytest
@@ -109,6 +110,21 @@ def test_broken_conversations_are_named(messages, message):
         parse_record({"messages": messages}, "line 1", False)
 
 
+def test_fields_that_arrow_fills_in_are_left_out(tmp_path):
+    calls = [[{"function": {"name": name, "arguments": {name: 1}}}] for name in "fg"]
+    rows = [
+        {
+            "messages": [TALK[1], say("assistant", None, tool_calls=call)],
+            "tools": [{"name": "f", "one": {"is": 1}}, {"name": "g"}],
+        }
+        for call in calls
+    ]
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "calls.parquet")
+    records = read_records(tmp_path / "calls.parquet", needs_answer=False)
+    assert [record.messages[-1]["tool_calls"] for record in records] == calls
+    assert [list(record.tools) for record in records] == [row["tools"] for row in rows]
+
+
 # Tokens
 
 
@@ -179,9 +195,10 @@ def test_templates_that_change_what_they_have_written_are_refused_where_it_matte
 
 
 def test_the_key_of_conversations_names_what_they_depend_on():
-    def key(record=None, template=None, length=50):
+    def key(record=None, template=None, length=50, end="</s>"):
         tokenizer = byte_level()
-        tokenizer.chat_template = template
+        tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+        tokenizer.chat_template, tokenizer.eos_token = template, end
         return ChatTokenizer(tokenizer, None if template else "plain", length).key([record or talk(*TALK)])
 
     silent = [*TALK[:2], {**TALK[2], "weight": 0}, *TALK[3:]]
@@ -191,9 +208,11 @@ def test_the_key_of_conversations_names_what_they_depend_on():
         key(talk(*TALK, tools=[{"name": "f"}])),
         key(length=60),
         key(None, CHATML),
+        key(end="<|im_end|>"),
+        key(talk(*TALK[:-1], {**TALK[-1], "at": datetime(2026, 1, 1)})),  # as parquet gives times
     ]
     assert key() == key()
-    assert len({key(), *others}) == 6
+    assert len({key(), *others}) == 8
 
 
 # The DataModule
