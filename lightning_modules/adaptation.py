@@ -393,7 +393,7 @@ class AdaptationModule(L.LightningModule):
             checkpoint["state_dict"] |= self.average.averaged()
         require_finite_weights(self.trainer, checkpoint["state_dict"])
         if self.optimization is not None:
-            checkpoint["optimization"] = self.optimization.class_names()
+            checkpoint["optimization"] = self.optimization.description()
         checkpoint["adaptation"] = {
             "backbone": backbone_name(self.model),
             "backbone_fingerprint": backbone_fingerprint(self.model),

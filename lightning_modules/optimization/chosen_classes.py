@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from fourier_moe.errors import UserError
 
 _OWN_RATES = ("lr", "weight_decay")  # what every parameter group has
+_PROGRESS = ("_step_count", "last_epoch", "_last_lr", "base_lrs", "_is_initial", "_get_lr_called_within_step", "verbose")
 _BUILD_ERRORS = (TypeError, ValueError, RuntimeError, KeyError)
 
 
@@ -116,6 +118,30 @@ def settings_of_class(optimizer: Optimizer) -> Mapping[str, Any]:
     """Return the settings that an optimizer was built with, without what it keeps in its groups while it trains."""
     known = inspect.signature(type(optimizer)).parameters
     return {name: value for name, value in optimizer.defaults.items() if name in known and name not in _OWN_RATES}
+
+
+def settings_of_scheduler(scheduler: LRScheduler, prefix: str = "") -> dict[str, Any]:
+    """Return what a new scheduler and those nested in it were built with, for a checkpoint: plain values without functions."""
+    settings: dict[str, Any] = {}
+    for name, value in vars(scheduler).items():
+        if name == "_schedulers":
+            for index, nested in enumerate(value):
+                settings[f"{prefix}schedulers.{index}"] = type(nested).__name__
+                settings |= settings_of_scheduler(nested, f"{prefix}schedulers.{index}.")
+        elif name not in _PROGRESS:
+            plain = sorted(value.elements()) if isinstance(value, Counter) else value  # the milestones of MultiStepLR
+            items = plain if isinstance(plain, list | tuple) else [plain]
+            if all(item is None or isinstance(item, int | float | str) for item in items):
+                settings[prefix + name.lstrip("_")] = plain
+    return settings
+
+
+def replace_base_rate(state: dict[str, Any], index: int, rate: float) -> None:
+    """Write the peak rate of a parameter group into the state of a scheduler and of those nested in it."""
+    if "base_lrs" in state:
+        state["base_lrs"][index] = rate
+    for nested in state.get("_schedulers", ()):
+        replace_base_rate(nested, index, rate)
 
 
 def _built(name: str, kind: type, build: Callable[[Any], Any], argument: Any) -> Any:

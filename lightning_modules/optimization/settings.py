@@ -22,8 +22,10 @@ from lightning_modules.optimization.chosen_classes import (
     check_scheduler,
     new_optimizer,
     new_scheduler,
+    replace_base_rate,
     sample_groups,
     settings_of_class,
+    settings_of_scheduler,
 )
 
 _SCHEDULES = ("linear", "cosine", "constant")
@@ -125,9 +127,12 @@ class Optimization:
     def _optimizer_of(self, groups: list[dict[str, Any]]) -> Optimizer:
         return AdamW(groups, betas=self.betas) if self.optimizer is None else new_optimizer(self.optimizer, groups)
 
-    def class_names(self) -> dict[str, str]:
-        """Return the names of the optimizer's and the scheduler's class, by these words."""
-        return {kind: type(one).__name__ for kind, one in zip(("optimizer", "scheduler"), self._sample(), strict=True)}
+    def description(self) -> dict[str, Any]:
+        """Return what checkpoints say of this: both classes, and the settings of a scheduler given by its class."""
+        optimizer, scheduler = self._sample()
+        settings = {} if self.covers_run else settings_of_scheduler(scheduler)
+        names = {"optimizer": type(optimizer).__name__, "scheduler": type(scheduler).__name__}
+        return {**names, "scheduler_settings": {"schedule_interval": self.schedule_interval, **settings}}
 
     def build_optimizer(self, model: nn.Module, config: AdapterConfig) -> Optimizer:
         """Return an optimizer of an adapted model's parameters in groups named experts, router, adapter, head and backbone.
@@ -179,15 +184,10 @@ class Optimization:
         Without this a resumed run would silently continue with the stored values. The position in the schedule is kept.
 
         Raises:
-            UserError: if the checkpoint is of another class of optimizers or schedulers.
+            UserError: if the checkpoint is of another class of optimizers or schedulers, or its scheduler has other settings.
         """
-        stored = {"optimizer": "AdamW", "scheduler": "LambdaLR"} | checkpoint.get("optimization", {})
-        for kind, name in self.class_names().items():
-            if checkpoint.get("optimizer_states") and stored[kind] != name:
-                raise UserError(
-                    f"the checkpoint's {kind} is {stored[kind]}, this run's is {name}; resume with the same, or start a new "
-                    "run from its weights with --model.adapter_path"
-                )
+        if checkpoint.get("optimizer_states"):
+            self._require_same_classes({"optimizer": "AdamW", "scheduler": "LambdaLR"} | checkpoint.get("optimization", {}))
         settings = settings_of_class(self._sample()[0])
         # A checkpoint of weights alone has neither state, and tests do not need them.
         states = zip(checkpoint.get("optimizer_states", ()), checkpoint.get("lr_schedulers", ()), strict=True)
@@ -202,8 +202,19 @@ class Optimization:
                     factor = group["lr"] / group["initial_lr"] if group["initial_lr"] else next(iter(factors), 0.0)
                     group.update(lr=configured.lr * factor, initial_lr=configured.lr)
                 group.update(settings, weight_decay=configured.weight_decay)
-                if "base_lrs" in scheduler:
-                    scheduler["base_lrs"][index] = configured.lr
+                replace_base_rate(scheduler, index, configured.lr)
+
+    def _require_same_classes(self, stored: dict[str, Any]) -> None:
+        remedy = "resume with the same, or start a new run from its weights with --model.adapter_path"
+        own = self.description()
+        for kind in ("optimizer", "scheduler"):
+            if stored[kind] != own[kind]:
+                raise UserError(f"the checkpoint's {kind} is {stored[kind]}, this run's is {own[kind]}; {remedy}")
+        before, now = stored.get("scheduler_settings", {}), own["scheduler_settings"]
+        changed = [name for name in now if name in before and before[name] != now[name]]
+        if changed:
+            old, new = (", ".join(f"{name}={settings[name]}" for name in changed) for settings in (before, now))
+            raise UserError(f"the checkpoint's schedule has {old}, this run's {new}; {remedy}")
 
     def _group(self, kind: str) -> ParameterGroup | None:
         return getattr(self, kind) or (self.experts if kind == "router" else None)

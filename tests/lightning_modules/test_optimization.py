@@ -1,5 +1,6 @@
 """Groups, optimizers and schedules."""
 
+import copy
 from functools import partial
 
 import pytest
@@ -284,9 +285,45 @@ def test_checkpoint_of_another_class_is_refused_and_new_settings_replace_its_own
     with pytest.raises(ValueError, match="the checkpoint's scheduler is StepLR, this run's is ExponentialLR"):
         trained(tmp_path, chosen(schedule=HALVES), checkpoint=checkpoint)
     stored = torch.load(checkpoint, weights_only=True)
+    slower = partial(lr_scheduler.StepLR, step_size=9, gamma=0.1)
+    with pytest.raises(
+        ValueError, match=r"schedule has step_size=2, gamma=0.5, this run's step_size=9, gamma=0.1; resume with"
+    ):
+        chosen(schedule=slower).override(stored)
+    with pytest.raises(ValueError, match="has schedule_interval=step, this run's schedule_interval=epoch"):
+        chosen(schedule_interval="epoch").override(stored)
+    older = {**copy.deepcopy(stored), "optimization": {"optimizer": "SGD", "scheduler": "StepLR"}}
+    chosen(schedule=slower).override(older)
     chosen(partial(SGD, momentum=0.5), rates=(0.2, 0.01)).override(stored)
     group = stored["optimizer_states"][0]["param_groups"][0]
     assert (group["lr"], group["momentum"]) == (0.1, 0.5)  # half of the peak after 3 steps
+
+
+def nested(optimizer, halves=0.5, restart=3):
+    parts = [lr_scheduler.LinearLR(optimizer, 0.1, total_iters=3), lr_scheduler.CosineAnnealingWarmRestarts(optimizer, 4)]
+    sequence = lr_scheduler.SequentialLR(optimizer, parts, [restart])
+    return lr_scheduler.ChainedScheduler([sequence, lr_scheduler.ExponentialLR(optimizer, halves)])
+
+
+def test_new_rates_reach_nested_schedulers_and_a_change_of_their_settings_is_refused():
+    def built(rates, **options):
+        optimization = chosen(schedule=partial(nested, **options), rates=rates)
+        optimizer = optimization.build_optimizer(*adapted())
+        return optimization, optimizer, optimization.build_scheduler(optimizer, 1)
+
+    old, optimizer, scheduler = built((0.1, 0.01))
+    advance(optimizer, scheduler, 2)
+    states = {"optimizer_states": [optimizer.state_dict()], "lr_schedulers": [scheduler.state_dict()]}
+    for options, message in (({"halves": 0.7}, "schedulers.1.gamma=0.5"), ({"restart": 4}, "schedulers.0.milestones=")):
+        with pytest.raises(ValueError, match=message):
+            built((0.1, 0.01), **options)[0].override({**states, "optimization": old.description()})
+    new, optimizer, scheduler = built((0.2, 0.03))
+    new.override({**states, "optimization": old.description()})
+    optimizer.load_state_dict(states["optimizer_states"][0])
+    scheduler.load_state_dict(states["lr_schedulers"][0])
+    _, reference, reference_scheduler = built((0.2, 0.03))
+    expected = advance(reference, reference_scheduler, 9)[2:]
+    assert advance(optimizer, scheduler, 7) == [pytest.approx(rates) for rates in expected]
 
 
 def test_plateau_waits_for_the_direction_of_what_validation_is_judged_by(tmp_path):
