@@ -78,7 +78,7 @@ class InstructionDataModule(TextDataModule):
         seed: decides which examples are held out. Their order in training follows the run's own seed (seed_everything).
         synthetic: generate tiny files in the official layout and read those.
         columns: what the fields of custom data are called there: instruction and output, perhaps input and answer, or messages
-            for conversations; null for these names themselves (and conversations for ShareGPT's).
+            for conversations, perhaps system and tools; null for these names themselves (and conversations for ShareGPT's).
         chat_template: with prompt chat: plain (User: ... Assistant: ...), or the path of a Jinja file, instead of the
             tokenizer's own template.
         packing: put several examples of a source into each row of up to `max_length` tokens in training, none of which sees

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import random
+import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from datamodules.instructions.benchmarks import Benchmark, TrainSet
@@ -77,8 +78,7 @@ def train_sources(
             sources.append(_custom("train", name, weight))
         else:
             raise UserError(f"train: '{name}' is unknown; {choices(known)}")
-    _check_names("train", sources)
-    return sources
+    return _told_apart("train", sources)
 
 
 def evaluation_sources(
@@ -104,7 +104,7 @@ def evaluation_sources(
             sources.append(_custom(argument, name))
         else:
             raise UserError(f"{argument}: '{name}' is unknown; {choices(benchmarks)}")
-    _check_names(argument, sources)
+    sources = _told_apart(argument, sources)
     if argument == "validation_sets" and HELD_OUT in {source.name for source in sources}:
         raise UserError(f"validation_sets: '{HELD_OUT}' is what the examples held out of train are called; rename the file")
     return sources
@@ -171,8 +171,17 @@ def _on_hub(argument: str, name: str, split: str, weight: float = 1.0) -> Source
     return Source(printable(found.name), str(found), custom=True, weight=weight)
 
 
-def _check_names(argument: str, sources: Sequence[Source]) -> None:
+def _told_apart(argument: str, sources: Sequence[Source]) -> list[Source]:
+    """Return sources with names of their own: those of the hub, where they need it, with owner, revision and split."""
+    names = [source.name for source in sources]
+    sources = [
+        replace(source, name=printable(re.sub("[/:@]", "-", source.file.removeprefix(HUB))))
+        if source.file.startswith(HUB) and names.count(source.name) > 1
+        else source
+        for source in sources
+    ]
     names = [source.name for source in sources]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise UserError(f"{argument}: '{twice[0]}' is there more than once; every set needs a name of its own")
+    return sources

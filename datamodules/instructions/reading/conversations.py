@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -37,6 +38,29 @@ def parse_messages(value: object, where: str) -> tuple[Message, ...]:
     return tuple(_message(item, f"{where}, message {number}") for number, item in enumerate(value, start=1))
 
 
+def parse_objects(value: object, where: str) -> list[Mapping[str, Any]]:
+    """Return a list of objects, which may be written as JSON text; an empty one for a missing value.
+
+    Args:
+        value: the list, or its text.
+        where: its name, for errors.
+
+    Raises:
+        UserError: it is no such list.
+    """
+    found = value
+    if isinstance(value, str):
+        try:
+            found = json.loads(value) if value.strip() else None
+        except (ValueError, RecursionError):
+            found = value
+    if found is None:
+        return []
+    if isinstance(found, list | tuple) and all(isinstance(item, Mapping) for item in found):
+        return list(found)
+    raise UserError(f"{where} is {shorten(value)}; expected a list of objects, or one as JSON text")
+
+
 def learned_turns(messages: Sequence[Message]) -> list[int]:
     """Return the positions of the assistant's turns that have a loss.
 
@@ -62,6 +86,8 @@ def _message(item: object, where: str) -> Message:
     if known is None:
         raise UserError(f"{where}: the role {shorten(role)} is unknown; expected one of {', '.join(_ROLES)}")
     others = {name: value for name, value in item.items() if name not in form and value is not None}
+    if calls := parse_objects(others.pop("tool_calls", None), f"{where}: tool_calls"):
+        others["tool_calls"] = calls
     return {"role": known, "content": _text(content, where), **others}
 
 

@@ -7,12 +7,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from datamodules.instructions.reading.conversations import COLUMNS, Message, learned_turns, parse_messages
+from datamodules.instructions.reading.conversations import (
+    ASSISTANT,
+    COLUMNS,
+    Message,
+    learned_turns,
+    parse_messages,
+    parse_objects,
+)
 from datamodules.instructions.reading.rows import read_rows
 from datamodules.shared.json_items import shorten
 from fourier_moe.errors import UserError
 
-FIELDS = ("instruction", "input", "output", "answer", "messages")  # what `columns` may name
+_BESIDE = ("system", "tools")  # a message before the others, and what the assistant may call
+FIELDS = ("instruction", "input", "output", "answer", "messages", *_BESIDE)  # what `columns` may name
 
 
 @dataclass(frozen=True)
@@ -51,12 +59,12 @@ class Conversation(Record):
 
 def read_records(file: str | Path, *, needs_answer: bool, columns: Mapping[str, str] | None = None) -> list[Record | None]:
     """Read a list of objects, one object a line, or rows of a table, with `instruction` and `output`, perhaps `input` and
-    `answer`, or with a conversation as `messages` or `conversations`.
+    `answer`, or with a conversation as `messages` or `conversations`, and perhaps `system` and `tools`.
 
     Args:
         file: the file, or a HubSplit as text.
         needs_answer: whether `answer` must be there; else a missing one is the whole output.
-        columns: what the fields are called there; others are not read then.
+        columns: what the fields are called there; others but system and tools are not read then.
 
     Returns:
         The records, with None for conversations without a response to learn.
@@ -83,10 +91,11 @@ def parse_record(item: object, where: str, needs_answer: bool, columns: Mapping[
     for name, column in (columns or {}).items():
         if column not in item:
             raise UserError(f"{where} has no '{column}', which columns names for {name}; its columns are {_names(item)}")
-    read = {name: item[column] for name, column in columns.items()} if columns else item
-    conversation = next((read[name] for name in COLUMNS if name in read), None)
-    if conversation is not None and "instruction" not in read:
-        return _conversation(parse_messages(conversation, where), read.get("answer"), item.get("tools"), where)
+    beside = {name: item.get(name) for name in _BESIDE}
+    read = beside | {name: item[column] for name, column in columns.items()} if columns else item
+    if read.get("instruction") is None and any(name in read for name in COLUMNS):
+        conversation = next((read[name] for name in COLUMNS if read.get(name) is not None), None)
+        return _conversation(parse_messages(conversation, where), read, where)
     fields = {}
     for name, optional in (("instruction", False), ("input", True), ("output", False), ("answer", not needs_answer)):
         value = read.get(name)
@@ -99,10 +108,25 @@ def parse_record(item: object, where: str, needs_answer: bool, columns: Mapping[
         if not fields[name].strip():
             what = "'output' is empty, and there is no 'answer'" if read.get(name) is None else f"'{name}' is empty"
             raise UserError(f"{where}: {what}")
-    return Record(**fields)
+    record = Record(**fields)
+    if not any(read.get(name) for name in _BESIDE):
+        return record
+    messages = ({"role": "user", "content": question_text(record)}, {"role": ASSISTANT, "content": record.output})
+    return _conversation(messages, read, where)
 
 
-def _conversation(messages: tuple[Message, ...], answer: object, tools: Any, where: str) -> Conversation | None:
+def question_text(record: Record) -> str:
+    """Return instruction and input as a user's message."""
+    return "\n\n".join(part for part in (record.instruction, record.input) if part.strip())
+
+
+def _conversation(messages: tuple[Message, ...], read: Mapping[str, Any], where: str) -> Conversation | None:
+    answer, system = read.get("answer"), _text(read.get("system") or "", "system", where)
+    tools = parse_objects(read.get("tools"), f"{where}: tools")
+    if system.strip() and messages[0] != {"role": "system", "content": system}:
+        if messages[0]["role"] == "system":
+            raise UserError(f"{where} has 'system', and its messages begin with another one; remove one of them")
+        messages = ({"role": "system", "content": system}, *messages)
     learned = learned_turns(messages)
     if not learned:
         return None
@@ -110,7 +134,7 @@ def _conversation(messages: tuple[Message, ...], answer: object, tools: Any, whe
     question = "\n".join(message["content"] for message in messages[:-1])
     output = messages[-1]["content"]
     gold = output if answer is None else _text(answer, "answer", where)
-    return Conversation(question, "", output, gold or "tool call", messages, tuple(learned), tuple(tools or ()), where)
+    return Conversation(question, "", output, gold or "tool call", messages, tuple(learned), tuple(tools), where)
 
 
 def _text(value: object, name: str, where: str) -> str:

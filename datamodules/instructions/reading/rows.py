@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,7 @@ from fourier_moe.errors import UserError
 SUFFIXES = (*json_items.SUFFIXES, ".parquet")
 HUB = "hub:"
 
+_PATH = re.compile("([^/@]+/[^/@]+)(?:@(refs/[^/]+/[^/]+|[^/]+))?(?:/([^/]+))?")  # a revision may be refs/convert/parquet
 _HUB_BATCH = 100  # rows of a stream that are converted together
 _REASON_CHARACTERS = 300  # of an error from below
 
@@ -43,15 +45,14 @@ class HubSplit(NamedTuple):
             UserError: it names none.
         """
         path, _, split = written.removeprefix(HUB).partition(":")
-        owner, _, rest = path.partition("/")
-        named, _, config = rest.partition("/")
-        name, _, revision = named.partition("@")
-        if not owner or not name or "/" in config:
+        found = _PATH.fullmatch(path)
+        if found is None:
             raise UserError(
                 f"'{written}' names no data set on the hub; expected {HUB}owner/name, behind it @revision, /config and :split "
                 "where they are needed"
             )
-        return cls(f"{owner}/{name}", revision or None, config or None, split or None)
+        dataset, revision, config = found.groups()
+        return cls(dataset, revision, config, split or None)
 
     def load(self, **options: Any) -> Any:
         """Return the split as the `datasets` library loads it, with the options of `load_dataset`.

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from datamodules.instructions.reading.conversations import ASSISTANT, Message
 from datamodules.instructions.reading.records import Conversation, Record
+from datamodules.instructions.reading.records import question_text as question_text
 from datamodules.instructions.tokenizing.prompts import Prompt
 from datamodules.instructions.tokenizing.templates import ChatTemplate
 from datamodules.instructions.tokenizing.text import ExampleTokenizer, TokenizedExample
@@ -103,11 +104,6 @@ class ChatTokenizer(ExampleTokenizer):
             len(context) - len(begin) - len(kept),
             len(response) - len(answered),
         )
-
-
-def question_text(record: Record) -> str:
-    """Return instruction and input as a user's message."""
-    return "\n\n".join(part for part in (record.instruction, record.input) if part.strip())
 
 
 def _conversation(record: Record) -> Conversation:

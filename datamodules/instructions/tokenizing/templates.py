@@ -8,11 +8,13 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from datamodules.instructions.reading.conversations import ASSISTANT, Message
 from datamodules.instructions.reading.records import Conversation
+from datamodules.shared.text_files import read_text
 from fourier_moe.errors import UserError
 
 PLAIN = "plain"
@@ -27,6 +29,7 @@ _PLAIN_TEMPLATE = (
 )
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")  # the mark of what the assistant says, which few templates have
 _PROBE = "RESPONSE"
+_render_jinja: Any = render_jinja_template  # whose types are those of its most common use
 
 
 class ChatTemplate:
@@ -37,7 +40,7 @@ class ChatTemplate:
         template: `plain`, or the path of a Jinja file; None for the tokenizer's own.
 
     Raises:
-        UserError: there is no template.
+        UserError: there is no template, or it is not valid.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str | None = None) -> None:
@@ -50,8 +53,16 @@ class ChatTemplate:
                 f"the tokenizer '{tokenizer.name_or_path or type(tokenizer).__name__}' has no chat template, which prompt chat "
                 f"needs; give chat_template {PLAIN} (User: ... Assistant: ...), or the path of a Jinja file"
             ) from error
+        try:
+            _render_jinja([[]], chat_template=self.text)
+        except TemplateSyntaxError as error:
+            whose = "the tokenizer's chat template" if template is None else "chat_template"
+            raise UserError(f"{whose} is not valid Jinja: {error.message}, in line {error.lineno}") from error
+        except Exception:  # it may refuse an empty conversation
+            pass
         special = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
         self._special = tuple(token for token in special if token)
+        self._empty = re.compile("(?:{})*".format("|".join([r"\s", *(re.escape(token) for token in special if token.strip())])))
 
     def prompt(self, messages: Sequence[Message], tools: Sequence[Any] = (), where: str = "a conversation") -> str:
         """Return what the assistant's next turn follows.
@@ -59,15 +70,21 @@ class ChatTemplate:
         Raises:
             UserError: the template refuses the messages.
         """
+        self._check_tools(messages, tools, where)
         return self._render(messages, tools, where, generation_prompt=True)
 
     def parts(self, conversation: Conversation) -> list[str]:
         """Return the text of a conversation as context, response, context, ..., response.
 
         Raises:
-            UserError: the template refuses the messages, or changes what it has rendered when more follow.
+            UserError: the template refuses the messages, does not render all of them, or changes what it has rendered when more
+                follow.
         """
+        messages, where = conversation.messages, conversation.where
+        self._check_tools(messages, conversation.tools, where)
         text, spans = self._marked(conversation) if _GENERATION.search(self.text) else self._by_beginnings(conversation)
+        for turn, (start, end) in zip(conversation.learned, spans, strict=True):
+            self._check_response(text[start:end], messages[turn], f"{where}, message {turn + 1}")
         borders = [0, *(border for span in spans for border in span)]
         return [text[start:end] for start, end in pairwise(borders)]
 
@@ -85,6 +102,25 @@ class ChatTemplate:
             *_, response = self.parts(Conversation("", "", "", "", messages, (2,)))
         before, _, after = response.partition(_PROBE)
         return before, after
+
+    def _check_tools(self, messages: Sequence[Message], tools: Sequence[Any], where: str) -> None:
+        text = self._tokenizer.get_chat_template(self._given, list(tools) or None)
+        calls = any(message.get("tool_calls") for message in messages)
+        for name, is_there in (("tools", bool(tools)), ("tool_calls", calls)):
+            if is_there and not re.search(rf"\b{name}\b", text):
+                raise UserError(
+                    f"{where}: the conversation has {name}, which the chat template does not render; leave them out, or give "
+                    "chat_template a Jinja file that does"
+                )
+
+    def _check_response(self, response: str, message: Message, where: str) -> None:
+        """Refuse a response without anything that the message says."""
+        content = message["content"].strip()  # which may be a special token
+        if self._empty.fullmatch(response) and not (content and content in response):
+            raise UserError(
+                f"{where}: the chat template renders nothing of it, a response to learn; give another chat_template, or the "
+                "message weight 0"
+            )
 
     def _by_beginnings(self, conversation: Conversation) -> tuple[str, list[tuple[int, int]]]:
         """Find responses by rendering the beginnings of a conversation, for templates that mark nothing."""
@@ -110,9 +146,8 @@ class ChatTemplate:
         """Find responses by the template's own marks."""
         where = conversation.where
         turns = [turn for turn, message in enumerate(conversation.messages) if message["role"] == ASSISTANT]
-        render: Any = render_jinja_template  # whose types are those of its most common use
         try:
-            (text,), (spans,) = render(
+            (text,), (spans,) = _render_jinja(
                 [list(conversation.messages)],
                 tools=list(conversation.tools) or None,
                 chat_template=self.text,
@@ -148,7 +183,10 @@ def _read(template: str) -> str:
     path = Path(template).expanduser()
     if not path.is_file():
         raise UserError(f"chat_template '{template}' is no file; give {PLAIN}, or the path of a Jinja file")
-    return path.read_text(encoding="utf-8")
+    text = read_text(path)
+    if not text.strip():
+        raise UserError(f"chat_template '{template}' is empty; give {PLAIN}, or the path of a Jinja file")
+    return text
 
 
 def _refused(where: str, error: Exception) -> UserError:

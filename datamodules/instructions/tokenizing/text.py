@@ -185,7 +185,7 @@ class InstructionTokenizer(ExampleTokenizer):
 
 def _single(record: Record) -> Record:
     if isinstance(record, Conversation):
-        raise UserError(f"{record.where} is a conversation; set prompt to chat, which takes the tokenizer's chat template")
+        raise UserError(f"{record.where} has messages, a system message or tools; set prompt to chat, which renders them")
     return record
 
 

@@ -91,8 +91,49 @@ def test_only_answering_turns_with_something_to_say_are_learned():
 
 
 @pytest.mark.parametrize(
+    ("row", "roles", "tools"),
+    [
+        ({"messages": None, "conversations": TALK[1:3]}, "user assistant", []),
+        ({"messages": TALK[1:3], "instruction": None, "system": " ", "tools": ""}, "user assistant", []),
+        ({"messages": TALK[1:3], "system": "Be brief."}, "system user assistant", []),
+        ({"messages": TALK[:3], "system": "Be brief."}, "system user assistant", []),
+        ({"instruction": "Hi", "output": "Yo", "system": "Be brief."}, "system user assistant", []),
+        ({"messages": TALK[1:3], "tools": '[{"name": "f"}]'}, "user assistant", [{"name": "f"}]),
+    ],
+)
+def test_what_stands_beside_the_messages_is_read(row, roles, tools):
+    record = parse_record(row, "line 1", False)
+    assert isinstance(record, Conversation)
+    assert [message["role"] for message in record.messages] == roles.split()
+    assert [message["content"] for message in record.messages[-2:]] == ["Hi", "Yo"]
+    assert (list(record.tools), record.learned) == (tools, (len(record.messages) - 1,))
+    renamed = parse_record({f"my {name}": value for name, value in row.items()}, "line 1", False, {n: f"my {n}" for n in row})
+    assert renamed == record
+
+
+@pytest.mark.parametrize(
+    ("beside", "message"),
+    [
+        ({"tools": 5}, "line 1: tools is 5; expected a list of objects, or one as JSON text"),
+        ({"tools": "f, g"}, "line 1: tools is 'f, g'; expected a list"),
+        ({"tools": {"name": "f"}}, r"line 1: tools is \{'name': 'f'\}; expected a list"),
+        ({"system": 5}, "line 1: 'system' is 5; expected text"),
+        ({"system": "Be long."}, "line 1 has 'system', and its messages begin with another one; remove one of them"),
+        (
+            {"messages": [TALK[1], say("assistant", "", tool_calls=["f"])]},
+            r"line 1, message 2: tool_calls is \['f'\]; expected",
+        ),
+    ],
+)
+def test_what_stands_beside_the_messages_is_checked(beside, message):
+    with pytest.raises(ValueError, match=message):
+        parse_record({"messages": TALK, **beside}, "line 1", False)
+
+
+@pytest.mark.parametrize(
     ("messages", "message"),
     [
+        (None, "line 1: the conversation is None; expected a list of messages"),
         ([], r"line 1: the conversation is \[\]; expected a list of messages"),
         ("Hi", "line 1: the conversation is 'Hi'; expected a list"),
         (["Hi"], "line 1, message 1 is 'Hi'; expected an object with role and content"),
@@ -194,6 +235,34 @@ def test_templates_that_change_what_they_have_written_are_refused_where_it_matte
         tokenized(byte_level(), STRICT, talk(*TALK))
 
 
+CALL = say("assistant", None, tool_calls=[{"function": {"name": "f"}}])
+WITHOUT_ANSWERS = "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "record", "message"),
+    [
+        ("plain", talk(TALK[1], CALL), "line 1: the conversation has tool_calls, which the chat template does not render"),
+        ("plain", talk(*TALK, tools=[{"name": "f"}]), "line 1: the conversation has tools, which the chat template does not"),
+        (WITHOUT_ANSWERS, talk(*TALK), "line 1, message 3: the chat template renders nothing of it, a response to learn; give"),
+        (CHATML + "{# tool_calls #}", talk(TALK[1], CALL), "line 1, message 2: the chat template renders nothing of it"),
+        ("{% for m in %}", talk(*TALK), "the tokenizer's chat template is not valid Jinja: .*, in line 1"),
+    ],
+)
+def test_templates_that_leave_out_what_is_learned_are_refused(template, record, message):
+    tokenizer = byte_level()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    with pytest.raises(ValueError, match=message):
+        tokenized(tokenizer, template, record)
+
+
+def test_a_response_may_be_a_special_token_alone():
+    tokenizer = byte_level()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<yes>"]})
+    _, _, learned = tokenized(tokenizer, "plain", talk(TALK[1], say("assistant", "<yes>")))
+    assert learned == [" <yes></s>"]
+
+
 def test_the_key_of_conversations_names_what_they_depend_on():
     def key(record=None, template=None, length=50, end="</s>"):
         tokenizer = byte_level()
@@ -257,8 +326,11 @@ def test_conversations_are_trained_on_validated_and_tested(directory, monkeypatc
             {"chat_template": "nowhere.jinja"},
             "chat_template 'nowhere.jinja' is no file; give plain, or the path of a Jinja file",
         ),
+        ({"chat_template": "empty.jinja"}, "chat_template 'empty.jinja' is empty; give plain, or the path of a Jinja file"),
+        ({"chat_template": "wrong.jinja"}, "chat_template is not valid Jinja: .*, in line 2"),
+        ({"chat_template": "latin.jinja"}, "'latin.jinja' is not UTF-8 text: line 1 has the byte 0xe9, as in Windows-1252"),
         ({"prompt": "plain"}, "chat_template 'plain' has no effect with prompt plain; set prompt to chat"),
-        ({"prompt": "plain", "chat_template": None}, "train.jsonl' line 1 is a conversation; set prompt to chat"),
+        ({"prompt": "plain", "chat_template": None}, "train.jsonl' line 1 has messages, .*; set prompt to chat"),
         (
             {"columns": {"question": "instruction"}},
             "columns: 'question' is unknown; expected some of instruction, input, output",
@@ -273,7 +345,11 @@ def test_conversations_are_trained_on_validated_and_tested(directory, monkeypatc
         ({"train": "hub:squad"}, "train: 'hub:squad' names no data set on the hub; expected hub:owner/name"),
     ],
 )
-def test_mistakes_are_named_before_any_model_is_loaded(directory, arguments, message):
+def test_mistakes_are_named_before_any_model_is_loaded(directory, monkeypatch, arguments, message):
+    monkeypatch.chdir(directory)
+    for name, content in (("empty", b"\n"), ("wrong", b"{{ messages }}\n{% for m in %}"), ("latin", b"\xe9")):
+        (directory / f"{name}.jinja").write_bytes(content)
+
     def prepare():
         data = module(directory, **arguments)
         data.prepare_data()
@@ -316,6 +392,12 @@ def test_names_on_the_hub(tmp_path, monkeypatch):
     data = module(tmp_path, directory=None, train=written)
     assert ([source.name for source in data._sources], data.data_revision) == (["name-config"], "main")
     assert module(tmp_path, directory=None, train="hub:owner/name").data_revision is None
+    written = "hub:owner/name@refs/convert/parquet/config"
+    assert HubSplit.parse(written) == ("owner/name", "refs/convert/parquet", "config", None)
+    mixed = module(tmp_path, directory=None, train=["hub:one/talks", "hub:two/talks:train_sft", "hub:two/other"])
+    assert [source.name for source in mixed._sources] == ["one-talks-train", "two-talks-train_sft", "other"]
+    with pytest.raises(ValueError, match="train: 'one-talks-train' is there more than once"):
+        module(tmp_path, directory=None, train=["hub:one/talks", "hub:one/talks:train"])
 
 
 def test_generation_ends_where_the_template_ends_a_turn():
