@@ -378,9 +378,7 @@ class AdaptationModule(L.LightningModule):
         }
         if data.data_revision:
             task["data_revision"] = data.data_revision
-        prompt = getattr(data_module(self._trainer), "prompt", None)  # of instructions: the words around questions
-        if isinstance(prompt, str):
-            task["prompt"] = prompt
+        task |= prompt_of(data_module(self._trainer))
         code = building_code(self.task, self.num_classes, self.class_names)
         with self.average.in_use() if self.average is not None else nullcontext():
             save_adapter(self.model, directory, class_names=self.class_names, metrics=metrics, task=task, code=code)
@@ -418,6 +416,12 @@ class AdaptationModule(L.LightningModule):
         check_resumed(self.trainer, checkpoint, self.average)
         if self.optimization is not None and self.trainer.state.fn == "fit":
             self.optimization.override(checkpoint)
+
+
+def prompt_of(data: L.LightningDataModule | None) -> dict[str, str]:
+    """Return what an adapter says of the words around questions: `prompt`, and `chat_template` where the run gave one."""
+    fields = {name: getattr(data, name, None) for name in ("prompt", "chat_template")}
+    return {name: text for name, text in fields.items() if isinstance(text, str)}
 
 
 def _check_main_metric(task: Task) -> None:

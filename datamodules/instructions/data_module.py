@@ -30,6 +30,7 @@ from datamodules.instructions.streaming import Stream, StreamedDataset, StreamSh
 from datamodules.instructions.synthetic import write_synthetic
 from datamodules.instructions.tokenizing.chat import CHAT, ChatTokenizer
 from datamodules.instructions.tokenizing.prompts import STYLES
+from datamodules.instructions.tokenizing.templates import template_text
 from datamodules.instructions.tokenizing.text import ExampleTokenizer, InstructionTokenizer
 from datamodules.shared.arguments import require
 from datamodules.shared.data_module import TextDataModule, one_or_all
@@ -162,7 +163,8 @@ class InstructionDataModule(TextDataModule):
         self._train: TrainDataset | PackedDataset | StreamedDataset | None = None
         self._validation: dict[str, EvaluationDataset] = {}
         self._test: dict[str, EvaluationDataset] = {}
-        self._columns, self._chat_template = columns, chat_template
+        self._columns = columns
+        self.chat_template = None if chat_template is None else template_text(chat_template)
         self._inventory = self._new_inventory()
         self._stream = Stream(self._sources[0], columns)
 
@@ -309,7 +311,7 @@ class InstructionDataModule(TextDataModule):
 
     def _coder(self) -> ExampleTokenizer:
         if self.prompt == CHAT:
-            return ChatTokenizer(self.load_tokenizer(), self._chat_template, self.max_length)
+            return ChatTokenizer(self.load_tokenizer(), self.chat_template, self.max_length)
         return InstructionTokenizer(self.load_tokenizer(), STYLES[self.prompt], self.max_length)
 
     def _open(self) -> Files:

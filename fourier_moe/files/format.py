@@ -49,7 +49,8 @@ class AdapterDescription:
         metrics: results at the time of saving.
         backbone_revision: commit of the pretrained model on the Hugging Face hub, None where it came from elsewhere.
         task: what trained it, by the trainer: `class`, `pipeline_tag`, `main_metric`, `data`, `data_revision`, its
-            commit on the Hugging Face hub, and `prompt`, a style of prompt; empty for a plain model.
+            commit on the Hugging Face hub, `prompt`, a style of prompt, and `chat_template`, the Jinja text of one that the run
+            gave; empty for a plain model.
         trained_parameters: counts by kind, as in InjectionReport.
         modules: what is adapted and what is trained in full, None where an older version left it to the config's patterns.
         written_by: version of fourier_moe, None where the file does not tell.

@@ -71,7 +71,7 @@ def _body(description: AdapterDescription, code: str) -> list[str]:
         "method": method,
         "task": task.get("class"),
         "data": f"{task['data']} at revision {task['data_revision']}" if task.get("data_revision") else task.get("data"),
-        "prompt": task.get("prompt"),
+        "prompt": f"{task['prompt']}, by chat_template in adapter.json" if task.get("chat_template") else task.get("prompt"),
         "trained parameters": trained,
         "classes": str(len(description.class_names)) if description.class_names else None,
         "written by": f"fourier_moe {description.written_by}",

@@ -17,7 +17,7 @@ from fourier_moe.files.hub import check_repo_id
 from fourier_moe.files.writing import new_directory
 from fourier_moe.serving.lora_export import ProjectionExport, export_loras
 from fourier_moe.serving.merge import merge_adapters
-from lightning_modules.adaptation import untrained
+from lightning_modules.adaptation import prompt_of, untrained
 from lightning_modules.cli import AdaptationCLI
 from lightning_modules.commands.command_line import CommandLine
 from lightning_modules.interruption import find_checkpoint, require_writable
@@ -132,6 +132,9 @@ def _write_loras(cli: AdaptationCLI, directory: Path, rank: int | None) -> tuple
 
 def _write_merged(cli: AdaptationCLI, directory: Path) -> tuple[str, dict[str, Any]]:
     merge_adapters(cli.model.model)
+    stored = cli.model._stored.task if cli.model._stored else {}
+    if template := stored.get("chat_template") or prompt_of(cli.datamodule).get("chat_template"):
+        cli.model.task.tokenizer.chat_template = template  # of a language model
     cli.model.task.save_model(directory, cli.model.class_names)
     return f"merged model, {_mebibytes(directory)}", {}
 

@@ -155,7 +155,7 @@ class CausalLanguageModel(Task):
         return real_tokens(batch["attention_mask"])
 
     def save_model(self, directory: Path, class_names: Sequence[str] | None) -> None:
-        save_hugging_face(self.model, self.tokenizer_name, directory)
+        save_hugging_face(self.model, self.tokenizer_name, directory, self.tokenizer.chat_template)
 
     def new_metrics(self) -> MetricCollection:
         names = ["accuracy", "strict_accuracy"] if self._grades else ["token_accuracy"]

@@ -25,7 +25,7 @@ class ChatTokenizer(ExampleTokenizer):
 
     Args:
         tokenizer: of the model, a fast one or bytes.
-        template: `plain`, or the path of a Jinja file; None for the tokenizer's own.
+        template: Jinja text, see `template_text`; None for the tokenizer's own.
         max_length: of a conversation in training, in tokens. A longer one loses its end. Where not even the first response
             fits, the beginning goes instead, down to a quarter of the room, and then the end of that response: there is always
             something to learn.

@@ -37,7 +37,7 @@ class ChatTemplate:
 
     Args:
         tokenizer: whose template, special tokens and rules are used.
-        template: `plain`, or the path of a Jinja file; None for the tokenizer's own.
+        template: Jinja text, see `template_text`; None for the tokenizer's own.
 
     Raises:
         UserError: there is no template, or it is not valid.
@@ -45,7 +45,7 @@ class ChatTemplate:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str | None = None) -> None:
         self._tokenizer = tokenizer
-        self._given = None if template is None else _read(template)
+        self._given = template
         try:
             self.text = tokenizer.get_chat_template(self._given)
         except ValueError as error:
@@ -177,7 +177,12 @@ class ChatTemplate:
             raise _refused(where, error) from error
 
 
-def _read(template: str) -> str:
+def template_text(template: str) -> str:
+    """Return the Jinja text of `plain`, or of the file that is named.
+
+    Raises:
+        UserError: there is no such file.
+    """
     if template == PLAIN:
         return _PLAIN_TEMPLATE
     path = Path(template).expanduser()

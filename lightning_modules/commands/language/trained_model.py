@@ -18,6 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 from datamodules.instructions.reading.records import Record
 from datamodules.instructions.tokenizing.chat import ChatTokenizer, question_text
 from datamodules.instructions.tokenizing.prompts import STYLES, Prompt, PromptStyle
+from datamodules.instructions.tokenizing.templates import template_text
 from datamodules.instructions.tokenizing.text import InstructionTokenizer
 from fourier_moe import AdapterDescription, describe_adapter, load_adapter
 from fourier_moe.errors import UserError
@@ -148,15 +149,20 @@ def load_trained(
 
     data = config.get("data", {}).get("init_args", {})
     trained: Any = description.task.get("prompt") or data.get("prompt")
-    template = data.get("chat_template")
-    has_template = bool(template or getattr(task.tokenizer, "chat_template", None))
+    template = description.task.get("chat_template")
+    if template is None and data.get("chat_template"):  # of an adapter that was written without it
+        template = template_text(data["chat_template"])
+    if template is not None:
+        task.tokenizer.chat_template = template
+    has_template = bool(task.tokenizer.chat_template)
     if style == "chat" and not has_template:
         raise UserError("--style chat: the tokenizer has no chat template; choose llm_adapters, plain or none")
     chosen: Style = style or trained or ("chat" if has_template else "none")
     source = "--style" if style else "as in training" if trained else "its training is not known; --style chooses another"
     weights = "no adapter" if without_adapter else f"{type(description.config).__name__} of {directory}"
-    rank_zero_info(f"{description.backbone}, {weights}; prompt: {chosen} ({source})")
-    coder = ChatTokenizer(task.tokenizer, template, max_length=2) if chosen == "chat" else None
+    own = ", by the tokenizer's own template" if chosen == "chat" and template is None else ""
+    rank_zero_info(f"{description.backbone}, {weights}; prompt: {chosen} ({source}{own})")
+    coder = ChatTokenizer(task.tokenizer, None, max_length=2) if chosen == "chat" else None
     return TrainedModel(task, chosen, run, coder)
 
 

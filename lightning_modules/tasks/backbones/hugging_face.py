@@ -164,14 +164,16 @@ def load_causal_language_model(
     return _load(AutoModelForCausalLM, model, dtype, quantization, tiny, attn_implementation)
 
 
-def save_hugging_face(model: Any, tokenizer: str, directory: Path) -> None:
-    """Write model and tokenizer for `from_pretrained`. A byte tokenizer has no files."""
+def save_hugging_face(model: Any, tokenizer: str, directory: Path, chat_template: Any = None) -> None:
+    """Write model and tokenizer for `from_pretrained`, perhaps with another chat template. A byte tokenizer has no files."""
     head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
     if head is not None and head.weight is not embeddings.weight:  # only one of two tied weights was updated
         model.config.tie_word_embeddings = False
     model.save_pretrained(directory)
     if tokenizer != BYTES:
-        load_tokenizer(tokenizer).save_pretrained(directory)
+        written = load_tokenizer(tokenizer)
+        written.chat_template = chat_template or written.chat_template
+        written.save_pretrained(directory)
 
 
 def _load(

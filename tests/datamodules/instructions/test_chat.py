@@ -14,6 +14,7 @@ from datamodules.instructions.dataset import IGNORED
 from datamodules.instructions.reading.records import Conversation, Record, parse_record, read_records
 from datamodules.instructions.reading.rows import HubSplit, read_rows
 from datamodules.instructions.tokenizing.chat import ChatTokenizer
+from datamodules.instructions.tokenizing.templates import template_text
 from lightning_modules.tasks.generation import _end_tokens
 
 CHATML = (
@@ -46,10 +47,8 @@ def talk(*messages, **others):
 
 
 def tokenized(tokenizer, template, record, max_length=1000):
-    if template not in (None, "plain"):
-        tokenizer.chat_template = template
-        template = None
-    coder = ChatTokenizer(tokenizer, template, max_length)
+    tokenizer.chat_template = template_text(template) if template == "plain" else template
+    coder = ChatTokenizer(tokenizer, None, max_length)
     (example,) = coder.examples([record])
     return coder, example, [tokenizer.decode(example.ids[begin:end]) for begin, end in example.responses]
 
@@ -267,8 +266,8 @@ def test_the_key_of_conversations_names_what_they_depend_on():
     def key(record=None, template=None, length=50, end="</s>"):
         tokenizer = byte_level()
         tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
-        tokenizer.chat_template, tokenizer.eos_token = template, end
-        return ChatTokenizer(tokenizer, None if template else "plain", length).key([record or talk(*TALK)])
+        tokenizer.eos_token = end
+        return ChatTokenizer(tokenizer, template or template_text("plain"), length).key([record or talk(*TALK)])
 
     silent = [*TALK[:2], {**TALK[2], "weight": 0}, *TALK[3:]]
     others = [

@@ -8,16 +8,19 @@ from types import SimpleNamespace
 import pytest
 import yaml
 from support.language_models import ADAPTER, move_experts, tiny_llama
-from transformers import ByT5Tokenizer
+from support.tokenizers import byte_level
+from transformers import AutoTokenizer, ByT5Tokenizer
 
 import lightning_modules.tasks.causal_language_model
 import train
-from datamodules import CommonsenseDataModule
-from fourier_moe import inject, load_adapter, save_adapter
+from datamodules import CommonsenseDataModule, InstructionDataModule
+from fourier_moe import LoRAConfig, inject, load_adapter, save_adapter
+from lightning_modules import AdaptationModule
+from lightning_modules.commands.export import _write_merged
 from lightning_modules.commands.front_door import COMMANDS
 from lightning_modules.commands.language.benchmark_tasks import BENCHMARKS
 from lightning_modules.commands.language.evaluate import known_tasks
-from lightning_modules.commands.language.trained_model import TrainedModel
+from lightning_modules.commands.language.trained_model import TrainedModel, load_trained, question_of
 from lightning_modules.tasks import CausalLanguageModel, GenerationSettings
 
 QUESTION = "Is 2 larger than 1?\n\nAnswer format: true/false"
@@ -145,6 +148,29 @@ def test_base_model_that_has_moved_and_an_adapter_alone(command, base, run, tmp_
         command("generate", prompt="a", adapter=alone)
     assert command("generate", prompt=QUESTION, model=str(base), adapter=alone) == greedy
     assert sys.modules.pop("own_method")  # which registers the adapter's config
+
+
+def test_chat_template_of_the_run_stays_with_its_adapter(tmp_path):
+    base, template, tokenizer = tmp_path / "base", tmp_path / "run.jinja", byte_level()
+    tokenizer.chat_template = "its own"
+    for part in (tiny_llama(), tokenizer):
+        part.save_pretrained(base)
+    template.write_text(TEMPLATE)
+    (tmp_path / "train.jsonl").touch()
+    module = AdaptationModule(CausalLanguageModel(str(base)), LoRAConfig(targets=["q_proj"], r=2))
+    module.configure_model()
+    files = {"directory": str(tmp_path), "tokenizer": str(base), "chat_template": str(template)}
+    data = InstructionDataModule("custom", prompt="chat", **files)
+    module._trainer = SimpleNamespace(datamodule=data)
+    module.save_adapter(tmp_path / "adapter", {})
+    template.unlink()
+    assert "| prompt | chat, by chat_template in adapter.json |" in (tmp_path / "adapter/README.md").read_text()
+    trained = load_trained(str(tmp_path / "adapter"), model=str(base))
+    assert trained.style == "chat"
+    assert trained.task.tokenizer.decode(trained.encode(question_of("hi"))) == "<user>hi<a>"
+    again = AdaptationModule(module.task, module.adapter, adapter_path=str(tmp_path / "adapter"))
+    _write_merged(SimpleNamespace(model=again, datamodule=None), tmp_path / "merged")
+    assert AutoTokenizer.from_pretrained(tmp_path / "merged").chat_template == TEMPLATE
 
 
 # ---------------------------------------------------------------- mistakes
