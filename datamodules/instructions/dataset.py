@@ -137,6 +137,11 @@ class EvaluationDataset(Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self._examples)
 
+    @property
+    def longest_prompt(self) -> int:
+        """Tokens of the longest prompt."""
+        return max((len(ids) for _, ids in self._prompts), default=0)
+
     def __getitem__(self, index: int) -> dict[str, Any]:
         example, (prompt, ids) = self._examples[index], self._prompts[index]
         choices = example.benchmark.choices(example.record.instruction)

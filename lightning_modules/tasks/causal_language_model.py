@@ -23,7 +23,7 @@ from lightning_modules.tasks.backbones.hugging_face import (
     tokenizer_name,
 )
 from lightning_modules.tasks.base import Batch, Evaluation, Task, TaskData, select
-from lightning_modules.tasks.generation import GenerationSettings, generate, is_sharded
+from lightning_modules.tasks.generation import GenerationSettings, generate, is_sharded, require_room
 from lightning_modules.tasks.losses import IGNORED, LabelLosses, label_losses, log_likelihoods
 from lightning_modules.tasks.packing import require_packing
 from lightning_modules.tasks.padding import padded_right, real_tokens
@@ -120,10 +120,12 @@ class CausalLanguageModel(Task):
         """Check the first example of every set; see Task.
 
         Raises:
-            UserError: if `scoring` is likelihood and a benchmark has no choices, or if answers are not generated in validation
-                and a set has no known responses.
+            UserError: if `scoring` is likelihood and a benchmark has no choices, if answers are not generated in validation and
+                a set has no known responses, or if a prompt leaves no room for an answer.
         """
         for loader in loaders:
+            if self._grades and (longest := getattr(loader.dataset, "longest_prompt", 0)):
+                require_room(self.model, longest, "the longest prompt of an evaluation set")
             batch = loader.collate_fn([loader.dataset[0]])
             if self._grades and self.scoring == "likelihood":
                 _require_choices(batch)

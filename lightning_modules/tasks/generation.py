@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
@@ -74,6 +75,8 @@ def generate(
 ) -> list[str]:
     """Return the text that follows each prompt, without special tokens and surrounding white space.
 
+    Where the longest prompt leaves less room than `max_new_tokens` in the model's context, all answers of the batch end there.
+
     Args:
         model: a transformers causal language model; it generates in eval mode, and its mode is restored.
         tokenizer: the model's tokenizer.
@@ -83,10 +86,13 @@ def generate(
         sampling: how tokens are drawn; None for the most probable ones.
         streamer: receives the tokens of a single prompt as they come; see transformers.TextStreamer.
         end_tokens: ids that end a text beside the model's and the tokenizer's own, such as a chat template's end of a turn.
+
+    Raises:
+        UserError: if a prompt leaves no room at all.
     """
     drawing: dict[str, Any] = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0} if sampling else {}
     config = GenerationConfig(
-        max_new_tokens=settings.max_new_tokens,
+        max_new_tokens=_room(model, prompt_mask, settings.max_new_tokens),
         num_beams=settings.num_beams,
         do_sample=sampling is not None,
         **drawing,
@@ -106,6 +112,35 @@ def generate(
         tokens[:, prompt_ids.shape[1] :], skip_special_tokens=True, clean_up_tokenization_spaces=False
     )
     return [answer.strip() for answer in answers]
+
+
+def context_length(model: Any) -> int | None:
+    """Return the number of tokens that a model can read; None if it does not tell."""
+    length = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return length if isinstance(length, int) and length > 0 else None
+
+
+def require_room(model: Any, num_tokens: int, what: str) -> None:
+    """Refuse a prompt that leaves no room for an answer.
+
+    Raises:
+        UserError: naming `what`.
+    """
+    context = context_length(model)
+    if context is not None and num_tokens >= context:
+        raise UserError(f"{what} has {num_tokens:,} tokens, and the model reads {context:,}; shorten it")
+
+
+def _room(model: Any, prompt_mask: Tensor, wanted: int) -> int:
+    """Return how many of the wanted tokens fit behind the longest prompt."""
+    context = context_length(model)
+    if context is None or prompt_mask.shape[1] + wanted <= context:
+        return wanted
+    longest = int(prompt_mask.sum(1).max())
+    require_room(model, longest, "a prompt")
+    if longest + wanted > context:
+        rank_zero_warn(f"answers end where the model's context of {context:,} tokens does, before max_new_tokens={wanted}")
+    return min(wanted, context - longest)
 
 
 def is_sharded(model: nn.Module) -> bool:

@@ -26,7 +26,7 @@ from fourier_moe.files.format import TENSORS
 from fourier_moe.files.hub import local_directory
 from lightning_modules.cli.config_files import update
 from lightning_modules.tasks import CausalLanguageModel, GenerationSettings, Task
-from lightning_modules.tasks.generation import Sampling, generate
+from lightning_modules.tasks.generation import Sampling, generate, require_room
 
 Style = Literal["llm_adapters", "plain", "chat", "none"]
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -74,16 +74,14 @@ class TrainedModel:
             history: earlier messages, for `chat`.
 
         Raises:
-            UserError: if the model cannot read as many tokens.
+            UserError: if they leave no room for an answer in what the model can read.
         """
         if self.chat is not None:
             ids = self.chat.encode([*history, {"role": "user", "content": question_text(question)}])
         else:
             coder = InstructionTokenizer(self.task.tokenizer, self.prompt_style, max_length=2)  # prompts alone are never cut
             ((_, ids),) = coder.prompts([question])
-        limit = getattr(self.task.model.config, "max_position_embeddings", None)  # type: ignore[union-attr]
-        if limit is not None and len(ids) >= limit:
-            raise UserError(f"the prompt has {len(ids):,} tokens, and the model reads {limit:,}; shorten it")
+        require_room(self.task.model, len(ids), "the prompt")
         return ids
 
     def answer(

@@ -23,6 +23,7 @@ from support.language_models import (
 )
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from fourier_moe import balance_loss, inject, recording
 from lightning_modules import AdaptationModule
@@ -99,6 +100,21 @@ def test_beams_write_more_probable_texts(model, batch):
         labels = ids.masked_fill(torch.arange(ids.shape[1]) < ids.shape[1] - 2, -100)
         totals[settings.num_beams] = label_losses(model, ids, mask, labels).loss.sum()
     assert totals[8] < totals[1]
+
+
+def test_answers_end_where_the_context_of_the_model_does(batch):
+    lengths = batch["prompt_mask"].sum(1)
+    sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "vocab_size": 384, "bos_token_id": None, "eos_token_id": 384}
+    model = GPT2LMHeadModel(GPT2Config(n_positions=int(lengths.max()) + 3, **sizes)).eval()
+    with pytest.warns(UserWarning, match=r"answers end where the model's context of \d+ tokens does, before max_new_tokens=12"):
+        tokens = generate(model, Recording(), batch["prompt_ids"], batch["prompt_mask"], GREEDY)
+    assert {len(json.loads(text)) for text in tokens} == {3}
+    model.config.n_positions -= 3
+    with pytest.raises(ValueError, match=r"a prompt has (\d+) tokens, and the model reads \1; shorten it"):
+        answers(model, batch)
+    loader = SimpleNamespace(dataset=SimpleNamespace(longest_prompt=int(lengths.max())))
+    with pytest.raises(ValueError, match="the longest prompt of an evaluation set has"):
+        task_with(model).check([loader])
 
 
 def test_sampling_settings_of_the_model_neither_leak_nor_warn(model, batch, caplog):
