@@ -183,7 +183,12 @@ def _no_file(found: re.Match[str], place: _Place, *_: Any) -> str:
 
 
 def _restricted(found: re.Match[str], place: _Place, *_: Any) -> str:
-    return f"{place.key}={found[1]} must be {found[2].removeprefix('v')}"
+    value = f"={found[1]}" if found[1] else place.value  # the line of a union's member does not repeat it
+    return f"{place.key}{value} must be {found[2].removeprefix('v')}"
+
+
+def _no_number(found: re.Match[str], place: _Place, *_: Any) -> str:
+    return f"{place.key}{place.value or '=' + found[2]} must be {_KINDS[found[1]]}"
 
 
 # The most telling line first; jsonargparse gives one for each member of a union.
@@ -198,7 +203,8 @@ _RULES: list[tuple[re.Pattern[str], Callable[..., str]]] = [
     (re.compile(r"Expected a dot import path string: (\S+)"), _no_such_class),
     (re.compile(r'expected "subcommand" to be one of'), _no_command),
     (re.compile(r"the following arguments are required: ([\w.]+)"), _missing),
-    (re.compile(r"Not of type \w+: (.*) does not conform to restriction (.+)"), _restricted),
+    (re.compile(r"Not of type \w+: (?:(.*) )?does not conform to restriction (.+)"), _restricted),
+    (re.compile(r"Not of type \w+: .*(int|float)(?:\(\))?\b.*: '(.*)'$"), _no_number),
     (re.compile(r"Not a valid subclass of (\w+)\. Got value: None"), _null),
     (re.compile(r"but ([\w.]+) is abstract"), _abstract),
     (re.compile(r"File does not exist: '(.+)'"), _no_file),

@@ -12,7 +12,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from jsonargparse.typing import PositiveInt
+from jsonargparse.typing import NonNegativeInt, PositiveInt
 
 from fourier_moe.errors import UserError, shorten
 from lightning_modules.commands.language.benchmark_tasks import BENCHMARKS, benchmark_task
@@ -25,7 +25,7 @@ def evaluate(
     adapter: str,
     tasks: str | list[str],
     limit: PositiveInt | None = None,
-    num_fewshot: int | None = None,
+    num_fewshot: NonNegativeInt | None = None,
     batch_size: PositiveInt = 8,
     directory: str | None = None,
     include_path: str | None = None,
@@ -45,7 +45,8 @@ def evaluate(
         adapter: a run's directory, an adapter's, or `hf://owner/name[@revision]`.
         tasks: names of tasks, groups or tags, separated by commas, perhaps with wildcards: `boolq,arc_easy,mmlu_*`.
         limit: number of questions of each task, the first ones; by default all.
-        num_fewshot: solved examples before each question; by default the task's own number.
+        num_fewshot: solved examples before each question; by default the task's own number. The `llm_adapters_...` tasks have
+            none, as in `test`.
         batch_size: questions answered at once.
         directory: local files of the `llm_adapters_...` tasks, as in `--data.directory`; by default they are fetched.
         include_path: a directory with tasks of your own, in lm-evaluation-harness's YAML.
@@ -60,8 +61,8 @@ def evaluate(
         The results of lm-evaluation-harness.
 
     Raises:
-        UserError: if it is not installed, a task is unknown or its data cannot be loaded, or the adapter is missing or not a
-            language model's.
+        UserError: if it is not installed, a task is unknown, its data cannot be loaded or it has no solved examples, or the
+            adapter is missing or not a language model's.
     """
     try:
         import lm_eval
@@ -74,6 +75,8 @@ def evaluate(
     names = [name.strip() for name in (tasks.split(",") if isinstance(tasks, str) else tasks)]
     manager = TaskManager(include_path=include_path, include_defaults=not BENCHMARKS.keys() >= set(names))  # thousands of files
     names = known_tasks(names, manager)
+    if num_fewshot and (fixed := [name for name in names if name in BENCHMARKS]):
+        raise UserError(f"--num_fewshot {num_fewshot} has no effect on {', '.join(fixed)}, as in `test`; leave it out")
     trained = load_trained(adapter, model=model, dtype=dtype, device=device, style=style, without_adapter=without_adapter)
     with _errors_only("lm_eval"):  # it warns of a model and of data that are in memory, as these are
         harness_model = _language_model(trained, batch_size)

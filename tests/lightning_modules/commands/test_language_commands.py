@@ -196,6 +196,9 @@ def test_chat_template_of_the_run_stays_with_its_adapter(tmp_path):
         ("generate --adapter {run} --prompt {long}", "tokens, and the model reads 2,048; shorten it"),
         ("generate --adapter {run} --promt a", "--promt is no option; did you mean --prompt?"),
         ("generate --prompt a", "--adapter is missing"),
+        ("evaluate --adapter {run} --tasks boolq --num_fewshot=-1", "num_fewshot=-1 must be >=0"),
+        ("evaluate --adapter {run} --tasks boolq --limit some", "limit=some must be a whole number"),
+        ("generate --adapter {run} --prompt a --max_new_tokens some", "max_new_tokens=some must be a whole number"),
         ("chat --adapter {run} --system Hi", "--system needs the tokenizer's chat template"),
         ("evaluate --adapter {run} --tasks boolq", "evaluate needs lm-evaluation-harness"),
     ],
@@ -268,8 +271,16 @@ def test_interrupted_answer_is_forgotten_and_interrupted_prompt_ends(command, mo
 
 
 @pytest.mark.parametrize("scoring", ["generate", "likelihood"])
-def test_harness_has_the_accuracies_of_test(command, base, run, data, tmp_path, capsys, scoring):
-    pytest.importorskip("lm_eval")
+def test_harness_has_the_answers_and_accuracies_of_test(command, base, run, data, tmp_path, capsys, monkeypatch, scoring):
+    lm_eval = pytest.importorskip("lm_eval", reason="the extra eval: 20 packages, and seconds of import, for a command")
+    samples, evaluate = {}, lm_eval.simple_evaluate
+
+    def kept(**options):
+        results = evaluate(**{**options, "log_samples": True})
+        samples.update(results.pop("samples"))
+        return results
+
+    monkeypatch.setattr(lm_eval, "simple_evaluate", kept)
     rows = rows_of_test(base, run, data, scoring)
     own = tmp_path / "run"
     own.mkdir()
@@ -278,9 +289,23 @@ def test_harness_has_the_accuracies_of_test(command, base, run, data, tmp_path, 
     names = {"llm_adapters_boolq": "boolq", "llm_adapters_arc_easy": "ARC-Easy"}
     found = command("evaluate", tasks=",".join(names), directory=str(tmp_path), batch_size=3, adapter=own)
     for name, set_name in names.items():
-        assert found["results"][name]["acc,none"] == sum(row["correct"] for row in rows[set_name]) / len(rows[set_name])
+        expected = rows[set_name]
+        assert found["results"][name]["acc,none"] == sum(row["correct"] for row in expected) / len(expected)
+        asked = sorted(samples[name], key=lambda sample: sample["doc_id"])
+        assert [harness_answer(sample, scoring) for sample in asked] == [row["output"] for row in expected]
+    assert len({row["output"] for expected in rows.values() for row in expected}) > 1
     assert json.loads((own / "lm_eval_0.json").read_text())["prompt"] == "plain"
     assert "llm_adapters_boolq" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="--num_fewshot 2 has no effect on llm_adapters_boolq"):
+        command("evaluate", tasks="llm_adapters_boolq", num_fewshot=2, adapter=own)
+
+
+def harness_answer(sample, scoring):
+    """The text that the model gave to a question of the harness."""
+    if scoring == "generate":
+        return sample["filtered_resps"][0].strip()
+    best = max(range(len(sample["filtered_resps"])), key=lambda choice: sample["filtered_resps"][choice][0])
+    return sample["arguments"][best][1]
 
 
 def test_names_of_tasks():
