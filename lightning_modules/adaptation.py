@@ -131,7 +131,7 @@ class AdaptationModule(L.LightningModule):
         self._step_mean = StepMean()
         self._schedule: PlannedSchedule | None = None
         self.average: WeightAverage | None = None
-        self._untrained = False
+        self._untrained = self._compiled = False
         self._adapter_directory = local_directory(adapter_path) if adapter_path else None
         self._stored: AdapterDescription | None = describe_adapter(self._adapter_directory) if self._adapter_directory else None
 
@@ -153,10 +153,11 @@ class AdaptationModule(L.LightningModule):
         if self.adapter.head:
             raise UserError(f"adapter.head={list(self.adapter.head)} is set by the task; remove it from the config")
         if self._trainer is not None:
-            quantization, compiles = getattr(self.task, "quantization", None), self.compile_backend is not None
-            check_strategy(self._trainer.strategy, self.adapter, quantization, compiles)
-        if self.compile_backend is not None:
-            check_backend(self.compile_backend)
+            strategy, quantization = self._trainer.strategy, getattr(self.task, "quantization", None)
+            compiles = self.compile_backend is not None and self._trainer.state.fn == "fit"
+            check_strategy(strategy, self.adapter, quantization, compiles)
+            if compiles:
+                check_backend(str(self.compile_backend), strategy.root_device)
         self.task.check_data(run_data(self._trainer))
         adapter_classes = self._stored.class_names if self._stored else None
         data_classes = list(run_data(self._trainer).class_names) or self.class_names  # without data, those of a checkpoint
@@ -170,8 +171,6 @@ class AdaptationModule(L.LightningModule):
             load_adapter(model, self._adapter_directory)
         if self.activation_checkpointing:
             checkpoint_activations(model)
-        if self.compile_backend is not None:
-            compile_blocks(model, self.compile_backend)
         self._untrained = not (self.adapter_path or self.task.works_untrained)
         rank_zero_info(f"\n{backbone_name(model)}, {type(self.adapter).__name__}\n{self.report}\n")
 
@@ -246,6 +245,9 @@ class AdaptationModule(L.LightningModule):
     def on_fit_start(self) -> None:
         # GradientAccumulationScheduler warns modules that override optimizer_step; this override changes nothing for it.
         warnings.filterwarnings("ignore", message=r"When using `Trainer\(accumulate_grad_batches != 1\)` and overriding")
+        if self.compile_backend is not None and not self._compiled:
+            compile_blocks(self.model, self.compile_backend)
+            self._compiled = True
         if not self.trainer.strategy.restore_checkpoint_after_setup:  # else a checkpoint may still bring what was measured
             measure_training_inputs(self.trainer, self.task)
 

@@ -57,8 +57,8 @@ def _recompute(block: nn.Module, forward: Callable[..., Any], *args: Any, **kwar
     return forward(*args, **kwargs)
 
 
-def check_backend(backend: str) -> None:
-    """Compile a line, so that a backend that cannot work is refused before anything is loaded.
+def check_backend(backend: str, device: torch.device) -> None:
+    """Compile a line for the device, so that a backend that cannot work is refused before anything is loaded.
 
     Raises:
         UserError: if there is no such backend, or it does not work on this machine (inductor without a compiler).
@@ -67,7 +67,7 @@ def check_backend(backend: str) -> None:
     if backend not in known:
         raise UserError(f"compile={backend!r} must be true, false, or a backend of torch.compile: {', '.join(known)}")
     try:
-        torch.compile(lambda x: x + 1, backend=backend)(torch.ones(2))
+        torch.compile(lambda x: x + 1, backend=backend)(torch.ones(2, device=device))
     except Exception as error:
         raise UserError(f"compile={backend!r} does not work here: {shorten(str(error).splitlines()[:3])}") from error
 

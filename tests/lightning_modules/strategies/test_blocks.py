@@ -6,7 +6,7 @@ import pytest
 import torch
 from support.language_models import ADAPTER, TinyLanguageModel, adapted_llama, collate, example, tiny_llama
 from support.models import randomize
-from support.token_task import TokenModel, token_module
+from support.token_task import TokenData, TokenModel, TokenTask, token_module, token_trainer
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -179,8 +179,32 @@ def test_compiled_blocks_train_as_eager_ones_under_the_same_names_and_are_all_co
 
 def test_compilation_that_cannot_work_is_refused():
     with pytest.raises(ValueError, match=r"compile='inductr' must be true, false, or a backend of torch.compile: .*inductor"):
-        check_backend("inductr")
+        check_backend("inductr", torch.device("cpu"))
     with pytest.raises(ValueError, match="compile=True compiles transformer blocks, and TokenModel has no list of them"):
         compile_blocks(TokenModel(2), "aot_eager")
     with pytest.raises(ValueError, match="compile and activation_checkpointing do not work together"):
         token_module(activation_checkpointing=True, compile=True)
+
+
+def test_backend_is_tried_on_the_device_that_trains():
+    seen = []
+
+    def look(graph, inputs):
+        seen.extend(one.device.type for one in inputs)
+        return graph
+
+    torch._dynamo.register_backend(look, name="look")
+    check_backend("look", torch.device("meta"))
+    assert seen == ["meta"]
+
+
+def test_only_fit_compiles(tmp_path, monkeypatch):
+    monkeypatch.setattr(TokenTask, "works_untrained", True)
+    module = token_module(compile="inductr")
+    trainer = token_trainer(tmp_path)
+    trainer.test(module, TokenData(), verbose=False)
+    module.compile_backend = "aot_eager"
+    with pytest.raises(ValueError, match="compile=True compiles transformer blocks"):
+        trainer.fit(module, TokenData())
+    with pytest.raises(ValueError, match="compile='inductr' must be true, false, or a backend"):
+        trainer.fit(token_module(compile="inductr"), TokenData())
