@@ -11,7 +11,7 @@ from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
 from fourier_moe.errors import UserError, printable
-from lightning_modules.cli.config_files import find_config, update
+from lightning_modules.cli.config_files import find_config, prefer_torch, update
 from lightning_modules.cli.parse_errors import one_line
 
 
@@ -47,6 +47,10 @@ class ArgumentParser(LightningArgumentParser):
                 words[place] = f"{name}={find_config(value)}"
             elif place and words[place - 1] in ("--config", "-c"):
                 words[place] = find_config(word)
+            elif equals:
+                words[place] = prefer_torch(word)
+            elif place and words[place - 1].startswith("--"):
+                words[place] = prefer_torch(f"{words[place - 1]}={word}").partition("=")[2]
         return super().parse_args(words, *rest, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:

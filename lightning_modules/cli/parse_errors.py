@@ -132,6 +132,10 @@ def _no_such_class(found: re.Match[str], place: _Place, parser: ArgumentParser, 
     return f"{key}={found[1]} is no class; {advice}"
 
 
+def _ambiguous(found: re.Match[str], place: _Place, *_: Any) -> str:
+    return f"{place.key}={found[1]} is the name of several classes; give one of {found[2]}"
+
+
 def _of_another_base(found: re.Match[str], place: _Place, *_: Any) -> str:
     return f"{place.key}={found[1]} is no {found[2]}"
 
@@ -197,6 +201,7 @@ _RULES: list[tuple[re.Pattern[str], Callable[..., str]]] = [
     (re.compile(r"unrecognized arguments: (\S+)"), _unknown_in_class),
     (re.compile(r"does not accept option '([^']+)'"), _unknown_option),
     (re.compile(r"module '[^']+' has no attribute '([^']+)'"), _no_such_class),
+    (re.compile(r"Multiple subclasses with name (\w+)\..* ambiguity: (.*)\.$"), _ambiguous),
     (re.compile(r"No module named '([^']+)'"), _no_such_class),
     (re.compile(r"callable class: Expected '([^']+)' to be a subclass of <class '(?:[\w.]+\.)?(\w+)'>"), _of_another_base),
     (re.compile(r"Expected a <class '(\w+)'>\. Got value: (.*?)\. Got value: Namespace"), _in_callable),

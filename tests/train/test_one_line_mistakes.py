@@ -9,9 +9,15 @@ from unittest.mock import Mock
 import pytest
 import torch
 from PIL import Image
+from support import commands
 from support.commands import DEMO
 
 import train
+
+
+class SGD(torch.optim.SGD):
+    """Of the same name as torch's, as bitsandbytes has one."""
+
 
 TYPO = "trainer.max_epohcs is no option; did you mean --trainer.max_epochs?"
 
@@ -92,6 +98,14 @@ def said(main, capsys, monkeypatch):
 )
 def test_argument(said, words, line):
     assert line in said("fit", *DEMO, *words.split())
+
+
+def test_name_of_two_classes(said, monkeypatch):
+    for module in (commands, sys.modules[__name__]):
+        one = type("Twice", (torch.optim.SGD,), {"__module__": module.__name__})
+        monkeypatch.setattr(module, "Twice", one, raising=False)
+    line = said("fit", *DEMO, "--model.optimization.optimizer", "Twice")
+    assert "model.optimization.optimizer=Twice is the name of several classes; give one of support.commands.Twice, " in line
 
 
 def test_data_of_one_class(said, tmp_path):
