@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import math
+import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +19,8 @@ from fourier_moe.errors import UserError
 
 _OWN_RATES = ("lr", "weight_decay")  # what every parameter group has
 _PROGRESS = ("_step_count", "last_epoch", "_last_lr", "base_lrs", "_is_initial", "_get_lr_called_within_step", "verbose")
-_BUILD_ERRORS = (TypeError, ValueError, RuntimeError, KeyError)
+_TRIED_STEPS = 200
+_BUILD_ERRORS = (TypeError, ValueError, RuntimeError, LookupError)
 
 
 def new_optimizer(build: Callable[[Any], Optimizer], groups: list[dict[str, Any]]) -> Optimizer:
@@ -41,54 +45,85 @@ def new_scheduler(build: Callable[[Optimizer], LRScheduler], optimizer: Optimize
     return scheduler
 
 
-def sample_groups() -> list[dict[str, Any]]:
-    """Return two parameter groups of a few numbers, to try classes with before there is a model."""
-    rates = {"experts": 0.5, "head": 0.125}
+def sample_groups(rates: Mapping[str, float]) -> list[dict[str, Any]]:
+    """Return parameter groups of a few numbers, to try classes with before there is a model."""
     return [
         {"params": [nn.Parameter(torch.zeros(2, 2))], "name": name, "lr": rate, "weight_decay": 0.0}
         for name, rate in rates.items()
     ]
 
 
-def check_optimizer(optimizer: Optimizer, decays: bool) -> None:
-    """Refuse an optimizer of sample groups that has rates of its own, which would have no effect.
+def check_optimizer(build: Callable[[Any], Optimizer], optimizer: Optimizer, decays: bool) -> None:
+    """Refuse an optimizer that was given rates of its own, which would have no effect.
 
     Args:
+        build: a class, a partial of it, or any function of the groups.
+        optimizer: what `build` made of sample groups.
         decays: whether any group has a weight decay.
 
     Raises:
         UserError: naming the class and the setting.
     """
     name, known = type(optimizer).__name__, inspect.signature(type(optimizer)).parameters
+    # The command line's partials are of a function, and hold the defaults too.
+    given = build.keywords if isinstance(build, partial) and isinstance(build.func, type) else {}
     for setting in _OWN_RATES:
         default = known[setting].default if setting in known else inspect.Parameter.empty
-        given = optimizer.defaults.get(setting, default)
-        if default is not inspect.Parameter.empty and given != default:
+        value = given.get(setting, optimizer.defaults.get(setting, default))
+        if setting in given or (default is not inspect.Parameter.empty and value != default):
             raise UserError(
-                f"optimization.optimizer sets {setting}={given} for {name}, but every group has its own; set "
+                f"optimization.optimizer sets {setting}={value} for {name}, but every group has its own; set "
                 f"optimization.experts.{setting} and those of the other groups"
             )
     if decays and "weight_decay" not in optimizer.defaults:
         raise UserError(f"optimization.optimizer: {name} has no weight decay; set weight_decay of all groups to 0")
 
 
-def check_scheduler(scheduler: LRScheduler, interval: str) -> None:
+def check_scheduler(scheduler: LRScheduler, doubled: LRScheduler, rates: Sequence[float], interval: str) -> None:
     """Refuse a scheduler of sample groups that replaces their rates, and an interval without effect.
+
+    A rate is scaled if it is twice as high for twice the peak rate. Rates may have a floor of their own, such as eta_min, below
+    the peak rates. The first steps are tried.
+
+    Args:
+        scheduler: of sample groups.
+        doubled: of the same groups with twice the rates.
+        rates: peak rates of the groups.
+        interval: schedule_interval.
 
     Raises:
         UserError: naming the class.
     """
     name = type(scheduler).__name__
-    for group, sample in zip(scheduler.optimizer.param_groups, sample_groups(), strict=True):
-        if group["initial_lr"] != sample["lr"]:
-            raise UserError(
-                f"optimization.schedule: {name} replaces the learning rates of the groups by its own; choose a class that "
-                "scales them, such as torch.optim.lr_scheduler.CosineAnnealingWarmRestarts"
-            )
+    for group, rate in _replaced_rates(scheduler, doubled, rates):
+        raise UserError(
+            f"optimization.schedule: {name} replaces the learning rates of the groups by its own ({group['name']}: "
+            f"{group['lr']:.3g}, not {rate:.3g}); choose a class that scales them, such as "
+            "torch.optim.lr_scheduler.CosineAnnealingWarmRestarts"
+        )
     if isinstance(scheduler, ReduceLROnPlateau) and interval != "step":
         raise UserError(
             f"schedule_interval={interval!r} has no effect on {name}, which advances after validations; leave it out"
         )
+
+
+def _replaced_rates(
+    scheduler: LRScheduler, doubled: LRScheduler, rates: Sequence[float]
+) -> Iterator[tuple[dict[str, Any], float]]:
+    for _ in range(_TRIED_STEPS):
+        for group, other, rate in zip(scheduler.optimizer.param_groups, doubled.optimizer.param_groups, rates, strict=True):
+            scaled = math.isclose(other["lr"], 2 * group["lr"], rel_tol=1e-6)
+            if group["initial_lr"] != rate or (not scaled and group["lr"] > rate * (1 + 1e-6)):
+                yield group, rate
+        if isinstance(scheduler, ReduceLROnPlateau):  # never raises a rate
+            return
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of steps without the optimizer's
+                scheduler.step()
+                doubled.step()
+        except _BUILD_ERRORS:  # a schedule of fewer steps
+            return
 
 
 def check_direction(scheduler: LRScheduler, monitor: str, mode: str) -> None:

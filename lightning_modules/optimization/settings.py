@@ -106,22 +106,44 @@ class Optimization:
                 raise UserError(
                     f"betas={self.betas} are AdamW's, and optimization.optimizer is given; set them in its init_args"
                 )
-            check_optimizer(new_optimizer(self.optimizer, sample_groups()), decays)
+            check_optimizer(self.optimizer, self._sample()[0], decays)
         if self.covers_run:
             if self.schedule_interval != "step":
                 raise UserError(f"schedule_interval='epoch' is of scheduler classes; schedule={self.schedule!r} counts steps")
             return
         if self.warmup_ratio:
             raise UserError(f"warmup_ratio={self.warmup_ratio} is of named schedules; set it to 0 with a scheduler's class")
-        check_scheduler(self._sample()[1], self.schedule_interval)
+        optimizer, scheduler = self._sample()
+        rates = [self._sample_rates()[group["name"]] for group in optimizer.param_groups]
+        check_scheduler(scheduler, self._sample(2.0)[1], rates, self.schedule_interval)
 
     @property
     def covers_run(self) -> bool:
         """Whether the schedule is one of the named ones, which end with the run."""
         return isinstance(self.schedule, str)
 
-    def _sample(self) -> tuple[Optimizer, LRScheduler]:
-        optimizer = self._optimizer_of(sample_groups())
+    def _sample_rates(self) -> dict[str, float]:
+        """Return the peak rates of the groups; without any group, of two."""
+        groups = {kind: self._group(kind) for kind in ("experts", "router", "adapter", "head", "backbone")}
+        return {kind: group.lr for kind, group in groups.items() if group is not None} or {"experts": 0.5, "head": 0.125}
+
+    def _sample(self, factor: float = 1.0) -> tuple[Optimizer, LRScheduler]:
+        """Build both for groups of a few numbers.
+
+        Adapters may have experts without a router, which only the model tells. Lists by group, such as min_lr, may fit either.
+        """
+        rates = {kind: factor * rate for kind, rate in self._sample_rates().items()}
+        without_router = {kind: rate for kind, rate in rates.items() if kind != "router" or self.router is not None}
+        try:
+            return self._built_for(rates)
+        except UserError as error:
+            try:
+                return self._built_for(without_router)
+            except UserError:
+                raise error from None
+
+    def _built_for(self, rates: dict[str, float]) -> tuple[Optimizer, LRScheduler]:
+        optimizer = self._optimizer_of(sample_groups(rates))
         return optimizer, self.build_scheduler(optimizer, 1)
 
     def _optimizer_of(self, groups: list[dict[str, Any]]) -> Optimizer:

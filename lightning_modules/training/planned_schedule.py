@@ -8,6 +8,7 @@ import lightning as L
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from fourier_moe.errors import UserError
 from lightning_modules.optimization import Optimization
@@ -38,7 +39,15 @@ class PlannedSchedule:
         """Plan again, now that a checkpoint is loaded, and warn if the rates differ from those in the checkpoint.
 
         They differ if a finished run is extended: the rates in its checkpoint are 0.
+
+        Raises:
+            UserError: if the schedule waits for validations, and there are none.
         """
+        if isinstance(self.scheduler, ReduceLROnPlateau) and not trainer.should_stop and not _validates(trainer):
+            raise UserError(
+                "optimization.schedule: ReduceLROnPlateau advances after validations, and this run has none; choose another "
+                "schedule, or validate (trainer.limit_val_batches, trainer.check_val_every_n_epoch)"
+            )
         if not self.num_steps:
             return
         before = self._share_of_peak()
@@ -105,6 +114,13 @@ def accumulated_batches(trainer: L.Trainer, epoch: int) -> int:
         if isinstance(callback, GradientAccumulationScheduler):
             return callback.get_accumulate_grad_batches(epoch)
     return trainer.accumulate_grad_batches
+
+
+def _validates(trainer: L.Trainer) -> bool:
+    epochs, every = trainer.max_epochs, trainer.check_val_every_n_epoch
+    too_late = epochs not in (None, -1) and every is not None and every > epochs
+    empty = trainer.val_dataloaders is not None and not sum(trainer.num_val_batches)
+    return trainer.enable_validation and not too_late and not empty
 
 
 def _batches_done(trainer: L.Trainer) -> int:

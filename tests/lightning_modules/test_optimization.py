@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from support.token_task import ADAPTER, TokenData, TokenModel, token_module, token_trainer
 from torch.optim import SGD, lr_scheduler
+from torch.optim.swa_utils import SWALR
 
 from fourier_moe import FullFineTuning, HeadOnly, adapters, inject
 from lightning_modules.optimization import Optimization, ParameterGroup
@@ -217,6 +218,8 @@ def test_chosen_optimizer_has_the_groups_and_the_chosen_scheduler_scales_their_r
     ("options", "message"),
     [
         ({"optimizer": partial(SGD, lr=0.2)}, r"sets lr=0.2 for SGD, but every group has its own; set optimization.experts.lr"),
+        ({"optimizer": partial(torch.optim.Adam, lr=1e-3)}, "sets lr=0.001 for Adam"),
+        ({"optimizer": lambda groups: SGD(groups, lr=0.2)}, "sets lr=0.2 for SGD"),
         ({"optimizer": partial(SGD, weight_decay=0.2)}, "sets weight_decay=0.2 for SGD"),
         ({"optimizer": partial(SGD, nesterov=True)}, "optimization.optimizer cannot be built: Nesterov momentum requires"),
         ({"optimizer": partial(SGD, momentun=0.9)}, "optimization.optimizer cannot be built: .*momentun"),
@@ -227,6 +230,15 @@ def test_chosen_optimizer_has_the_groups_and_the_chosen_scheduler_scales_their_r
         ({"schedule": partial(lr_scheduler.StepLR)}, "optimization.schedule cannot be built: .*step_size"),
         ({"schedule": partial(lr_scheduler.OneCycleLR, max_lr=0.1, total_steps=9)}, "OneCycleLR replaces the learning rates"),
         ({"schedule": partial(lr_scheduler.CyclicLR, base_lr=0.1, max_lr=0.2)}, "CyclicLR replaces the learning rates"),
+        ({"schedule": partial(SWALR, swa_lr=0.06)}, r"SWALR replaces the learning rates .*\(router: 0.0502, not 0.05\)"),
+        (
+            {"schedule": partial(lr_scheduler.CosineAnnealingLR, T_max=9, eta_min=0.02)},
+            r"CosineAnnealingLR replaces .*\(head: ",
+        ),
+        (
+            {"schedule": partial(lr_scheduler.ReduceLROnPlateau, min_lr=[0.1] * 4)},
+            "schedule cannot be built: expected 3 min_lrs",
+        ),
         ({"schedule": PLATEAU, "schedule_interval": "epoch"}, "schedule_interval='epoch' has no effect on ReduceLROnPlateau"),
         ({"schedule": "constant", "schedule_interval": "epoch"}, "schedule='constant' counts steps"),
         ({"schedule_interval": "batch"}, "schedule_interval='batch' must be 'step' or 'epoch'"),
@@ -235,6 +247,26 @@ def test_chosen_optimizer_has_the_groups_and_the_chosen_scheduler_scales_their_r
 def test_class_that_cannot_train_these_groups_is_refused_before_there_is_a_model(options, message):
     with pytest.raises(ValueError, match=message):
         chosen(**options)
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        partial(lr_scheduler.ReduceLROnPlateau, min_lr=[1e-3, 1e-3, 1e-3]),  # experts, router, head
+        partial(lr_scheduler.CosineAnnealingLR, T_max=9, eta_min=1e-3),
+        partial(lr_scheduler.LambdaLR, lr_lambda=[lambda step: 1 + step, lambda step: 2.0, lambda step: 0.5]),
+        partial(lr_scheduler.LambdaLR, lr_lambda=lambda step: [1.0, 0.5][step]),
+    ],
+    ids=["floors", "floor", "factors by group", "fewer steps"],
+)
+def test_schedule_may_have_a_floor_factors_by_group_and_an_end(schedule):
+    chosen(schedule=schedule)
+
+
+def test_list_by_group_fits_adapters_with_and_without_a_router_of_the_experts_rate():
+    for number in (2, 3):
+        floors = partial(lr_scheduler.ReduceLROnPlateau, min_lr=[1e-3] * number)
+        Optimization(experts=ParameterGroup(0.1), head=ParameterGroup(0.1), schedule=floors, warmup_ratio=0.0)
 
 
 def test_warm_up_is_of_named_schedules():
@@ -330,3 +362,14 @@ def test_plateau_waits_for_the_direction_of_what_validation_is_judged_by(tmp_pat
     upward = partial(lr_scheduler.ReduceLROnPlateau, mode="max")
     with pytest.raises(ValueError, match="mode='max' must be 'min', since it follows val/loss"):
         trained(tmp_path, chosen(schedule=upward), epochs=1)
+
+
+@pytest.mark.parametrize(
+    "options", [{"limit_val_batches": 0}, {"check_val_every_n_epoch": 2}, {}], ids=["off", "late", "no data"]
+)
+def test_plateau_needs_validation(tmp_path, monkeypatch, options):
+    if not options:
+        monkeypatch.setattr(TokenData, "val_dataloader", lambda self: [])
+    trainer = token_trainer(tmp_path, num_sanity_val_steps=0, **options)
+    with pytest.raises(ValueError, match="ReduceLROnPlateau advances after validations, and this run has none"):
+        trainer.fit(token_module(optimization=chosen(schedule=PLATEAU)), TokenData())
