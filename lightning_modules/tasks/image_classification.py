@@ -102,6 +102,10 @@ class ImageClassification(Task):
     def check_data(self, data: TaskData) -> None:
         super().check_data(data)
         require_two_classes(data)
+        if self.head_kind == "zero_shot" and "classes" in getattr(data, "batch_keys", ()):
+            raise UserError(
+                "head='zero_shot' makes prompts of class names, which in a mixture have their task's name; use linear"
+            )
 
     def tell_data(self, data: L.LightningDataModule | None) -> None:
         """Tell an ImageDataModule the size, mean and std of the images that the model reads."""
@@ -139,10 +143,6 @@ class ImageClassification(Task):
         self.library.save(self.model, directory, class_names)
 
     def _logits(self, batch: Batch) -> Tensor:
-        if "classes" in batch and self.head_kind == "zero_shot":
-            raise UserError(
-                "head='zero_shot' makes prompts of class names, which in a mixture have their task's name; use linear"
-            )
         return own_classes_only(self(batch["image"]), batch)
 
     def loss(self, batch: Batch) -> Tensor:

@@ -139,7 +139,8 @@ class OpenClipImages(ImageLibrary):
     def save(self, model: Any, directory: Path, class_names: Sequence[str] | None) -> None:
         """Write the whole CLIP, with its unchanged text tower, and the head beside it.
 
-        The head takes the tower's pooled output: `clip.visual.proj = None`, then `head(clip.visual(images))`.
+        A linear head takes the tower's pooled output: `clip.visual.proj = None`, then `head(clip.visual(images))`. A zero-shot
+        head takes the projected one; its logits are `logit_scale` of head.json times the cosines to the rows of `weight`.
         """
         clip: Any = load_open_clip(self.model, self.pretrained, image_size=self.image_size, tiny=self.tiny)
         split = {name: module for name, module in model.backbone.named_modules() if is_split_attention(module)}
@@ -158,5 +159,5 @@ def save_head(head: nn.Module, directory: Path, description: dict[str, Any]) -> 
     """Write head.safetensors, and head.json with the description."""
     save_file({key: value.detach().cpu().clone() for key, value in head.state_dict().items()}, directory / "head.safetensors")
     if isinstance(head, CosineHead):
-        description["logit_scale"] = head.logit_scale
+        description["logit_scale"] = float(head.logit_scale)
     (directory / "head.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")

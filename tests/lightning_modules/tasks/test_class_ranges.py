@@ -4,6 +4,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from datamodules import ImageMixtureDataModule
+from datamodules.images import MixtureTask
 from fourier_moe.errors import UserError
 from lightning_modules.tasks import ImageClassification
 from lightning_modules.tasks.class_ranges import evaluate_classes, own_classes_only
@@ -37,13 +39,14 @@ def test_without_ranges_every_class_is_open():
     assert torch.equal(evaluate_classes(logits, batch).prediction, logits.argmax(-1))
 
 
-def test_images_of_a_mixture_are_classified_within_their_task_and_not_by_prompts(monkeypatch):
+def test_images_of_a_mixture_are_classified_within_their_task_and_not_by_prompts():
     task = ImageClassification("ViT-B-32", pretrained=None, tiny=True)
     task.build(5)
     batch = {**BATCH, "image": torch.randn(3, 3, 224, 224)}
     for row, (first, end) in zip(task.predict(batch), RANGES.tolist(), strict=True):
         assert sum(row["probabilities"][first:end]) == pytest.approx(1, abs=1e-6)
     assert task.loss(batch).isfinite()
-    monkeypatch.setattr(task, "head_kind", "zero_shot")
-    with pytest.raises(UserError, match="zero_shot"):
-        task.loss(batch)
+    data = ImageMixtureDataModule({"cars": MixtureTask(), "dtd": MixtureTask()}, synthetic=True)
+    task.check_data(data)
+    with pytest.raises(UserError, match="zero_shot"):  # before anything is loaded
+        ImageClassification(pretrained=None, head="zero_shot", tiny=True).check_data(data)

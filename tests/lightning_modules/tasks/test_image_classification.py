@@ -7,7 +7,7 @@ import re
 import open_clip
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from support import hub_repositories
 from torch.nn import functional as F
 
@@ -159,6 +159,24 @@ def test_head_computes_in_float32_under_mixed_precision(config, head):
 def test_zero_shot_head_needs_class_names(config):
     with pytest.raises(ValueError, match="needs class names"):
         ImageClassification(config, pretrained=None, head="zero_shot").build(num_classes=3)
+
+
+@pytest.mark.parametrize("head", ["linear", "zero_shot"])
+def test_saved_model_and_head_give_the_same_logits(config, images, tmp_path, head):
+    task = ImageClassification(config, pretrained=None, head=head)
+    model, saved = task.build(None, NAMES).eval(), tmp_path / "saved"
+    task.save_model(saved, NAMES)
+    clip = open_clip.create_model(f"local-dir:{saved}").eval()
+    weights, description = load_file(saved / "head.safetensors"), json.loads((saved / "head.json").read_text())
+    assert (description["kind"], description["class_names"]) == (head, NAMES)
+    with torch.no_grad():
+        if head == "linear":
+            clip.visual.proj = None
+            found = F.linear(clip.visual(images), weights["weight"], weights["bias"])
+        else:
+            cosines = F.linear(clip.encode_image(images, normalize=True), F.normalize(weights["weight"], dim=-1))
+            found = description["logit_scale"] * cosines
+        torch.testing.assert_close(found, model(images), rtol=1e-4, atol=1e-5)
 
 
 def test_number_of_classes_comes_from_the_names_and_must_be_known(config):
