@@ -44,6 +44,9 @@ def loading_code(model: nn.Module) -> str:
     labels = f", num_labels={model.config.num_labels}" if kind.__name__.endswith("Classification") else ""  # type: ignore[union-attr]
     if kind.__name__.endswith("ForImageClassification"):  # most of their files have a head for ImageNet's classes
         labels += ", ignore_mismatched_sizes=True"
+    vision = getattr(getattr(model, "config", None), "vision_config", None)
+    if getattr(vision, "vision_use_head", True) is False:  # SigLIP built without a pooling that its classifier does not read
+        labels += ", vision_config={'vision_use_head': False}"
     return f"from transformers import {kind.__name__}\n\nmodel = {kind.__name__}.from_pretrained({name!r}{labels})"
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from transformers import (
     CONFIG_MAPPING,
@@ -34,10 +35,21 @@ from lightning_modules.tasks.backbones.hugging_face import (
     read_config,
     source,
 )
-from lightning_modules.tasks.backbones.image_library import DEFAULT, UNTRAINED_SEED, ImageInput, ImageLibrary, channels
+from lightning_modules.tasks.backbones.image_library import (
+    DEFAULT,
+    UNTRAINED_SEED,
+    Channels,
+    ImageInput,
+    ImageLibrary,
+    channels,
+)
 from lightning_modules.tasks.backbones.open_clip_images import save_head
 from lightning_modules.tasks.base import without_weights
 from lightning_modules.tasks.heads import cast_to_float32, reading_heads
+
+# A probe for what an image processor does to colors, and the settings by which it does more than subtract and divide.
+_COLOR = (200, 100, 50)
+_OTHER_SETTINGS = ("do_flip_channel_order", "include_top", "rescale_offset", "rescale_factor")
 
 
 class PooledClassifier(nn.Module):
@@ -46,7 +58,8 @@ class PooledClassifier(nn.Module):
     def __init__(self, backbone: Any, num_classes: int) -> None:
         super().__init__()
         self.backbone = backbone
-        self.classifier = nn.Linear(backbone.config.hidden_size, num_classes)
+        width: Any = _pooled_size(backbone.config)
+        self.classifier = nn.Linear(width, num_classes)
         self.backbone_name, self.backbone_revision = backbone.config._name_or_path, backbone.config._commit_hash
 
     def forward(self, pixel_values: Tensor, **options: Any) -> ImageClassifierOutput:
@@ -76,21 +89,39 @@ class HuggingFaceImages(ImageLibrary):
             fetch_model(self.model, look_up=look_up)
 
     def input(self) -> ImageInput:
-        """Read the image processor's size, mean and std; without one, the config's size."""
+        """Read the image processor's size, mean and std; without one, the config's size.
+
+        Raises:
+            UserError: if the processor changes colors in another way than by mean and std.
+        """
         own = _native_size(self._config(2))
-        if self.tiny and not is_path(self.model):
-            return ImageInput(self.image_size or own)
-        try:
-            with quiet_transformers():
-                processor = AutoImageProcessor.from_pretrained(source(self.model), local_files_only=True)
-        except (OSError, ValueError):
+        processor = None if self.tiny and not is_path(self.model) else self._processor()
+        if processor is None:
             return ImageInput(self.image_size or own)
         settings = processor.to_dict()
         crop = settings.get("crop_size") if settings.get("do_center_crop") else None
         size = self.image_size or _side(crop) or _side(settings.get("size")) or own
-        if settings.get("do_normalize") is False:
-            return ImageInput(size, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
-        return ImageInput(size, channels(settings.get("image_mean")), channels(settings.get("image_std")))
+        mean: Channels | None = (0.0, 0.0, 0.0)
+        std: Channels | None = (1.0, 1.0, 1.0)
+        if settings.get("do_normalize"):  # None is no
+            mean, std = channels(settings.get("image_mean")), channels(settings.get("image_std"))
+        if mean is not None and std is not None and not _normalizes(processor, mean, std):
+            causes = [
+                f"{name}={settings[name]}" for name in _OTHER_SETTINGS if settings.get(name) not in (None, False, 1 / 255)
+            ]
+            raise UserError(
+                f"model={self.model!r} has a {type(processor).__name__} that changes colors in another way than by mean and "
+                f"std ({', '.join(causes) or 'without a setting'}), which the data cannot; choose another model, such as timm's"
+            )
+        return ImageInput(size, mean, std)
+
+    def _processor(self) -> Any:
+        """Load the model's image processor; None if it has none."""
+        try:
+            with quiet_transformers():
+                return AutoImageProcessor.from_pretrained(source(self.model), local_files_only=True)
+        except (OSError, ValueError):
+            return None
 
     def forward_flops(self) -> int | None:
         return super().forward_flops() if self.tiny or is_path(self.model) else None
@@ -99,7 +130,7 @@ class HuggingFaceImages(ImageLibrary):
         config = self._config(num_classes)
         has_classifier = type(config) in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
         loaded = self._load(AutoModelForImageClassification if has_classifier else AutoModel, config)
-        pooled = loaded.main_input_name == "pixel_values" and hasattr(config, "hidden_size")
+        pooled = loaded.main_input_name == "pixel_values" and _pooled_size(config) is not None
         if not (isinstance(getattr(loaded, "classifier", None), nn.Module) if has_classifier else pooled):
             raise UserError(f"model={self.model!r} is a {type(loaded).__name__}, which does not classify images")
         model = loaded if has_classifier else PooledClassifier(loaded, num_classes)
@@ -139,9 +170,9 @@ class HuggingFaceImages(ImageLibrary):
             if not is_path(self.model):
                 fetch_model(self.model, look_up=False)
             config = read_config(self.model, num_labels=num_classes)
-        config.architectures = config.architectures or []  # transformers iterates over it where a family has two classifiers
+        config.architectures = []  # of a family with two classifiers (DeiT, LeViT) the plain one, not that with a teacher
         vision = getattr(config, "vision_config", config)
-        if config.model_type.startswith("siglip"):
+        if config.model_type.startswith("siglip") and vision is not config:
             vision.vision_use_head = False  # its attention pooling, which the family's classifier computes and does not read
         if self.tiny:
             _shrink(vision)
@@ -169,15 +200,33 @@ class HuggingFaceImages(ImageLibrary):
                 model.config.id2label = dict(enumerate(class_names))
                 model.config.label2id = {name: index for index, name in enumerate(class_names)}
             model.save_pretrained(directory)
-        try:
-            with quiet_transformers():
-                processor = AutoImageProcessor.from_pretrained(source(self.model), local_files_only=True)
-        except (OSError, ValueError):
+        processor = self._processor()
+        if processor is None:
             return
         if self.image_size is not None:
             processor.size = {"height": self.image_size, "width": self.image_size}
             processor.do_center_crop = False
         processor.save_pretrained(directory)
+
+
+def _normalizes(processor: Any, mean: Channels, std: Channels) -> bool:
+    """Return whether a processor makes (color / 255 - mean) / std of a color, in images (3, H, W)."""
+    try:
+        with quiet_transformers(), torch.device("cpu"):  # forward_flops is on the meta device
+            pixels = processor(Image.new("RGB", (64, 64), _COLOR), return_tensors="pt")["pixel_values"][0]
+    except (KeyError, RuntimeError, TypeError, ValueError):  # it makes something else of images, or nothing
+        return False
+    if pixels.ndim != 3 or len(pixels) != 3:
+        return False
+    found = pixels[:, pixels.shape[1] // 2, pixels.shape[2] // 2]
+    levels = [255 * (value * s + m) for value, m, s in zip(found.tolist(), mean, std, strict=True)]
+    return all(abs(level - color) < 2 for level, color in zip(levels, _COLOR, strict=True))  # resizing rounds
+
+
+def _pooled_size(config: Any) -> int | None:
+    """Return the width of a model's pooled output; None if its config does not say it."""
+    stages = getattr(config, "hidden_sizes", None) or [None]
+    return getattr(config, "hidden_size", stages[-1])
 
 
 def _native_size(config: Any) -> int | None:

@@ -29,6 +29,7 @@ MODELS = {
     "dinov3": ("DINOv3ViTModel", VISION, None, {}),
     "siglip": ("SiglipModel", {"vision_config": VISION, "text_config": LAYERS}, "SiglipImageProcessor", {"size": SQUARE}),
     "clip": ("CLIPModel", {"vision_config": VISION, "text_config": LAYERS}, "CLIPImageProcessor", CROP),
+    "deit": ("DeiTForImageClassificationWithTeacher", {**VISION, "num_labels": 7}, None, {}),
     "swin": (
         "SwinModel",
         {"image_size": SIZE, "patch_size": 4, "embed_dim": 16, "depths": [1, 1], "num_heads": [2, 2], "window_size": 4},
@@ -40,6 +41,7 @@ INPUTS = {
     "vit": (SIZE, HALF, HALF),
     "dinov3": (SIZE, None, None),
     "siglip": (SIZE, HALF, HALF),
+    "deit": (SIZE, None, None),
     "swin": (SIZE, None, None),
     "timm": (SIZE, HALF, HALF),
 }
@@ -106,8 +108,58 @@ def test_directory_gives_a_frozen_model_with_a_new_head_and_its_own_input(direct
     assert ImageClassification(str(path)).forward_flops() > 1e5
 
 
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (
+            "LevitForImageClassificationWithTeacher",
+            {"hidden_sizes": [16, 32, 48], "num_attention_heads": [1, 2, 3], "key_dim": [8] * 3, "depths": [1] * 3},
+        ),
+        ("DINOv3ConvNextModel", {"hidden_sizes": [8, 16, 24, 32], "depths": [1] * 4}),
+        ("SiglipVisionModel", VISION),
+    ],
+)
+def test_family_with_two_heads_or_with_stages_or_a_tower_by_itself_classifies(images, tmp_path, kind, options):
+    family = getattr(transformers, kind)
+    family(family.config_class(**{**options, "image_size": SIZE})).save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors").values()
+    task = ImageClassification(str(tmp_path))
+    model = task.build(3)
+    assert "Teacher" not in type(model).__name__
+    for name, value in model.state_dict().items():
+        assert name.startswith("classifier") or any(torch.equal(value, of_file) for of_file in stored), name
+    assert task(images).shape == (4, 3)
+
+
+@pytest.mark.parametrize(
+    ("processor", "settings", "expected"),
+    [
+        ("MobileViTImageProcessor", {"do_flip_channel_order": False}, ((0.0,) * 3, (1.0,) * 3)),  # its do_normalize is null
+        ("ViTImageProcessor", {"do_normalize": False}, ((0.0,) * 3, (1.0,) * 3)),
+        ("EfficientNetImageProcessor", {"include_top": False}, (HALF, HALF)),
+        ("MobileViTImageProcessor", {}, r"MobileViTImageProcessor .*\(do_flip_channel_order=True\)"),
+        ("EfficientNetImageProcessor", {}, "include_top=True"),
+        (
+            "EfficientNetImageProcessor",
+            {"include_top": False, "rescale_offset": True, "rescale_factor": 1 / 127.5},
+            r"rescale_offset=True, rescale_factor=0\.0078",
+        ),
+        ("ViTImageProcessor", {"rescale_factor": 1.0}, r"\(rescale_factor=1.0\)"),
+        ("Siglip2ImageProcessor", {}, r"\(without a setting\)"),  # it makes patches
+    ],
+)
+def test_colors_are_those_of_the_image_processor_or_refused(directory, tmp_path, processor, settings, expected):
+    (tmp_path / "config.json").write_bytes((directory("vit") / "config.json").read_bytes())
+    getattr(transformers, processor)(**settings).save_pretrained(tmp_path)
+    if isinstance(expected, tuple):
+        assert ImageClassification(str(tmp_path)).library.input()[1:] == expected
+        return
+    with pytest.raises(UserError, match=expected):  # there are no weights to load
+        ImageClassification(str(tmp_path)).tell_data(ImageDataModule("cars", synthetic=True))
+
+
 @pytest.mark.parametrize("name", ["vit", "timm", "dinov3"])
-def test_adapter_is_loaded_again_and_its_card_builds_the_model(directory, images, tmp_path, name):
+def test_adapter_is_loaded_again(directory, images, tmp_path, name):
     task = ImageClassification(str(directory(name)))
     model = task.build(3)
     inject(model, config(task))
@@ -122,6 +174,21 @@ def test_adapter_is_loaded_again_and_its_card_builds_the_model(directory, images
     model.eval(), again.model.eval()
     with torch.no_grad():
         assert torch.equal(again(images), task(images))
+
+
+@pytest.mark.parametrize("name", ["vit", "siglip", "deit"])
+def test_code_of_an_adapters_card_builds_its_model(directory, images, tmp_path, monkeypatch, name):
+    task = ImageClassification(str(directory(name)))
+    inject(task.build(3), config(task, targets=["q_proj", "out_proj" if name == "siglip" else "v_proj"]))
+    with torch.no_grad():
+        task.model.classifier.weight.normal_(generator=torch.Generator().manual_seed(0))
+    task.model.config._name_or_path = str(directory(name))
+    save_adapter(task.model, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    space = {}
+    exec((tmp_path / "README.md").read_text().partition("```python\n")[2].partition("```")[0], space)
+    with torch.no_grad():
+        torch.testing.assert_close(space["model"].eval()(images).logits, task.model.eval()(images).logits)
 
 
 @pytest.mark.parametrize("name", ["vit", "timm", "dinov3"])
