@@ -29,7 +29,7 @@ class Writer:
         self.wrong, self.interrupt_at = wrong, interrupt_at
         self.asked = []
 
-    def __call__(self, model, tokenizer, prompt_ids, prompt_mask, settings):
+    def __call__(self, model, tokenizer, prompt_ids, prompt_mask, settings, **_):
         if self.interrupt_at == len(self.asked):
             raise RuntimeError("interrupted")
         prompts = tokenizer.batch_decode(prompt_ids, skip_special_tokens=True)
