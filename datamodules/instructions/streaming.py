@@ -129,8 +129,8 @@ class StreamedDataset(Dataset[dict[str, Any]]):
 class StreamShare(TrainShare):
     """A process's own places of a stream, in their order: every `num_replicas`-th.
 
-    An epoch begins behind the last example of the one before it, so that a limited epoch, and a finished run that goes on with
-    more steps, see new examples.
+    An epoch begins behind the last example of the one before it, so that a limited epoch, and a finished run that is
+    extended, see new examples.
 
     Args:
         length: of an epoch, a multiple of the number of processes.
