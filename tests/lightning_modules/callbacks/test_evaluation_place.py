@@ -121,7 +121,7 @@ def test_unfinished_rows_of_other_data_outlive_an_evaluation(tmp_path, monkeypat
     data = {"large": {"class": "SumsData", "dataset": "large"}, "small": {"class": "SumsData", "dataset": "small"}}
     current, asked = [], []
 
-    def generate(model, tokenizer, prompt_ids, *_):
+    def generate(model, tokenizer, prompt_ids, *_, **__):
         if current == ["large"] and len(asked) == 1:
             raise RuntimeError("interrupted")
         asked.append(len(prompt_ids))
