@@ -49,7 +49,7 @@ class ArgumentParser(LightningArgumentParser):
                 words[place] = find_config(word)
             elif equals:
                 words[place] = prefer_torch(word)
-            elif place and words[place - 1].startswith("--"):
+            elif place and words[place - 1].startswith("--") and "=" not in words[place - 1]:
                 words[place] = prefer_torch(f"{words[place - 1]}={word}").partition("=")[2]
         return super().parse_args(words, *rest, **kwargs)
 

@@ -171,7 +171,7 @@ def test_printed_config_runs(main, calls, capsys, tmp_path):
         (("compare", *DEMO), "--adapters is missing"),
         (("compare", "--adapters", "lora"), "--config is missing"),
         (("sweep", *DEMO), "study"),
-        (("analyze", *DEMO, "--batches", "many"), "Not of type PositiveInt"),
+        (("analyze", *DEMO, "--batches", "many"), "batches=many must be a whole number"),
         (("export", *DEMO, "--format"), "--format: expected one argument"),
     ],
     ids=str,
