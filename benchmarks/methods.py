@@ -75,6 +75,11 @@ def usable_methods(device: str) -> list[str]:
     return [method for method in METHODS if method != TRITON or (device != "cpu" and importlib.util.find_spec("triton"))]
 
 
+def product_paths(device: str) -> dict[str, str]:
+    """Return the paths of the product that this device runs, each with the value of kernels.OPT_IN that chooses it."""
+    return {"PyTorch": "0", **({"Triton": "1"} if TRITON in usable_methods(device) else {})}
+
+
 def adapt(model: Classifier, method: str, entry: ModelEntry, *, balanced: bool) -> Classifier:
     """Adapt `model` in place; `balanced` forces balanced routing if the method routes."""
     METHODS[method](model, entry)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from benchmarks.gpu.record import Record, relative_error, unequal
 from benchmarks.machine import environment
-from benchmarks.methods import usable_methods
+from benchmarks.methods import product_paths
 from fourier_moe import FourierMoEConfig, FourierMoELinear
 from fourier_moe.routing.record import dense_gates
 from fourier_moe.spectral.dense import dense_delta_weight
@@ -58,7 +58,7 @@ BEYOND_32_BITS = Shape(262_272, 8192, 8192, 2, 1, 64)  # one half spectrum has m
 
 def measure(device: torch.device, tiny: bool, record: Record) -> None:
     """Fill the record; see benchmarks/README.md."""
-    paths = {"PyTorch": "0", "Triton": "1"} if "fourier_moe_triton" in usable_methods(device.type) else {"PyTorch": "0"}
+    paths = product_paths(device.type)
     for shape in SMALL if tiny else SMALL + LARGE:
         for path, switch in paths.items():
             with environment({OPT_IN: switch}):

@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.gpu.record import Record, synchronize
 from benchmarks.machine import environment
-from benchmarks.methods import TRITON, usable_methods
+from benchmarks.methods import product_paths
 from benchmarks.routing import BalancedRouter
 from benchmarks.timing import time_interleaved
 from fourier_moe import FourierMoEConfig, FourierMoELinear, TopKRouter
@@ -58,7 +58,7 @@ def measure(device: torch.device, tiny: bool, record: Record) -> None:
     """Fill the record; see benchmarks/README.md."""
     bandwidth = _bandwidth(device, tiny)
     record.add("bytes per second", bandwidth, f"A copy reads and writes {bandwidth / 1e12:.3f} TB/s.")
-    paths = {"PyTorch": "0", "Triton": "1"} if TRITON in usable_methods(device.type) else {"PyTorch": "0"}
+    paths = product_paths(device.type)
     rows: dict[str, list[dict[str, Any]]] = {"forward": [], "forward and backward": []}
     parts: list[dict[str, Any]] = []
     for shape in TINY if tiny else SHAPES:

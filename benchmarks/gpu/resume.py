@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from benchmarks.gpu.record import Record, unequal
 from benchmarks.machine import environment
-from benchmarks.methods import TRITON, usable_methods
+from benchmarks.methods import product_paths
 from benchmarks.models import MODELS, build_model
 from fourier_moe.spectral.kernels import OPT_IN
 
@@ -21,7 +21,7 @@ _STEPS, _SAVED = 6, 3
 
 def measure(device: torch.device, tiny: bool, record: Record) -> None:
     """Fill the record; see benchmarks/README.md."""
-    paths = {"PyTorch": "0", "Triton": "1"} if TRITON in usable_methods(device.type) else {"PyTorch": "0"}
+    paths = product_paths(device.type)
     for path, switch in paths.items():
         with environment({OPT_IN: switch}), record.attempt(f"{path}: resumed"), tempfile.TemporaryDirectory() as directory:
             first, _ = _fit(Path(directory) / "first", device, tiny)

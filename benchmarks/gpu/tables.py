@@ -9,7 +9,8 @@ import torch
 
 from benchmarks.adapters import compare
 from benchmarks.gpu.record import Record
-from benchmarks.methods import FLOOR, LORA, OURS, TRITON, usable_methods
+from benchmarks.gpu.verdict import faster_path
+from benchmarks.methods import FLOOR, LORA, OURS, usable_methods
 from benchmarks.models import MODELS
 from benchmarks.report import markdown
 from benchmarks.steps import Setting
@@ -71,7 +72,7 @@ def llama(device: torch.device, tiny: bool, record: Record) -> None:
     """LLaMA-2-7B, 16 x 256: every method on two layers, then the faster path, LoRA and the floor on as many layers as fit."""
     setting = setting_of("llama-2-7b", device, tiny=tiny, layers=2)
     few = _table(record, "few layers", setting, usable_methods(device.type), 2 if tiny else 5)["methods"]
-    ours = min((m for m in (OURS, TRITON) if few.get(m)), key=lambda m: few[m]["training_step"]["median"], default=OURS)
+    ours = faster_path(few)
     for layers in (1,) if tiny else (32, 24, 16):
         results = _table(record, "most layers", replace(setting, layers=layers), [FLOOR, LORA, ours], 2 if tiny else 5)
         if results["methods"][LORA] and results["methods"][ours]:

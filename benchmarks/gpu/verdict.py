@@ -38,7 +38,7 @@ def verdicts(sections: dict[str, Any]) -> list[dict[str, Any]]:
 def _row(target: Target, sections: dict[str, Any]) -> dict[str, Any]:
     table = sections.get(target.section, {}).get("results", {}).get(target.table)
     methods = table["methods"] if table else {}
-    method, reference = (_ours_or(name, methods) for name in (target.method, target.reference))
+    method, reference = (faster_path(methods) if name == OURS else name for name in (target.method, target.reference))
     bound = f"at most {target.most}" if target.most is not None else f"at least {target.least}"
     layers = f"{table['setting']['model']}, {table['setting']['layers']} layers" if table else target.section
     row = {"where": layers, "what": f"{target.column} of {method} / {reference}", "target": bound}
@@ -53,10 +53,8 @@ def _row(target: Target, sections: dict[str, Any]) -> dict[str, Any]:
     return {**row, "measured": f"{ratio:.3f}", "verdict": "met" if met else "missed"}
 
 
-def _ours_or(name: str, methods: dict[str, Any]) -> str:
-    """Ours is the faster of the two paths that were measured."""
-    if name != OURS:
-        return name
+def faster_path(methods: dict[str, Any]) -> str:
+    """Return which of our two paths is the faster, of those that were measured."""
     measured = {path: methods[path]["training_step"]["median"] for path in (OURS, TRITON) if methods.get(path)}
     present = [path for path in (OURS, TRITON) if path in methods]
     return min(measured, key=lambda path: measured[path]) if measured else next(iter(present), OURS)

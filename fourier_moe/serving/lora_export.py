@@ -25,7 +25,6 @@ from fourier_moe.spectral.layer import FourierMoELinear
 
 LARGEST_DIFFERENCE = 1e-5  # relative; float32 rounding leaves some 1e-7
 ROUTER_FILE = "router.safetensors"
-SHARED = "shared"  # the expert of `shared_coefficients`, see SpectralExperts.names
 
 
 @dataclass(frozen=True)
@@ -185,11 +184,11 @@ def _write_router(model: nn.Module, layers: Mapping[str, FourierMoELinear], dire
         weights[name] = weight.float().cpu().clone()
     save_file(weights, directory / ROUTER_FILE)
     config = adapter_config(model)
-    names = next(iter(layers.values())).experts.names
+    experts = next(iter(layers.values())).experts
     description = {
         "router": ROUTER_FILE,
-        "experts": [name for name in names if name != SHARED],
-        "shared": SHARED if SHARED in names else None,
+        "experts": experts.names[: experts.num_routed],
+        "shared": next(iter(experts.names[experts.num_routed :]), None),
         "top_k": config.top_k,  # type: ignore[attr-defined] # that of the layers just seen
         "normalize_gates": config.normalize_gates and config.top_k > 1,  # type: ignore[attr-defined]
         "split_attention": [name for name, module in model.named_modules() if is_split_attention(module)],

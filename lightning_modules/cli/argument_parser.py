@@ -41,16 +41,14 @@ class ArgumentParser(LightningArgumentParser):
     def parse_args(self, args: Any = None, *rest: Any, **kwargs: Any) -> Namespace:  # type: ignore[override]
         """Parse a command line, in which shipped configs may go by their names."""
         words = list(sys.argv[1:] if args is None else args)
+        option = ""  # whose value the next word is
         for place, word in enumerate(words):
             name, equals, value = word.partition("=")
-            if name in ("--config", "-c") and equals:
-                words[place] = f"{name}={find_config(value)}"
-            elif place and words[place - 1] in ("--config", "-c"):
-                words[place] = find_config(word)
-            elif equals:
-                words[place] = prefer_torch(word)
-            elif place and words[place - 1].startswith("--") and "=" not in words[place - 1]:
-                words[place] = prefer_torch(f"{words[place - 1]}={word}").partition("=")[2]
+            if word.startswith("-") and equals:
+                words[place] = f"{name}={_in_full(name, value)}"
+            elif option:
+                words[place] = _in_full(option, word)
+            option = word if word.startswith("-") and not equals else ""
         return super().parse_args(words, *rest, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
@@ -60,6 +58,13 @@ class ArgumentParser(LightningArgumentParser):
         parser = getattr(ex, "subcommand_parser", None) or self
         sys.stderr.write(f"error: {printable(one_line(message, parser, parser._files))}\n")
         self.exit(2)
+
+
+def _in_full(option: str, value: str) -> str:
+    """Return an option's value with a shipped config's path, or the path of torch's class, in place of a bare name."""
+    if option in ("--config", "-c"):
+        return find_config(value)
+    return prefer_torch(f"{option}={value}").partition("=")[2]
 
 
 def check_config_file(path: Path) -> None:

@@ -20,7 +20,7 @@ from fourier_moe.serving.merge import merge_adapters
 from lightning_modules.adaptation import prompt_of, untrained
 from lightning_modules.cli import AdaptationCLI
 from lightning_modules.commands.command_line import CommandLine
-from lightning_modules.interruption import find_checkpoint, require_writable
+from lightning_modules.interruption import find_checkpoint, require_new, require_writable
 from lightning_modules.tables import markdown_table
 from lightning_modules.tasks.building_code import building_code
 
@@ -61,8 +61,8 @@ def export(
         check_repo_id(push)
     directory = Path(output or f"runs/export/{line.name}/{format}")
     pushes_again = bool(push) and (directory / TENSORS).is_file()
-    if directory.exists() and not pushes_again:
-        raise UserError(f"--output {directory} exists; give a new directory, or remove it first")
+    if not pushes_again:
+        require_new(directory, "--output", "directory")
     require_writable(directory, "--output")
     if ckpt_path:
         ckpt_path = find_checkpoint(ckpt_path)

@@ -1,6 +1,12 @@
 """Interruption: checked checkpoints, exact resumption, a graceful stop, and an early end of runs that cannot succeed."""
 
-from lightning_modules.interruption.checkpoints import CheckedCheckpointIO, newest_intact, read_checkpoint, require_writable
+from lightning_modules.interruption.checkpoints import (
+    CheckedCheckpointIO,
+    newest_intact,
+    read_checkpoint,
+    require_new,
+    require_writable,
+)
 from lightning_modules.interruption.csv_rows import open_csv_files
 from lightning_modules.interruption.exact_resume import ExactResume
 from lightning_modules.interruption.finite import require_finite_loss, require_finite_weights
@@ -29,6 +35,7 @@ __all__ = [
     "read_checkpoint",
     "require_finite_loss",
     "require_finite_weights",
+    "require_new",
     "require_nothing_ahead",
     "require_own_checkpoint",
     "require_writable",

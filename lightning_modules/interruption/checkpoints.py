@@ -161,6 +161,20 @@ def newest_intact(*directories: Path, to_resume: bool = False) -> tuple[Path | N
     return None, problems
 
 
+def require_new(path: str | Path, option: str, kind: str) -> None:
+    """Check that a path does not exist yet.
+
+    Args:
+        option: the option that sets it, for the message.
+        kind: what it will be, `file` or `directory`.
+
+    Raises:
+        UserError: if it does.
+    """
+    if Path(path).exists():
+        raise UserError(f"{option} {path} exists; give a new {kind}, or remove it first")
+
+
 def require_writable(directory: Path, option: str) -> None:
     """Check that a directory, which may not exist yet, can be written to.
 

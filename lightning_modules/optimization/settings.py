@@ -6,13 +6,14 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from torch import nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from fourier_moe import AdapterConfig
+from fourier_moe.adapter import ParameterKind
 from fourier_moe.config import check_types
 from fourier_moe.errors import UserError
 from fourier_moe.inject import after_step
@@ -124,7 +125,7 @@ class Optimization:
 
     def _sample_rates(self) -> dict[str, float]:
         """Return the peak rates of the groups; without any group, of two."""
-        groups = {kind: self._group(kind) for kind in ("experts", "router", "adapter", "head", "backbone")}
+        groups = {kind: self._group(kind) for kind in get_args(ParameterKind)}
         return {kind: group.lr for kind, group in groups.items() if group is not None} or {"experts": 0.5, "head": 0.125}
 
     def _sample(self, factor: float = 1.0) -> tuple[Optimizer, LRScheduler]:

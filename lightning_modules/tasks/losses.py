@@ -58,27 +58,23 @@ def label_losses(
     """
     targets, wanted = _targets(labels)
     if chunk_size is None:
-        losses, correct = _scores(label_logits(model, input_ids, attention_mask, labels, position_ids), targets[wanted])
+        logits = _label_logits(model, input_ids, attention_mask, wanted, position_ids)
+        losses, correct = _scores(logits, targets[wanted])
     else:
         states = _label_states(model, input_ids, attention_mask, wanted, position_ids)
-        head, chunks = (
-            model.get_output_embeddings(),
-            zip(states.split(chunk_size), targets[wanted].split(chunk_size), strict=True),
-        )
+        head = model.get_output_embeddings()
+        chunks = zip(states.split(chunk_size), targets[wanted].split(chunk_size), strict=True)
         parts = [checkpoint(_chunk_scores, head, *chunk, use_reentrant=False) for chunk in chunks]
         losses, correct = (torch.cat(each) for each in zip(*parts, strict=True))
     zeros, example = losses.new_zeros(len(labels)), wanted.nonzero()[:, 0]
     return LabelLosses(zeros.index_add(0, example, losses), zeros.index_add(0, example, correct), wanted.sum(1))
 
 
-def label_logits(
-    model: Any, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, position_ids: Tensor | None = None
-) -> Tensor:
-    """Return the logits that predict the labels, (tokens, vocabulary), float32; arguments as for `label_losses`.
+def _label_logits(model: Any, input_ids: Tensor, attention_mask: Tensor, wanted: Tensor, position_ids: Tensor | None) -> Tensor:
+    """Return the logits that predict the labels, (tokens, vocabulary), float32.
 
     Other logits are not computed: with a vocabulary of 256,000, those of a prompt would need more memory than anything else.
     """
-    wanted = _targets(labels)[1]
     with _only(model.get_output_embeddings(), wanted):
         logits = _forward(model, input_ids, attention_mask, position_ids)
     everywhere = logits.shape[:2] == wanted.shape  # never equal for (1, tokens), since the last position has no label

@@ -9,8 +9,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from transformers import PreTrainedTokenizerBase
 
 from datamodules.instructions.reading.conversations import ASSISTANT, Message
-from datamodules.instructions.reading.records import Conversation, Record
-from datamodules.instructions.reading.records import question_text as question_text
+from datamodules.instructions.reading.records import Conversation, Record, question_text
 from datamodules.instructions.tokenizing.prompts import Prompt
 from datamodules.instructions.tokenizing.templates import ChatTemplate
 from datamodules.instructions.tokenizing.text import ExampleTokenizer, TokenizedExample

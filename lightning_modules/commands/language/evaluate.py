@@ -17,7 +17,7 @@ from jsonargparse.typing import NonNegativeInt, PositiveInt
 from fourier_moe.errors import UserError, shorten
 from lightning_modules.commands.language.benchmark_tasks import BENCHMARKS, benchmark_task
 from lightning_modules.commands.language.trained_model import Dtype, Style, TrainedModel, load_trained
-from lightning_modules.interruption import require_writable
+from lightning_modules.interruption import require_new, require_writable
 
 
 def evaluate(
@@ -70,8 +70,8 @@ def evaluate(
         from lm_eval.utils import handle_non_serializable, make_table
     except ModuleNotFoundError as error:
         raise UserError(f"evaluate needs lm-evaluation-harness ({error}): pip install 'lm-eval[hf]>=0.4.13'") from error
-    if output is not None and Path(output).exists():
-        raise UserError(f"--output {output} exists; give a new file, or remove it first")
+    if output is not None:
+        require_new(output, "--output", "file")
     names = [name.strip() for name in (tasks.split(",") if isinstance(tasks, str) else tasks)]
     manager = TaskManager(include_path=include_path, include_defaults=not BENCHMARKS.keys() >= set(names))  # thousands of files
     names = known_tasks(names, manager)

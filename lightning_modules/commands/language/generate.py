@@ -15,7 +15,7 @@ from datamodules.shared.json_items import SUFFIXES, read_items, shorten
 from datamodules.shared.text_files import read_text
 from fourier_moe.errors import UserError
 from lightning_modules.commands.language.trained_model import Dtype, Style, load_trained, question_of
-from lightning_modules.interruption import require_writable
+from lightning_modules.interruption import require_new, require_writable
 from lightning_modules.tasks import GenerationSettings
 from lightning_modules.tasks.generation import Sampling
 
@@ -66,8 +66,7 @@ def generate(
     questions = _questions(prompt, prompts)
     sampling = sampling_of(temperature, top_p)
     if output is not None:
-        if Path(output).exists():
-            raise UserError(f"--output {output} exists; give a new file, or remove it first")
+        require_new(output, "--output", "file")
         require_writable(Path(output).parent, "--output")
     trained = load_trained(adapter, model=model, dtype=dtype, device=device, style=style, without_adapter=without_adapter)
     encoded = [trained.encode(question) for question in questions]

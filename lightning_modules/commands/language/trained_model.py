@@ -15,8 +15,8 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from datamodules.instructions.reading.records import Record
-from datamodules.instructions.tokenizing.chat import ChatTokenizer, question_text
+from datamodules.instructions.reading.records import Record, question_text
+from datamodules.instructions.tokenizing.chat import ChatTokenizer
 from datamodules.instructions.tokenizing.prompts import STYLES, Prompt, PromptStyle
 from datamodules.instructions.tokenizing.templates import template_text
 from datamodules.instructions.tokenizing.text import InstructionTokenizer
