@@ -12,12 +12,15 @@ from datamodules.shared.data_module import BaseDataModule
 from datamodules.shared.tokenizers import load_tokenizer
 from fourier_moe import FourierMoEConfig, SpectralExperts, TopKRouter, inject
 from lightning_modules import AdaptationModule
-from lightning_modules.tasks import CausalLanguageModel
+from lightning_modules.tasks import CausalLanguageModel, GenerationSettings
+from lightning_modules.tasks.generation import generate
 
 ADAPTER = FourierMoEConfig(
     targets=["q_proj", "v_proj", "down_proj"], num_coefficients=32, num_experts=4, scaling=16, seed=0, balance_weight=0.5
 )
 TOKENIZER = load_tokenizer("bytes")
+PAIRS = [(1, 2), (300, 4), (56, 7890), (9, 9)]
+GREEDY = GenerationSettings(12)
 
 
 def tiny_llama():
@@ -136,6 +139,17 @@ class TinyLanguageModel(CausalLanguageModel):
         self.tokenizer = TOKENIZER
         self.model = tiny_llama()
         return self.model
+
+
+def task_with(model, **options):
+    task = TinyLanguageModel(**options)
+    task.build()
+    task.model = model
+    return task
+
+
+def answers(model, batch, settings=GREEDY):
+    return generate(model, TOKENIZER, batch["prompt_ids"], batch["prompt_mask"], settings)
 
 
 def language_module(**options):
