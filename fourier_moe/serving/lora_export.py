@@ -103,7 +103,7 @@ def export_loras(model: nn.Module, directory: Path, rank: int | None = None) -> 
     p = softmax(R x + b) with R (E, N) under the projection's name in router.safetensors, b (E,) under its name and `.bias`
     where the adapter has `normalize_input: moments`, else 0; g_e = p_e for the `top_k` largest, divided by their sum where
     `normalize_gates` is true, else 0. This is the form base(x) + sum_i gate_i(x) LoRA_i(x) that vLLM's RFC #49705 names for
-    routed LoRAs; it defines no file. router.json has `router` (the file), `experts` (directories in the order of R's rows),
+    routed LoRAs. router.json has `router` (the file), `experts` (directories in the order of R's rows),
     `shared` (a directory, or null), `top_k`, `normalize_gates` and, as `split_attention`, the modules that have to be replaced
     by `fourier_moe.models.attention.split_attention` of themselves before peft can find the projections inside.
 
