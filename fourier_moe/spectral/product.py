@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fourier_moe.routing.forward_mode import has_tangent, in_transform
-from fourier_moe.spectral import torch_product
+from fourier_moe.spectral import matrix_product, torch_product
 from fourier_moe.spectral.kernels import use_triton
 
 
@@ -87,7 +87,7 @@ def _product(
     out_features: int,
     scale: float,
 ) -> Tensor:
-    path = _path(x_TN, coefficients_EPC)
+    path = _path(x_TN, coefficients_EPC, out_features)
     return path.product_forward(x_TN, gates_TK, experts_TK, coefficients_EPC, frequencies_EPC, out_features, scale)
 
 
@@ -115,7 +115,7 @@ def _product_backward(
     scale: float,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    path = _path(x_TN, coefficients_EPC)
+    path = _path(x_TN, coefficients_EPC, grad_TM.shape[1])
     return path.product_backward(grad_TM, x_TN, gates_TK, experts_TK, coefficients_EPC, frequencies_EPC, scale, needs)
 
 
@@ -135,13 +135,13 @@ def _(
     return x, gates, coefficients
 
 
-def _path(x_TN: Tensor, coefficients_EPC: Tensor) -> ModuleType:
-    """Return the module whose `product_forward` and `product_backward` compute this input: Triton's kernels or PyTorch."""
+def _path(x_TN: Tensor, coefficients_EPC: Tensor, out_features: int) -> ModuleType:
+    """Return the module whose `product_forward` and `product_backward` compute this input."""
     if len(x_TN) and use_triton(x_TN) and coefficients_EPC.dtype == torch.float32:  # a kernel cannot start on no tokens
         from fourier_moe.spectral.kernels import triton_product  # needs triton, which is optional
 
         return triton_product
-    return torch_product
+    return matrix_product if matrix_product.cheaper(x_TN, coefficients_EPC, out_features) else torch_product
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

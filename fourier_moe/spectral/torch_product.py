@@ -145,6 +145,11 @@ def _accumulate(values_TKP: Tensor, rows_TKP: Tensor, size: int, scale: float) -
         return values_TKP.real.new_zeros(0, size)
     spectrum_TF = values_TKP.new_zeros(len(values_TKP), size // 2 + 1)
     spectrum_TF.scatter_add_(1, rows_TKP.flatten(1), values_TKP.flatten(1))
+    return real_from_half(spectrum_TF, size, scale)
+
+
+def real_from_half(spectrum_TF: Tensor, size: int, scale: float) -> Tensor:
+    """scale * Re sum_f spectrum[f] exp(2 pi i f p / size) for p = 0..size-1, as (T, size). Overwrites `spectrum`."""
     # irfft counts every inner frequency twice (itself and its conjugate), but DC and Nyquist once and only their real part.
     edges = [0, size // 2] if size % 2 == 0 else [0]
     for row in set(edges):

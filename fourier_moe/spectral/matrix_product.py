@@ -1,0 +1,100 @@
+"""Forward and backward of the product for one expert that serves every token, through its update as a matrix.
+
+The matrix depends on no token, so with many tokens and coefficients it costs less than to read and accumulate every position of
+every token (`cheaper`). It is built anew in the backward pass: saved are the arguments, as on the other paths. product.py has
+the equations.
+
+Shape legend: T tokens, N in_features, M out_features, P positions, C = 2 (real and imaginary part), F = N//2 + 1.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fourier_moe.spectral.torch_product import real_from_half
+
+# Costs on a CPU in multiply-adds of a matrix product (docs/evidence/performance.md).
+_POSITION = 400  # to read, multiply and accumulate one position of one token
+_BUILDING = 300  # one element of the matrix, through its transforms
+
+
+def cheaper(x_TN: Tensor, coefficients_EPC: Tensor, out_features: int) -> bool:
+    """Return whether this path is there for an input, and costs less than torch_product.py's; timed on CPUs alone."""
+    experts, pairs = coefficients_EPC.shape[:2]
+    if x_TN.device.type != "cpu" or experts != 1:
+        return False
+    num_tokens, in_features = x_TN.shape
+    return _POSITION * num_tokens * pairs > (num_tokens + _BUILDING) * in_features * out_features
+
+
+class _HalfPlane(NamedTuple):
+    """Where each position is in the spectrum (M, F) of a real matrix, frequencies with v < 0 as their conjugate partner."""
+
+    rows_P: Tensor
+    columns_P: Tensor
+    conjugate_P: Tensor  # +1, or -1 where v < 0
+
+    @classmethod
+    def of(cls, frequencies_PC: Tensor, out_features: int, dtype: torch.dtype) -> _HalfPlane:
+        u_P, v_P = frequencies_PC.long().unbind(-1)
+        conjugate_P = 1 - 2 * (v_P < 0).to(dtype)
+        return cls((u_P * conjugate_P.long()) % out_features, v_P.abs(), conjugate_P)
+
+
+def update_matrix(coefficients_PC: Tensor, frequencies_PC: Tensor, out_features: int, in_features: int, scale: float) -> Tensor:
+    """scale * Re sum_j c_j a_j b_j^T, (M, N): the sum over u by a transform of columns, the sum over v by one of rows."""
+    half = _HalfPlane.of(frequencies_PC, out_features, coefficients_PC.dtype)
+    c_P = torch.complex(coefficients_PC[:, 0], coefficients_PC[:, 1] * half.conjugate_P)
+    spectrum_MF = c_P.new_zeros(out_features, in_features // 2 + 1)
+    spectrum_MF.index_put_((half.rows_P, half.columns_P), c_P, accumulate=True)
+    return real_from_half(torch.fft.ifft(spectrum_MF, dim=0, norm="forward"), in_features, scale)
+
+
+def product_forward(
+    x_TN: Tensor,
+    gates_TK: Tensor,
+    experts_TK: Tensor,
+    coefficients_EPC: Tensor,
+    frequencies_EPC: Tensor,
+    out_features: int,
+    scale: float,
+) -> Tensor:
+    """As in torch_product.py, with E = K = 1."""
+    dtype = coefficients_EPC.dtype
+    with torch.autocast(x_TN.device.type, enabled=False):
+        matrix_MN = update_matrix(coefficients_EPC[0], frequencies_EPC[0], out_features, x_TN.shape[1], scale)
+        return (x_TN.to(dtype) @ matrix_MN.T).mul_(gates_TK.to(dtype))
+
+
+def product_backward(
+    grad_TM: Tensor,
+    x_TN: Tensor,
+    gates_TK: Tensor,
+    experts_TK: Tensor,
+    coefficients_EPC: Tensor,
+    frequencies_EPC: Tensor,
+    scale: float,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As in torch_product.py, with E = K = 1."""
+    needs_x, needs_gates, needs_coefficients = needs
+    dtype, M, N = coefficients_EPC.dtype, grad_TM.shape[1], x_TN.shape[1]
+    grad_x, grad_gates, grad_coefficients = x_TN.new_empty(0), gates_TK.new_empty(0), coefficients_EPC.new_empty(0)
+    with torch.autocast(x_TN.device.type, enabled=False):
+        grad_TM, x_TN_ = grad_TM.to(dtype), x_TN.to(dtype)
+        gated_TM = grad_TM * gates_TK.to(dtype)
+        if needs_x or needs_gates:
+            matrix_MN = update_matrix(coefficients_EPC[0], frequencies_EPC[0], M, N, scale)
+        if needs_gates:
+            grad_gates = (grad_TM * (x_TN_ @ matrix_MN.T)).sum(-1, keepdim=True).to(gates_TK.dtype)
+        if needs_x:
+            grad_x = (gated_TM @ matrix_MN).to(x_TN.dtype)
+        if needs_coefficients:
+            # dL/dW = sum_t g_t grad_t x_t^T is real: with its spectrum S, dL/dRe c_j = scale Re S and dL/dIm c_j = scale Im S.
+            half = _HalfPlane.of(frequencies_EPC[0], M, dtype)
+            spectrum_P = torch.fft.rfft2(gated_TM.T @ x_TN_)[half.rows_P, half.columns_P]
+            grad_coefficients = scale * torch.stack([spectrum_P.real, spectrum_P.imag * half.conjugate_P], -1).unsqueeze(0)
+    return grad_x, grad_gates, grad_coefficients
