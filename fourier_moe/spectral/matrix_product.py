@@ -1,7 +1,7 @@
 """Forward and backward of the product for one expert that serves every token, through its update as a matrix.
 
 The matrix depends on no token, so with many tokens and coefficients it costs less than to read and accumulate every position of
-every token (`cheaper`). It is built anew in the backward pass: saved are the arguments, as on the other paths. product.py has
+every token (`cheaper`). It is built again in the backward pass: saved are the arguments, as on the other paths. product.py has
 the equations.
 
 Shape legend: T tokens, N in_features, M out_features, P positions, C = 2 (real and imaginary part), F = N//2 + 1.

@@ -9,8 +9,9 @@ The update of expert e is dW_e = scale * Re sum_j c_j a_j b_j^T with a_j[p] = ex
     y = sum_e g_e dW_e x = scale * Re sum_j a_j [ g_e(j) c_j conj(X[v_j]) ],
 
 where the bracket is accumulated into one half spectrum along the output axis and one inverse FFT ends it. No M x N matrix is
-held. The gradient with respect to x has the same form with the roles of (u, M) and (v, N) exchanged. Complex numbers exist
-only in torch_product.py, dense.py and kernels/.
+held, but for a single expert where that costs less (matrix_product.py). The gradient with respect to x has the same form with
+the roles of (u, M) and (v, N) exchanged. Complex numbers exist only in torch_product.py, matrix_product.py, dense.py and
+kernels/.
 
 The product is registered with torch as the operator `fourier_moe::routed_spectral_product`, so that torch.compile takes it
 whole, without a graph break and without looking into its complex arithmetic.
