@@ -62,11 +62,11 @@ def product_forward(
     out_features: int,
     scale: float,
 ) -> Tensor:
-    """As in torch_product.py, with E = K = 1."""
+    """As in torch_product.py, with E = 1."""
     dtype = coefficients_EPC.dtype
     with torch.autocast(x_TN.device.type, enabled=False):
         matrix_MN = update_matrix(coefficients_EPC[0], frequencies_EPC[0], out_features, x_TN.shape[1], scale)
-        return (x_TN.to(dtype) @ matrix_MN.T).mul_(gates_TK.to(dtype))
+        return (x_TN.to(dtype) @ matrix_MN.T).mul_(_gate(gates_TK, dtype))
 
 
 def product_backward(
@@ -79,22 +79,28 @@ def product_backward(
     scale: float,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As in torch_product.py, with E = K = 1."""
+    """As in torch_product.py, with E = 1."""
     needs_x, needs_gates, needs_coefficients = needs
-    dtype, M, N = coefficients_EPC.dtype, grad_TM.shape[1], x_TN.shape[1]
+    dtype, input_dtype, M, N = coefficients_EPC.dtype, x_TN.dtype, grad_TM.shape[1], x_TN.shape[1]
     grad_x, grad_gates, grad_coefficients = x_TN.new_empty(0), gates_TK.new_empty(0), coefficients_EPC.new_empty(0)
     with torch.autocast(x_TN.device.type, enabled=False):
-        grad_TM, x_TN_ = grad_TM.to(dtype), x_TN.to(dtype)
-        gated_TM = grad_TM * gates_TK.to(dtype)
+        x_TN, grad_TM = x_TN.to(dtype), grad_TM.to(dtype)
+        gated_TM = grad_TM * _gate(gates_TK, dtype)
         if needs_x or needs_gates:
             matrix_MN = update_matrix(coefficients_EPC[0], frequencies_EPC[0], M, N, scale)
-        if needs_gates:
-            grad_gates = (grad_TM * (x_TN_ @ matrix_MN.T)).sum(-1, keepdim=True).to(gates_TK.dtype)
         if needs_x:
-            grad_x = (gated_TM @ matrix_MN).to(x_TN.dtype)
+            grad_x = (gated_TM @ matrix_MN).to(input_dtype)
+        if needs_gates:
+            grad_T1 = (grad_TM * (x_TN @ matrix_MN.T)).sum(-1, keepdim=True)
+            grad_gates = grad_T1.repeat(1, gates_TK.shape[1]).to(gates_TK.dtype)
         if needs_coefficients:
-            # dL/dW = sum_t g_t grad_t x_t^T is real: with its spectrum S, dL/dRe c_j = scale Re S and dL/dIm c_j = scale Im S.
+            # S, the spectrum of dL/dW = sum_t g_t grad_t x_t^T: dL/dRe c_j = scale Re S_j and dL/dIm c_j = scale Im S_j.
             half = _HalfPlane.of(frequencies_EPC[0], M, dtype)
-            spectrum_P = torch.fft.rfft2(gated_TM.T @ x_TN_)[half.rows_P, half.columns_P]
+            spectrum_P = torch.fft.rfft2(gated_TM.T @ x_TN)[half.rows_P, half.columns_P]
             grad_coefficients = scale * torch.stack([spectrum_P.real, spectrum_P.imag * half.conjugate_P], -1).unsqueeze(0)
     return grad_x, grad_gates, grad_coefficients
+
+
+def _gate(gates_TK: Tensor, dtype: torch.dtype) -> Tensor:
+    """(T, 1): K gates of the same expert add up; all but one of them are 0."""
+    return gates_TK.to(dtype).sum(-1, keepdim=True)

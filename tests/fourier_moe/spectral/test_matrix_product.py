@@ -73,6 +73,17 @@ def test_gradcheck(by_matrix, M, N):
     )
 
 
+def test_an_expert_named_twice_counts_with_the_sum_of_its_gates(by_matrix):
+    x, gates, experts, coefficients, frequencies = arguments(5, 6)
+    both = torch.cat([gates.detach(), torch.zeros_like(gates)], 1).requires_grad_()
+    twice = routed_spectral_product(x, both, experts.expand(-1, 2), coefficients, frequencies, 5, 1.0)
+    once = routed_spectral_product(x, gates, experts, coefficients, frequencies, 5, 1.0)
+    assert torch.equal(twice, once)
+    (expected,) = torch.autograd.grad(once.square().sum(), gates)
+    (mine,) = torch.autograd.grad(twice.square().sum(), both)
+    assert torch.equal(mine, expected.expand(-1, 2))
+
+
 @pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 2), (1, 2)])
 def test_gradients_that_are_not_needed_are_not_there(by_matrix, wanted):
     x, gates, experts, coefficients, frequencies = arguments(5, 6)
