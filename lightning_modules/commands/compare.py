@@ -89,7 +89,7 @@ def compare(
         labels = method_labels(frame)
         parts = _tables(frame, labels, next(iter(grid)), notes, directory)
         if tuned:
-            parts += trial_table(tuned, labels, frame["metric"].iat[0].replace("test/", "val/", 1), directory)
+            parts += trial_table(tuned, labels, directory)
     if budget:
         parts.append(f"Parameters matched to {match_parameters}:\n\n{sizes}")
 

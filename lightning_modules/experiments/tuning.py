@@ -33,6 +33,7 @@ class Trial:
     Attributes:
         rates: learning rate of each parameter group.
         score: the validation metric; minus infinity if the run failed.
+        metric: name of the score, such as `val/accuracy`; "" if the run failed.
         loss: the validation loss; infinity if the run failed. It decides between equal scores.
         failure: why the run failed; "" if it did not.
         minimizes: whether a lower score is better.
@@ -40,6 +41,7 @@ class Trial:
 
     rates: Mapping[str, float]
     score: float = -math.inf
+    metric: str = ""
     loss: float = math.inf
     failure: str = ""
     minimizes: bool = False
@@ -120,14 +122,15 @@ def tune(
         words: arguments of `fit`.
         own: the rates to begin with, by group, see `own_rates`.
         trials: number of training runs.
-        metric: validation metric, as `--metric` names it; None for the task's main one.
+        metric: validation metric, as `--metric` names it; None for the task's main one. Where validation does not measure it,
+            as in language models, which answer questions in the test alone, the trials are judged by the task's `monitor`.
         output: directory of the comparison; the trials are in `trials/<variant>`.
 
     Returns:
         The trials, in the order in which they were made.
 
     Raises:
-        UserError: if every trial failed, or the validation data does not give the metric.
+        UserError: if every trial failed, or there is no validation data.
     """
     directory = output / "trials" / variant_directory(name)
     made: list[Trial] = []
@@ -148,7 +151,7 @@ def tune(
             print(f"failed: {made[-1].failure}", flush=True)
         else:
             score, loss = result.metrics[result.main_metric], result.metrics.get("val/loss", math.inf)
-            made.append(Trial(rates, score, loss, minimizes=result.minimizes(result.main_metric)))
+            made.append(Trial(rates, score, result.main_metric, loss, minimizes=result.minimizes(result.main_metric)))
         return made[-1].rank
 
     search(len(own), trials, evaluate)
@@ -165,13 +168,19 @@ def rate_words(rates: Mapping[str, float]) -> list[str]:
 def _train_and_validate(cli: AdaptationCLI, variant: str, seed: int, metric: str | None) -> tuple[Result, dict[str, GradedSet]]:
     """Return the validation metrics of the last step's weights."""
     trainer, model, timer = cli.trainer, cli.model, Timer()
+    if not trainer.limit_val_batches:
+        raise NoValidationMetricError("--tune needs validation data to judge its trials by, and trainer.limit_val_batches is 0")
     trainer.callbacks.append(timer)  # type: ignore[attr-defined]
     trainer.fit(model, cli.datamodule)
     metrics = merged(trainer.validate(model, cli.datamodule, verbose=False)) if sum(trainer.num_val_batches) else {}
-    name = f"val/{metric or model.task.main_metric}"
-    if name not in metrics:
+    names = [f"val/{metric or model.task.main_metric}", model.task.monitor[0]]
+    name = next((name for name in names if name in metrics), None)
+    if name is None:
         found = ", ".join(metrics) or "there is no validation data; hold a part out"
-        raise NoValidationMetricError(f"--tune needs {name} of the validation data to judge its trials by, and found: {found}")
+        needed = " or ".join(dict.fromkeys(names))
+        raise NoValidationMetricError(
+            f"--tune needs {needed} of the validation data to judge its trials by, and found: {found}"
+        )
     return run_result(cli, variant, seed, name, metrics, timer), {}
 
 
@@ -180,25 +189,26 @@ def best_trial(trials: Sequence[Trial]) -> Trial:
     return max(trials, key=lambda trial: trial.rank)
 
 
-def trial_table(tuned: Mapping[str, Sequence[Trial]], labels: Mapping[str, str], metric: str, output: Path) -> list[str]:
+def trial_table(tuned: Mapping[str, Sequence[Trial]], labels: Mapping[str, str], output: Path) -> list[str]:
     """Return a Markdown table of all trials and notes on rates at the edge of what was tried; write trials.csv.
 
     Args:
         tuned: the trials by variant.
         labels: what each variant is called.
-        metric: name of the score.
         output: directory of trials.csv.
     """
+    metric = next(trial.metric for trials in tuned.values() for trial in trials if not trial.failure)
+    figures = list(dict.fromkeys([metric, "val/loss"]))
     groups = [group for group in GROUPS if any(group in trials[0].rates for trials in tuned.values())]
-    header = ["method", "trial", *(f"{group} lr" for group in groups), metric, "val/loss", "chosen"]
+    header = ["method", "trial", *(f"{group} lr" for group in groups), *figures, "chosen"]
     rows: list[list[Any]] = []
     notes = []
     for name, trials in tuned.items():
         chosen = best_trial(trials)
         for number, trial in enumerate(trials, 1):
             rates = [trial.rates.get(group, "") for group in groups]
-            figures = [trial.failure, ""] if trial.failure else [trial.score, trial.loss]
-            rows.append([labels[name], number, *rates, *figures, "yes" if trial is chosen else ""])
+            values = [trial.failure, ""] if trial.failure else [trial.score, trial.loss]
+            rows.append([labels[name], number, *rates, *values[: len(figures)], "yes" if trial is chosen else ""])
         for group, lr in chosen.rates.items():
             tried = {trial.rates[group] for trial in trials}
             if len(tried) > 1 and lr in (min(tried), max(tried)):

@@ -102,8 +102,27 @@ def test_a_variant_that_always_fails_ends_the_comparison_with_its_reason(compare
 
 
 def test_trials_need_validation_data(compare):
-    with pytest.raises(UserError, match=r"--tune needs val/accuracy of the validation data.*hold a part out"):
+    with pytest.raises(UserError, match=r"--tune needs validation data.*trainer.limit_val_batches is 0"):
         compare("--adapters", "head_only", "--tune", "3", *SHORT, "--trainer.limit_val_batches", "0")
+
+
+@pytest.mark.slow
+def test_a_language_model_s_trials_are_judged_by_what_its_validation_measures(main, tmp_path):
+    words = (
+        "--trainer.limit_val_batches",
+        "1",
+        "--trainer.limit_test_batches",
+        "1",
+        "--model.task.evaluation.max_new_tokens",
+        "2",
+    )
+    words += ("--data.test", "[addition]", "--data.eval_batch_size", "4", *SHORT)
+    command = ("--config", "configs/demo_math.yaml", "--adapters", "lora", "--tune", "1", "--seeds", "1", *words)
+    (result,) = main("compare", *command, "--output", str(tmp_path))
+    assert result.main_metric == "test/accuracy"
+    (row,) = csv.DictReader((tmp_path / "trials.csv").open())
+    assert list(row) == ["method", "trial", "adapter lr", "val/loss", "chosen"]
+    assert float(row["val/loss"]) > 0
 
 
 def test_a_real_trial_is_judged_by_the_last_weights_on_validation_data(compare, tmp_path):
@@ -128,6 +147,6 @@ def test_an_error_is_minimized(monkeypatch, tmp_path):
 
 
 def test_equal_scores_are_decided_by_the_loss(tmp_path):
-    trials = [Trial({"head": 1.0}, 0.5, 0.9), Trial({"head": 4.0}, 0.5, 0.7), Trial({"head": 16.0}, 0.5, 0.8)]
+    trials = [Trial({"head": rate}, 0.5, "val/accuracy", loss) for rate, loss in ((1.0, 0.9), (4.0, 0.7), (16.0, 0.8))]
     assert best_trial(trials) is trials[1]
-    assert len(trial_table({"a": trials}, {"a": "A"}, "val/accuracy", tmp_path)) == 1  # bracketed: no note
+    assert len(trial_table({"a": trials}, {"a": "A"}, tmp_path)) == 1  # bracketed: no note
