@@ -259,10 +259,17 @@ def test_adapter_overlay_command_trains_what_it_says_wherever_the_smoke_overlay_
 
 
 @pytest.mark.slow
-def test_recipe_s_command_runs_in_smoke_size(run):
+def test_small_encoder_s_command_runs_in_smoke_size(run):
     words = command(Path("configs/recipes/small_encoder.yaml"))
     configs = words[: words.index("--model.task.model")]  # a name that does not say the architecture
     assert run(*configs, *SMOKE).trainer.global_step == 4
+
+
+@pytest.mark.slow
+def test_image_tower_s_command_trains_one_expert_without_a_router(run):
+    trained = run(*command(Path("configs/recipes/image_tower.yaml")), *SMOKE).model.report.trained
+    assert trained["experts"] > 0
+    assert trained["router"] == 0
 
 
 def write_custom(directory, kind):

@@ -26,6 +26,8 @@ def cheaper(x_TN: Tensor, coefficients_EPC: Tensor, out_features: int) -> bool:
     experts, pairs = coefficients_EPC.shape[:2]
     if x_TN.device.type != "cpu" or experts != 1:
         return False
+    if coefficients_EPC.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
+        return False  # matrix products would be rounded to fewer bits than transforms are
     num_tokens, in_features = x_TN.shape
     return _POSITION * num_tokens * pairs > (num_tokens + _BUILDING) * in_features * out_features
 

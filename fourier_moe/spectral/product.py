@@ -42,7 +42,7 @@ def routed_spectral_product(
     out_features: int,
     scale: float,
 ) -> Tensor:
-    """sum_k gates[t, k] dW_experts[t, k] x[t], exact, without building any dW_e.
+    """sum_k gates[t, k] dW_experts[t, k] x[t], exact, without building dW_e of routed experts.
 
     Cost per token: one FFT of length N, K*P complex multiply-adds, one inverse FFT of length M; the number of experts does not
     enter. Saved for the backward pass: the arguments, nothing else. First derivatives only, in reverse and in forward mode;
