@@ -4,17 +4,15 @@ The matrix depends on no token, so with many tokens and coefficients it costs le
 every token (`cheaper`). It is built again in the backward pass: saved are the arguments, as on the other paths. product.py has
 the equations.
 
-Shape legend: T tokens, N in_features, M out_features, P positions, C = 2 (real and imaginary part), F = N//2 + 1.
+Shape legend: T tokens, N in_features, M out_features, P positions, C = 2 (real and imaginary part), F = M//2 + 1.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
-from fourier_moe.spectral.torch_product import real_from_half
+from fourier_moe.spectral.torch_product import Positions, real_from_half
 
 # Costs on a CPU in multiply-adds of a matrix product (docs/evidence/performance.md).
 _POSITION = 400  # to read, multiply and accumulate one position of one token
@@ -32,27 +30,19 @@ def cheaper(x_TN: Tensor, coefficients_EPC: Tensor, out_features: int) -> bool:
     return _POSITION * num_tokens * pairs > (num_tokens + _BUILDING) * in_features * out_features
 
 
-class _HalfPlane(NamedTuple):
-    """Where each position is in the spectrum (M, F) of a real matrix, frequencies with v < 0 as their conjugate partner."""
-
-    rows_P: Tensor
-    columns_P: Tensor
-    conjugate_P: Tensor  # +1, or -1 where v < 0
-
-    @classmethod
-    def of(cls, frequencies_PC: Tensor, out_features: int, dtype: torch.dtype) -> _HalfPlane:
-        u_P, v_P = frequencies_PC.long().unbind(-1)
-        conjugate_P = 1 - 2 * (v_P < 0).to(dtype)
-        return cls((u_P * conjugate_P.long()) % out_features, v_P.abs(), conjugate_P)
-
-
 def update_matrix(coefficients_PC: Tensor, frequencies_PC: Tensor, out_features: int, in_features: int, scale: float) -> Tensor:
-    """scale * Re sum_j c_j a_j b_j^T, (M, N): the sum over u by a transform of columns, the sum over v by one of rows."""
-    half = _HalfPlane.of(frequencies_PC, out_features, coefficients_PC.dtype)
-    c_P = torch.complex(coefficients_PC[:, 0], coefficients_PC[:, 1] * half.conjugate_P)
-    spectrum_MF = c_P.new_zeros(out_features, in_features // 2 + 1)
-    spectrum_MF.index_put_((half.rows_P, half.columns_P), c_P, accumulate=True)
-    return real_from_half(torch.fft.ifft(spectrum_MF, dim=0, norm="forward"), in_features, scale)
+    """scale * Re sum_j c_j a_j b_j^T, (M, N): the sum over v by a transform of columns, the sum over u by one of rows."""
+    positions = Positions.of(frequencies_PC.unsqueeze(0), coefficients_PC.dtype)
+    c_P = torch.complex(coefficients_PC[:, 0], coefficients_PC[:, 1] * positions.conjugate_c_EP[0])
+    spectrum_NF = c_P.new_zeros(in_features, out_features // 2 + 1)
+    spectrum_NF.index_put_(_places(positions, in_features), c_P, accumulate=True)
+    return real_from_half(torch.fft.ifft(spectrum_NF, dim=0, norm="forward"), out_features, scale).T
+
+
+def _places(positions: Positions, in_features: int) -> tuple[Tensor, Tensor]:
+    """Where each position is in the spectrum (N, F) of a real matrix (N, M): v from 0 to N - 1, and |u|."""
+    v_P = -positions.negative_v_EP[0].long() * positions.columns_EP[0]
+    return v_P % in_features, positions.rows_EP[0]
 
 
 def product_forward(
@@ -97,9 +87,9 @@ def product_backward(
             grad_gates = grad_T1.repeat(1, gates_TK.shape[1]).to(gates_TK.dtype)
         if needs_coefficients:
             # S, the spectrum of dL/dW = sum_t g_t grad_t x_t^T: dL/dRe c_j = scale Re S_j and dL/dIm c_j = scale Im S_j.
-            half = _HalfPlane.of(frequencies_EPC[0], M, dtype)
-            spectrum_P = torch.fft.rfft2(gated_TM.T @ x_TN)[half.rows_P, half.columns_P]
-            grad_coefficients = scale * torch.stack([spectrum_P.real, spectrum_P.imag * half.conjugate_P], -1).unsqueeze(0)
+            positions = Positions.of(frequencies_EPC, dtype)
+            spectrum_EP = torch.fft.rfft2(x_TN.T @ gated_TM)[_places(positions, N)].unsqueeze(0)
+            grad_coefficients = scale * torch.stack([spectrum_EP.real, spectrum_EP.imag * positions.conjugate_c_EP], -1)
     return grad_x, grad_gates, grad_coefficients
 
 

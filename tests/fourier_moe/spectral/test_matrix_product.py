@@ -84,6 +84,17 @@ def test_an_expert_named_twice_counts_with_the_sum_of_its_gates(by_matrix):
     assert torch.equal(mine, expected.expand(-1, 2))
 
 
+@pytest.mark.parametrize("tokens", [0, 1, 6])
+def test_the_operators_keep_their_contract_with_torch(by_matrix, tokens):
+    x, gates, experts, coefficients, frequencies = arguments(5, 6, tokens)
+    operators = torch.ops.fourier_moe
+    inputs = (x.detach().T.contiguous().T.requires_grad_(), gates, experts, coefficients, frequencies)
+    assert torch.library.opcheck(operators.routed_spectral_product, (*inputs, 5, 1.0))
+    gradient = torch.randn(5, tokens, dtype=torch.float64).T
+    backward = (gradient, *(t.detach() for t in inputs), 1.0, [True, True, True])
+    assert torch.library.opcheck(operators.routed_spectral_product_backward, backward)
+
+
 @pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 2), (1, 2)])
 def test_gradients_that_are_not_needed_are_not_there(by_matrix, wanted):
     x, gates, experts, coefficients, frequencies = arguments(5, 6)
