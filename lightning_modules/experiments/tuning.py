@@ -168,11 +168,12 @@ def rate_words(rates: Mapping[str, float]) -> list[str]:
 def _train_and_validate(cli: AdaptationCLI, variant: str, seed: int, metric: str | None) -> tuple[Result, dict[str, GradedSet]]:
     """Return the validation metrics of the last step's weights."""
     trainer, model, timer = cli.trainer, cli.model, Timer()
-    if not trainer.limit_val_batches:
-        raise NoValidationMetricError("--tune needs validation data to judge its trials by, and trainer.limit_val_batches is 0")
     trainer.callbacks.append(timer)  # type: ignore[attr-defined]
-    trainer.fit(model, cli.datamodule)
-    metrics = merged(trainer.validate(model, cli.datamodule, verbose=False)) if sum(trainer.num_val_batches) else {}
+    metrics: dict[str, float] = {}
+    if trainer.limit_val_batches:  # else there is nothing to train for
+        trainer.fit(model, cli.datamodule)
+        if sum(trainer.num_val_batches):
+            metrics = merged(trainer.validate(model, cli.datamodule, verbose=False))
     names = [f"val/{metric or model.task.main_metric}", model.task.monitor[0]]
     name = next((name for name in names if name in metrics), None)
     if name is None:

@@ -8,6 +8,7 @@ import pytest
 
 import lightning_modules.experiments.tuning as tuning
 from fourier_moe.errors import UserError
+from lightning_modules import AdaptationModule
 from lightning_modules.experiments.results import Result
 from lightning_modules.experiments.tuning import Trial, best_trial, search, trial_table
 
@@ -101,21 +102,16 @@ def test_a_variant_that_always_fails_ends_the_comparison_with_its_reason(compare
     assert not (tmp_path / "cells").exists()
 
 
-def test_trials_need_validation_data(compare):
-    with pytest.raises(UserError, match=r"--tune needs validation data.*trainer.limit_val_batches is 0"):
+def test_trials_need_validation_data_and_say_so_before_training(compare, monkeypatch):
+    monkeypatch.setattr(AdaptationModule, "training_step", lambda *_: pytest.fail("training began"))
+    with pytest.raises(UserError, match=r"--tune needs val/accuracy of the validation data.*hold a part out"):
         compare("--adapters", "head_only", "--tune", "3", *SHORT, "--trainer.limit_val_batches", "0")
 
 
 @pytest.mark.slow
 def test_a_language_model_s_trials_are_judged_by_what_its_validation_measures(main, tmp_path):
-    words = (
-        "--trainer.limit_val_batches",
-        "1",
-        "--trainer.limit_test_batches",
-        "1",
-        "--model.task.evaluation.max_new_tokens",
-        "2",
-    )
+    words = ("--trainer.limit_val_batches", "1", "--trainer.limit_test_batches", "1")
+    words += ("--model.task.evaluation.max_new_tokens", "2")
     words += ("--data.test", "[addition]", "--data.eval_batch_size", "4", *SHORT)
     command = ("--config", "configs/demo_math.yaml", "--adapters", "lora", "--tune", "1", "--seeds", "1", *words)
     (result,) = main("compare", *command, "--output", str(tmp_path))
