@@ -4,7 +4,7 @@ Torch counts matrix products and attention. Added here are transforms (5 n log2 
 ones, as FFT libraries state their speed) and the routed spectral product. A complex multiplication is 6 operations, an addition
 2. Nobody counts the elementwise work of the model (norms, activations, softmax) and of the optimizer.
 
-An expert that serves every token is counted by its positions too, although the operator may compute it through its matrix.
+A single expert is counted by its positions too, although the operator may compute it through its matrix.
 
 Shape legend: T tokens, N in_features, M out_features, K active experts per token, P positions per expert.
 """

@@ -1,4 +1,4 @@
-"""python -m benchmarks.one_expert: both ways to compute an expert that serves every token, forward and backward.
+"""python -m benchmarks.one_expert: both ways to compute a single expert, forward and backward.
 
 By positions, as routed experts are computed, and through the update as a matrix (fourier_moe/spectral/matrix_product.py). The
 last column says which of them the operator takes. Processor time of one thread.
