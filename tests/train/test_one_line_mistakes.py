@@ -155,6 +155,15 @@ def test_interrupt_is_no_traceback(monkeypatch, main):
     assert stop.value.code == 130
 
 
+@pytest.fixture
+def interruptible():
+    """Ctrl-C raises KeyboardInterrupt, also where the tests run in the background, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_interrupt_while_libraries_load_ends_the_process_at_once(monkeypatch, main):
     seen = []
 
