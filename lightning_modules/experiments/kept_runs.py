@@ -15,6 +15,7 @@ from typing import Any
 
 from fourier_moe.files.writing import write_file
 from lightning_modules.experiments.graded_examples import GradedSet, load_examples, save_examples
+from lightning_modules.experiments.provenance import config_hash, without_logger
 
 _FORMAT = 3
 _WITHOUT_CHECKSUM = 2  # an older format, still read
@@ -41,6 +42,8 @@ def write_run(path: Path, config: Mapping[str, Any], result: Mapping[str, Any], 
 def read_run(path: Path, config: Mapping[str, Any], first_process: bool = True) -> dict[str, Any] | None:
     """Return the result of a run with this config, None if it has to be made; print what is kept, and what cannot be used.
 
+    A comparison that was moved, or is named in another way, keeps its runs: the logger does not count.
+
     Args:
         path: see `kept_file`.
         config: the resolved config.
@@ -51,7 +54,7 @@ def read_run(path: Path, config: Mapping[str, Any], first_process: bool = True) 
         stored = _usable(candidate)
         if stored is None:
             continue
-        if stored["config"] == config:
+        if without_logger(stored["config"]) == without_logger(config):
             if candidate == own and first_process:
                 _move(own, path)
             print(f"kept: {path}" + ("" if "sha256" in stored else " (of an older version, without a checksum)"))
@@ -113,7 +116,7 @@ def _file_checksum(path: Path) -> str:
 
 
 def _aside(path: Path, config: Mapping[str, Any]) -> Path:
-    return path.with_name(f"{path.stem}-{_checksum(config)[:12]}.json")
+    return path.with_name(f"{path.stem}-{config_hash(config)}.json")
 
 
 def _move(path: Path, to: Path) -> None:

@@ -52,8 +52,12 @@ def library_versions(libraries: Sequence[str]) -> dict[str, str]:
     return found
 
 
+def without_logger(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a resolved config without its logger: where a run writes does not matter."""
+    return {**config, "trainer": {key: value for key, value in config["trainer"].items() if key != "logger"}}
+
+
 def config_hash(config: Mapping[str, Any]) -> str:
-    """Return a hash of a resolved config without its logger: where a run writes does not matter."""
-    trainer = {key: value for key, value in config["trainer"].items() if key != "logger"}
-    text = json.dumps({**config, "trainer": trainer}, sort_keys=True)
+    """Return a hash of a resolved config without its logger."""
+    text = json.dumps(without_logger(config), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]

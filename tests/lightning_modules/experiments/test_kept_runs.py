@@ -86,6 +86,13 @@ def test_run_of_another_config_is_kept_and_comes_back(kept, capsys):
     assert len(list(kept.parent.iterdir())) == 4
 
 
+def test_run_of_a_comparison_that_was_moved_is_read(kept):
+    moved = {**CONFIG, "trainer": {**CONFIG["trainer"], "logger": {"init_args": {"save_dir": "elsewhere"}}}}
+    assert read_run(kept, moved) == RESULT
+    assert read_run(kept, {**CONFIG, "trainer": {}}) is None
+    assert read_run(kept, moved) == RESULT
+
+
 def test_only_the_first_process_moves_runs(kept):
     other = {**CONFIG, "model": {}}
     assert read_run(kept, other, first_process=False) is None
