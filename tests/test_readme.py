@@ -161,7 +161,9 @@ def parse(main, monkeypatch):
     # What compare does before the first run needs the models themselves.
     monkeypatch.setattr(lightning_modules.commands.compare, "parse_grid", lambda grid, metric: grid)
     monkeypatch.setattr(lightning_modules.commands.compare, "unfair_differences", lambda cells: [])
-    monkeypatch.setattr(lightning_modules.commands.compare, "_sizes", lambda cells, budget: ({name: [] for name in cells}, ""))
+    monkeypatch.setattr(
+        lightning_modules.commands.compare, "_sizes", lambda cells, budget: ({name: [] for name in cells}, "", [])
+    )
     monkeypatch.setattr(lightning_modules.commands.compare, "own_rates", lambda cells: {name: {} for name in cells})
     monkeypatch.setattr(lightning_modules.experiments.tuning, "run_one", one_run)
 
@@ -199,7 +201,7 @@ def test_command_parses(parse, words_of, tmp_path, monkeypatch, command):
         for name in names:
             overlays = [REPOSITORY / name, *(REPOSITORY / "configs" / folder / f"{name}.yaml" for folder in ("adapters", ""))]
             assert name in ("config", "fourier_moe") or any(overlay.is_file() for overlay in overlays), name
-        words[place] = ",".join([names[0], names[-1]])
+        words[place] = ",".join(dict.fromkeys([names[0], names[-1]]))
         words += ["--seeds", "1"]
     output = ["--output", str(tmp_path / "output")] if words[0] in ("compare", "sweep", "analyze", "export") else []
     (config,) = parse(*words, *output)

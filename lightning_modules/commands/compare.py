@@ -47,15 +47,15 @@ def compare(
     Args:
         line: the config and the arguments of fit.
         adapters: overlays, separated by commas: names in `configs/adapters/`, names with a folder in `configs/`
-            (`ablations/real_only`), paths, or `config` for the config's own adapter, `fourier_moe` if that is FourierMoE; the
-            others are tested against the first.
+            (`ablations/real_only`, `recipes/image_tower`), paths, or `config` for the config's own adapter, `fourier_moe` if
+            that is FourierMoE; the others are tested against the first.
         seeds: number of seeds: 0, 1, ...
         match_parameters: choose every adapter's size (rank, coefficients) such that it trains this many parameters beside the
             head: `150000`, or a share of the pretrained model's: `0.42%`.
         tune: number of trials over its learning rates that every adapter gets, judged on validation data with a seed of their
             own; by default the rates of the config and the overlays are used.
-        metric: test metric to compare: `matthews`, or `cola/matthews` of one of several test sets; the task's main metric by
-            default.
+        metric: test metric to compare: `matthews`, `loss`, or `cola/matthews` of one of several test sets; the task's main
+            metric by default.
         output: directory of the results; `runs/compare/<config's name>` by default.
 
     Raises:
@@ -71,9 +71,11 @@ def compare(
 
     grid = {name: [*line.configs, *overlay, *line.arguments] for name, overlay in overlays.items()}
     variants = parse_grid(grid, metric)
-    sized, sizes = _sizes(variants, budget)
+    sized, sizes, resized = _sizes(variants, budget)
     grid = {name: [*words, *sized[name]] for name, words in grid.items()}
     notes = unfair_differences(variants)
+    if resized and not tune:
+        notes.append(f"--match-parameters changed the size of {', '.join(resized)}: do the rates suit it? See --tune")
     rates = own_rates(variants)
     del variants  # the runs need the memory
     print(f"\n{sizes}")
@@ -110,22 +112,24 @@ def _overlay(name: str) -> list[str]:
     path = Path(find_config(name if "/" in name or name.endswith(".yaml") else f"adapters/{name}"))
     if not path.is_file():
         known = [file.stem for file in sorted((CONFIGS / "adapters").glob("*.yaml"))]
-        known += [f"ablations/{file.stem}" for file in sorted((CONFIGS / "ablations").glob("*.yaml"))]
+        for folder in ("ablations", "recipes"):
+            known += [f"{folder}/{file.stem}" for file in sorted((CONFIGS / folder).glob("*.yaml"))]
         raise UserError(f"--adapters {name!r}: {path} not found; known: {', '.join([OWN, FOURIER_MOE, *known])}")
     return ["--config", str(path)]
 
 
-def _sizes(variants: Mapping[str, Variant], budget: Budget | None) -> tuple[dict[str, list[str]], str]:
+def _sizes(variants: Mapping[str, Variant], budget: Budget | None) -> tuple[dict[str, list[str]], str, list[str]]:
     """Try every variant's adapter on its model, at the size that matches the budget.
 
     Returns:
-        The arguments of `fit` that set the sizes, by variant, and a table of what will be trained.
+        The arguments of `fit` that set the sizes, by variant, a table of what will be trained, and the variants whose size is
+        not their config's.
 
     Raises:
         UserError: one message with all problems.
     """
     words: dict[str, list[str]] = {}
-    rows, problems = [], []
+    rows, problems, resized = [], [], []
     for name, variant in variants.items():
         try:
             if name == FOURIER_MOE and not isinstance(variant.adapter, FourierMoEConfig):
@@ -137,13 +141,14 @@ def _sizes(variants: Mapping[str, Variant], budget: Budget | None) -> tuple[dict
             continue
         field = adapter.size_field if budget else None
         words[name] = [f"--model.adapter.init_args.{field}", str(getattr(adapter, field))] if field else []
+        resized += [name] if field and getattr(adapter, field) != getattr(variant.adapter, field) else []
         count = adapter_parameters(report)
         size = adapter.describe_size() or ("as it is" if budget else "-")
         rows.append([name, type(adapter).__name__, size, f"{count:,}", f"{100 * count / report.pretrained:.3f} %"])
         rows[-1] += [f"{report.trained[kind]:,}" for kind in ("head", "backbone")]
     raise_together(problems)
     header = ["adapter", "class", "size", "adapter parameters", "of the model", "head", "backbone"]
-    return words, markdown_table(header, rows)
+    return words, markdown_table(header, rows), resized
 
 
 def _frame(results: Sequence[Result], metric: str | None) -> pd.DataFrame:

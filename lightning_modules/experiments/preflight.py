@@ -102,7 +102,7 @@ def _parse(words: Sequence[str], metric: str | None, outlines: dict[str, tuple[n
     key = json.dumps([config["model"]["task"], num_classes], sort_keys=True)
     if key not in outlines:
         built = model.task.build(num_classes, names or [f"class {index}" for index in range(num_classes or 0)])
-        known = list(model.task.new_metrics())
+        known = [*model.task.new_metrics(), "loss"]
         if metric and metric.rpartition("/")[2] not in known:
             raise UserError(f"--metric {metric!r} is not a metric of the task; known: {', '.join(map(str, known))}")
         outlines[key] = outline(built), [*model.task.head_names]

@@ -18,6 +18,7 @@ from lightning_modules.cli import user_error
 from lightning_modules.experiments.graded_examples import load_examples
 from lightning_modules.experiments.report import format_table, method_labels, unfair_runs
 from lightning_modules.experiments.results import Result, result_frame
+from lightning_modules.experiments.tuning import Trial
 
 SHORT = ("--trainer.limit_train_batches", "6", "--trainer.limit_val_batches", "1", "--trainer.limit_test_batches", "6")
 PARAMETERS = {"experts": 0, "router": 0, "head": 650, "backbone": 0}
@@ -164,7 +165,29 @@ def test_budget_sets_the_size_of_every_run(compare, output, trained, capsys):
     assert sizes["fourier_moe"] == ["num_coefficients=752", "10,112", "5.003 %"]  # 5 % of 202,112 are 10,105.6
     assert sizes["lora"] == ["r=10", "10,240", "5.066 %"]
     assert sizes["head_only"] == ["as it is", "0", "0.000 %"]
-    assert "Parameters matched to 5%" in (output / "results.md").read_text()
+    written = (output / "results.md").read_text()
+    assert "Parameters matched to 5%" in written
+    assert "Note: --match-parameters changed the size of fourier_moe, lora: do the rates" in written
+
+
+@pytest.mark.parametrize("words", [("--match-parameters", "8192"), ("--match-parameters", "5%", "--tune", "1")])
+def test_own_sizes_and_tuned_rates_need_no_note(compare, output, trained, monkeypatch, words):
+    trials = [Trial({"adapter": 1e-3, "head": 1e-2}, 0.5, "val/accuracy", 1.0)]
+    monkeypatch.setattr("lightning_modules.commands.compare.tune_rates", lambda *_: trials)
+    compare("--adapters", "lora", "--seeds", "1", *words)
+    assert "changed the size" not in (output / "results.md").read_text()
+
+
+def test_losses_can_be_compared(compare, output, monkeypatch):
+    def train_and_test(cli, variant, seed):
+        loss = 0.91 if variant == "lora" else 0.875
+        return replace(RESULT, variant=variant, seed=seed, metrics={"test/accuracy": 0.0, "test/loss": loss}), {}
+
+    monkeypatch.setattr(lightning_modules.experiments.grid, "_train_and_test", train_and_test)
+    compare("--adapters", "config,lora", "--seeds", "2", "--metric", "loss")
+    header, rows = read(output)
+    assert header[1] == "test/loss (mean of 2)"
+    assert [row[1].split()[0] for row in rows.values()] == ["0.875", "0.91"]
 
 
 # ---------------------------------------------------------------- going on
@@ -329,6 +352,7 @@ def test_bug_shows_its_traceback_and_nothing_but_failures_is_no_table(compare, o
     [
         (("--adapters", "config,had_only"), "'had_only'.*known: config, fourier_moe, .*head_only.*ablations/real_only"),
         (("--adapters", "ablations/reel_only"), "ablations/reel_only not found; known: config"),
+        (("--adapters", "recipes/image_towr"), "recipes/image_towr not found; known: .*recipes/image_tower"),
         (
             ("--adapters", "lora,configs/adapters/lora.yaml"),
             "--adapters lora,configs/adapters/lora.yaml: names must differ",
