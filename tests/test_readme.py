@@ -42,6 +42,7 @@ DATA = {
     "glue_mixture": "datamodules.GlueMixtureDataModule",
     "image_mixture": "datamodules.ImageMixtureDataModule",
     "custom_instructions": "datamodules.InstructionDataModule",
+    "word_problems": "datamodules.InstructionDataModule",  # examples/choosing
 }
 MIXTURE = """
 data:
@@ -153,7 +154,7 @@ def parse(main, monkeypatch):
         if seed == 0 and not parsed:
             with pytest.raises(ParsedError):
                 AdaptationCLI([*args, "--seed_everything", str(seed)], run=False)
-        metrics = {"test/accuracy": 0.5, "test/matthews": 0.5}
+        metrics = {"test/accuracy": 0.5, "test/matthews": 0.5, "test/loss": 0.5}
         return Result("Method", overlay, seed, "test/accuracy", metrics, {"head": 1}, 1.0)
 
     monkeypatch.setattr(AdaptationCLI, "instantiate_classes", instantiate_classes)
