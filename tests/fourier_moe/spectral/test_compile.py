@@ -17,8 +17,8 @@ NEEDS_COMPILER = pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++")
 def adapted(**changes) -> nn.Sequential:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(32, 48), nn.GELU(), nn.Linear(48, 32), nn.Linear(32, 15))
-    settings = {"num_coefficients": 16, "num_experts": 4, "bandwidth": 0.5} | changes
-    inject(model, FourierMoEConfig(targets=["0", "2", "3"], **settings))
+    settings = {"targets": ["0", "2", "3"], "num_coefficients": 16, "num_experts": 4, "bandwidth": 0.5} | changes
+    inject(model, FourierMoEConfig(**settings))
     return randomize(model, 0.5)
 
 
@@ -43,8 +43,9 @@ def outputs_and_gradients(function, model, x):
     ],
 )
 def test_adapted_model_compiles_into_one_graph_with_the_same_gradients(backend, scope):
-    unequal = {"densities": [1, 3, 2, 2], "shared_coefficients": 6} if scope == "block" else {}
-    model, x = adapted(router_scope=scope, **unequal), torch.randn(32, 7).T  # not contiguous
+    changes = {"densities": [1, 3, 2, 2], "shared_coefficients": 6} if scope == "block" else {}
+    changes |= {"targets": ["3"]} if backend == "inductor" else {}  # each projection takes the C++ compiler ten seconds
+    model, x = adapted(router_scope=scope, **changes), torch.randn(32, 7).T  # not contiguous
     expected = outputs_and_gradients(model, model, x)
     compiled = outputs_and_gradients(torch.compile(model, fullgraph=True, backend=backend), model, x)
     torch.testing.assert_close(compiled, expected)
