@@ -266,8 +266,9 @@ def test_small_encoder_s_command_runs_in_smoke_size(run):
 
 
 @pytest.mark.slow
-def test_image_tower_s_command_trains_one_expert_without_a_router(run):
-    trained = run(*command(Path("configs/recipes/image_tower.yaml")), *SMOKE).model.report.trained
+@pytest.mark.parametrize("name", ["image_tower", "causal_model"])
+def test_recipe_of_one_expert_trains_no_router(run, name):
+    trained = run(*command(Path(f"configs/recipes/{name}.yaml")), *SMOKE).model.report.trained
     assert trained["experts"] > 0
     assert trained["router"] == 0
 
