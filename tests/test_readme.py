@@ -14,6 +14,7 @@ from support.commands import ParsedError
 from torch import nn
 
 import lightning_modules.commands.compare
+import lightning_modules.commands.sweep
 import lightning_modules.experiments.grid
 import lightning_modules.experiments.tuning
 import lightning_modules.tasks
@@ -167,6 +168,7 @@ def parse(main, monkeypatch):
     )
     monkeypatch.setattr(lightning_modules.commands.compare, "own_rates", lambda cells: {name: {} for name in cells})
     monkeypatch.setattr(lightning_modules.experiments.tuning, "run_one", one_run)
+    monkeypatch.setattr(lightning_modules.commands.sweep, "parse_grid", lambda grid, metric: {})
 
     def parse(*words):
         try:

@@ -87,7 +87,7 @@ def compare(
     results, failures = run_grid(grid, seeds, directory)
     frame, labels, parts = None, {}, []
     if results:
-        frame = _frame(results, metric)
+        frame = result_frame(results, metric)
         labels = method_labels(frame)
         parts = _tables(frame, labels, next(iter(grid)), notes, directory)
         if tuned:
@@ -149,15 +149,6 @@ def _sizes(variants: Mapping[str, Variant], budget: Budget | None) -> tuple[dict
     raise_together(problems)
     header = ["adapter", "class", "size", "adapter parameters", "of the model", "head", "backbone"]
     return words, markdown_table(header, rows), resized
-
-
-def _frame(results: Sequence[Result], metric: str | None) -> pd.DataFrame:
-    """Return the frame of a metric that `--metric` names; None for the task's main one."""
-    name = f"test/{metric}" if metric else results[0].main_metric
-    missing = next((result for result in results if name not in result.metrics), None)
-    if missing:
-        raise UserError(f"--metric {metric!r}: {missing.variant} was tested for {', '.join(missing.metrics)}")
-    return result_frame(results, name)
 
 
 def _tables(frame: pd.DataFrame, labels: Mapping[str, str], reference: str, notes: Sequence[str], output: Path) -> list[str]:

@@ -1,10 +1,9 @@
-"""`python train.py sweep`: one study of the paper's analysis on any FourierMoE config, ending in a table and a plot."""
+"""`python train.py sweep`: one config with one thing varied, ending in a table and a plot."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
 
 from jsonargparse.typing import PositiveInt
 from torch import nn
@@ -16,68 +15,57 @@ from lightning_modules.callbacks import RouterLoad
 from lightning_modules.cli import AdaptationCLI
 from lightning_modules.commands.command_line import CommandLine
 from lightning_modules.experiments.grid import require_named_logger, resolved_config, run_grid
+from lightning_modules.experiments.preflight import parse_grid, raise_together
 from lightning_modules.experiments.report import partial_runs, publish
 from lightning_modules.experiments.results import Result
-from lightning_modules.experiments.studies import STUDIES, choose_settings, study_frame, study_table
+from lightning_modules.experiments.studies.option import OptionStudy
+from lightning_modules.experiments.studies.paper import STUDIES, choose_settings
+from lightning_modules.experiments.studies.study import Setting, Study, study_frame, study_table
 
-StudyName = Literal["coefficients", "experts", "active_experts", "bandwidth", "balance_weight", "ablations"]
+OWN = "the config as it is"
 
 
 def sweep(
     line: CommandLine,
-    study: StudyName,
+    study: str,
     *,
     values: str | list[str | int | float] | None = None,
     seeds: PositiveInt = 3,
+    metric: str | None = None,
     output: str | None = None,
 ) -> list[Result]:
-    """Train and test one config under the settings of one study, and write a table and a plot.
+    """Train and test one config with one thing varied, and write a table and a plot.
 
     A run that fails is reported, and the others continue. Results in `output` are kept: repeat the command after an
     interruption. Further arguments are those of fit, for example `--trainer.max_epochs 5`.
 
     Args:
         line: the config and the arguments of fit.
-        study: what varies.
+        study: one of the paper's (coefficients, experts, active_experts, bandwidth, balance_weight, ablations), which vary
+            FourierMoE, or any argument of fit, for example `model.optimization.adapter.lr`.
         values: separated by commas; by default the paper's, or around the config's own; overlays for `ablations`.
         seeds: number of seeds: 0, 1, ...
+        metric: test metric of table and plot, as for compare; the task's main metric by default.
         output: directory of the results; `runs/sweep/<config's name>/<study>` by default.
 
     Raises:
         SystemExit: with status 1, at the end, if a run failed.
-        UserError: before any run, if the config's adapter is not FourierMoE or a value does not fit config or model.
+        UserError: before any run, if there is no such study, or a value does not fit config or model.
     """
-    chosen = STUDIES[study]
-    directory = Path(output or f"runs/sweep/{line.name}/{study}")
-    words = line.words
-
-    cli = AdaptationCLI(words, run=False)
-    require_named_logger(resolved_config(cli))
-    own = cli.model.adapter
-    if not isinstance(own, FourierMoEConfig):
-        raise UserError(f"sweep varies FourierMoE, and the config's adapter is {type(own).__name__}; leave its overlay out")
-    if study == "bandwidth" and not own.frequency_bias:
-        raise UserError("bandwidth has no effect with frequency_bias=False; set frequency_bias to true")
-    if study == "experts" and (own.densities is not None or isinstance(own.bandwidth, Sequence)):
-        raise UserError(
-            f"densities={own.densities} and bandwidth={own.bandwidth} are for num_experts={own.num_experts}, which this study "
-            "varies; set densities to null and bandwidth to one number"
-        )
-    cli.model.configure_model()
     texts = values.split(",") if isinstance(values, str) else None if values is None else [str(value) for value in values]
-    settings, left_out = choose_settings(chosen, texts, own, _trial(adapters(cli.model.model)))
+    directory = Path(output or f"runs/sweep/{line.name}/{study}")
+    if study in STUDIES:
+        chosen, settings, left_out, words, own_name = _study_of_the_paper(study, texts, line.words)
+    else:
+        chosen, settings, left_out, words, own_name = _study_of_an_option(study, texts, line.words, metric)
     for reason in left_out:
         print(f"left out: {reason}")
-    if not any(isinstance(callback, RouterLoad) for callback in cli.trainer.callbacks):  # type: ignore[attr-defined]
-        words += ["--trainer.callbacks+=lightning_modules.callbacks.RouterLoad"]
-    del cli  # the runs need the memory
 
     results, failures = run_grid({setting.name: [*words, *setting.words] for setting in settings}, seeds, directory)
     parts, frame = [f"{chosen.title}: {', '.join(Path(path).name for path in line.files)}"], None
-    own_name = next((setting.name for setting in settings if setting.adapter(own) == own), None)
     if results:
-        frame = study_frame(study, settings, results)
-        parts += [study_table(study, settings, frame, own_name)]
+        frame = study_frame(study, settings, results, metric)
+        parts += [study_table(chosen, settings, frame, own_name)]
         parts += [f"Note: {note}" for note in partial_runs(frame)]
     parts += [f"left out: {reason}" for reason in left_out]
 
@@ -89,6 +77,57 @@ def sweep(
 
     publish(directory, parts, results, frame, plot, failures)
     return results
+
+
+_Chosen = tuple[Study, Sequence[Setting], list[str], list[str], str | None]
+# What is varied, its settings, what was left out, the arguments of fit for all runs, and the setting that changes nothing.
+
+
+def _study_of_the_paper(name: str, values: Sequence[str] | None, words: list[str]) -> _Chosen:
+    """Choose the settings of a study of FourierMoE that fit config and model."""
+    study = STUDIES[name]
+    cli = AdaptationCLI(words, run=False)
+    require_named_logger(resolved_config(cli))
+    own = cli.model.adapter
+    if not isinstance(own, FourierMoEConfig):
+        raise UserError(
+            f"the study {name} varies FourierMoE, and the config's adapter is {type(own).__name__}; leave its overlay out, or "
+            "sweep an argument of fit, such as model.optimization.adapter.lr"
+        )
+    if name == "bandwidth" and not own.frequency_bias:
+        raise UserError("bandwidth has no effect with frequency_bias=False; set frequency_bias to true")
+    if name == "experts" and (own.densities is not None or isinstance(own.bandwidth, Sequence)):
+        raise UserError(
+            f"densities={own.densities} and bandwidth={own.bandwidth} are for num_experts={own.num_experts}, which this study "
+            "varies; set densities to null and bandwidth to one number"
+        )
+    cli.model.configure_model()
+    settings, left_out = choose_settings(study, values, own, _trial(adapters(cli.model.model)))
+    if not any(isinstance(callback, RouterLoad) for callback in cli.trainer.callbacks):  # type: ignore[attr-defined]
+        words = [*words, "--trainer.callbacks+=lightning_modules.callbacks.RouterLoad"]
+    return study, settings, left_out, words, next((one.name for one in settings if one.adapter(own) == own), None)
+
+
+def _study_of_an_option(option: str, values: Sequence[str] | None, words: list[str], metric: str | None) -> _Chosen:
+    """Parse every setting, and try its adapter on an outline of the model."""
+    if "." not in option:
+        raise UserError(f"sweep {option}: no such study; known: {', '.join(STUDIES)}, and arguments of fit with a dot")
+    if not values:
+        raise UserError(f"sweep {option}: give --values, separated by commas")
+    study = OptionStudy(option, option, values)
+    settings = study.settings
+    grid = {setting.name: [*words, *setting.words] for setting in settings}
+    variants = parse_grid({OWN: words, **grid}, metric)
+    own = variants.pop(OWN, None)
+    problems = []
+    for name, variant in variants.items():
+        try:
+            variant.try_out(variant.adapter)
+        except ValueError as error:
+            problems.append(f"{name}: {error}")
+    raise_together(problems)
+    own_name = next((name for name, variant in variants.items() if own is not None and variant.settings == own.settings), None)
+    return study, settings, [], words, own_name
 
 
 def _trial(layers: dict[str, Adapter]) -> Callable[[FourierMoEConfig], None]:

@@ -13,7 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from lightning_modules.experiments.report import scale_of
-from lightning_modules.experiments.studies import Study
+from lightning_modules.experiments.studies.study import Study
 
 _MARKERS = "osD^v<>P"
 _COLORS = colormaps["tab10"].colors  # type: ignore[attr-defined]

@@ -42,6 +42,11 @@ class Variant:
     head_names: Sequence[str]
     config: Mapping[str, Any]
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Every setting by its dotted name, without the names of the config files."""
+        return dict(_flatten("", {**self.config, "config": None}))
+
     def try_out(self, adapter: AdapterConfig) -> InjectionReport:
         """Inject an adapter into a copy of the outline, which needs no memory and little time, and group the parameters.
 
@@ -68,13 +73,13 @@ def parse_grid(grid: Mapping[str, Sequence[str]], metric: str | None = None) -> 
     """
     variants: dict[str, Variant] = {}
     outlines: dict[str, tuple[nn.Module, list[str]]] = {}
-    problems = []
+    problems: dict[str, list[str]] = {}
     for name, words in grid.items():
         try:
             variants[name] = _parse(words, metric, outlines)
         except ValueError as error:
-            problems.append(f"{name}: {user_error(error) or error}")
-    raise_together(problems)
+            problems.setdefault(f"{user_error(error) or error}", []).append(name)
+    raise_together([f"{', '.join(names)}: {problem}" for problem, names in problems.items()])
     return variants
 
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 import pandas as pd
 
+from fourier_moe.errors import UserError
+
 _LOAD = ("load_imbalance", "dead_experts")
 
 
@@ -72,22 +74,29 @@ def result_frame(results: Sequence[Result], metric: str | None = None) -> pd.Dat
 
     Args:
         results: at least one.
-        metric: a test metric that every run has; None for the main one.
+        metric: a test metric, as `--metric` names it: `loss`, `cola/matthews`; None for the main one.
+
+    Raises:
+        UserError: if a run was not tested for the metric.
     """
+    first = results[0]
+    wanted = f"test/{metric}" if metric else first.main_metric
+    missing = next((result for result in results if wanted not in result.metrics), None)
+    if missing:
+        raise UserError(f"--metric {metric!r}: {missing.variant} was tested for {', '.join(missing.metrics)}")
     kinds = list(dict.fromkeys(kind for result in results for kind in result.parameters))
     versions = list(dict.fromkeys(name for result in results for name in result.versions))
     rows = []
     for result in results:
-        name = metric or result.main_metric
         rows.append(
             {
                 "method": result.method,
                 "variant": result.variant,
                 "size": result.size,
                 "seed": result.seed,
-                "metric": name,
-                "last": result.metrics[name],
-                "best": result.best_metrics[name] if result.best_metrics else None,
+                "metric": wanted,
+                "last": result.metrics[wanted],
+                "best": result.best_metrics[wanted] if result.best_metrics else None,
                 "trained": sum(result.parameters.values()),
                 **{kind: result.parameters.get(kind, 0) for kind in kinds},
                 **{measure: result.router.get(f"router/{measure}") for measure in _LOAD},
@@ -102,7 +111,10 @@ def result_frame(results: Sequence[Result], metric: str | None = None) -> pd.Dat
         )
     numbers = {"best": float, **dict.fromkeys(_LOAD, float), "peak_memory": "Int64"}
     frame = pd.DataFrame(rows).astype(numbers)
-    first = results[0]
-    name = metric or first.main_metric
-    frame.attrs = {"kinds": kinds, "versions": versions, "minimizes": first.minimizes(name), "is_share": first.is_share(name)}
+    frame.attrs = {
+        "kinds": kinds,
+        "versions": versions,
+        "minimizes": first.minimizes(wanted),
+        "is_share": first.is_share(wanted),
+    }
     return frame

@@ -15,12 +15,14 @@ from fourier_moe import FourierMoEConfig
 from lightning_modules.experiments.plots import plot_study
 from lightning_modules.experiments.report import publish
 from lightning_modules.experiments.results import Result
-from lightning_modules.experiments.studies import ABLATIONS, STUDIES, Setting, choose_settings, study_frame, study_table
+from lightning_modules.experiments.studies.paper import ABLATIONS, STUDIES, choose_settings
+from lightning_modules.experiments.studies.study import Setting, study_frame, study_table
 
 OWN = FourierMoEConfig(targets=["q_proj"], num_coefficients=512, num_experts=8, top_k=2)
 OVERLAYS = sorted((REPOSITORY / ABLATIONS).glob("*.yaml"))
 PARAMETERS = {"experts": 4096, "router": 4096, "head": 650, "backbone": 0}
 RESULT = Result("FourierMoE", "full", 0, "test/accuracy", {"test/accuracy": 0.5}, PARAMETERS, 2.0)
+RATE, LORA = "model.optimization.experts.lr", "configs/adapters/lora.yaml"
 ROUTER = {"router/load_imbalance": 1.5, "router/dead_experts": 0.125}
 
 
@@ -41,8 +43,11 @@ def trained(monkeypatch):
 
     def train_and_test(cli, variant, seed):
         runs.append((variant, seed, cli.model.adapter))
-        metrics = {"test/accuracy": 0.5 + len(runs) / 100}
-        return replace(RESULT, variant=variant, seed=seed, metrics=metrics, router=ROUTER), {}
+        metrics = {"test/accuracy": 0.5 + len(runs) / 100, "test/loss": len(runs)}
+        if isinstance(cli.model.adapter, FourierMoEConfig):
+            return replace(RESULT, variant=variant, seed=seed, metrics=metrics, router=ROUTER), {}
+        parameters = {"experts": 0, "router": 0, "adapter": 4096, "head": 650}
+        return replace(RESULT, variant=variant, seed=seed, metrics=metrics, parameters=parameters), {}
 
     monkeypatch.setattr(lightning_modules.experiments.grid, "_train_and_test", train_and_test)
     monkeypatch.setattr(lightning_modules.experiments.plots, "plot_study", lambda *_: None)  # slower than all the rest
@@ -209,16 +214,32 @@ def test_no_value_fits():
         choose_settings(STUDIES["active_experts"], None, OWN, refuse)
 
 
+@pytest.mark.usefixtures("_no_run")
+def test_wrong_command_line(sweep, capsys):
+    with pytest.raises(SystemExit) as stop:
+        sweep("experts", "--seeds", "0")
+    assert stop.value.code == 2
+    assert "seeds=0 must be >0" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
-    [(("lambda",), "study=lambda must be one of coefficients"), (("experts", "--seeds", "0"), "seeds=0 must be >0")],
+    [
+        (("lambda",), r"sweep lambda: no such study; known: coefficients, .*, and arguments of fit with a dot"),
+        ((RATE,), r"sweep model.optimization.experts.lr: give --values"),
+        ((RATE, "--values", "0.1,0.1"), r"--values 0.1,0.1: values must differ"),
+        (("model.optimization.expert.lr", "--values", "0.1"), r"lr_0.1: .*expert"),
+        ((RATE, "--values", "0.1,fast"), r"nothing was run; lr_fast: .*fast"),
+        ((RATE, "--values", "0.1", "--metric", "bleu"), r"--metric 'bleu' is not a metric"),
+        (("model.adapter.init_args.num_coefficients", "--values", "512,100"), r"num_coefficients_100: .*nearest valid"),
+        (("model.adapter.init_args.r", "--values", "2,4000", "--config", LORA), r"r_4000: .*r=4000"),
+    ],
 )
 @pytest.mark.usefixtures("_no_run")
-def test_wrong_command_line(sweep, capsys, words, message):
-    with pytest.raises(SystemExit) as stop:
+def test_option_or_value_that_does_not_fit_is_refused_before_any_run(sweep, words, message):
+    with pytest.raises(ValueError, match=message) as error:
         sweep(*words)
-    assert stop.value.code == 2
-    assert message in capsys.readouterr().err
+    assert "\n" not in str(error.value)
 
 
 # ---------------------------------------------------------------- runs
@@ -272,6 +293,35 @@ def test_configured_router_load_is_not_doubled(sweep, monkeypatch, tmp_path):
     assert counts == [1, 1]
 
 
+def test_any_argument_of_fit_with_any_method(sweep, trained, output):
+    sweep("model.adapter.init_args.r", "--values", "4,8", "--seeds", "2", "--config", LORA, "--metric", "loss")
+    assert [(name, seed, adapter.r) for name, seed, adapter in trained] == [
+        ("r_4", 0, 4),
+        ("r_8", 0, 8),
+        ("r_4", 1, 4),
+        ("r_8", 1, 8),
+    ]
+    rows = {row["model.adapter.init_args.r"]: row for row in table_of(output)}
+    assert [row["test/loss (mean of 2)"] for row in rows.values()] == ["2 ± 1.414", "3 ± 1.414"]
+    assert rows["4"]["against 8"] == "-1 ± 0"  # 8 is the overlay's own
+    assert rows["4"]["adapter"] == "4,096"
+    assert "load imbalance" not in rows["4"]
+
+
+def test_config_as_it_is_is_known_however_its_value_is_written(sweep, trained, output):
+    sweep(RATE, "--values", "5.0E-2,0.1", "--seeds", "1")
+    assert [setting["against 5.0E-2"] for setting in table_of(output)] == ["-", "+1.0"]
+
+
+def test_values_that_are_no_numbers_have_a_row_each(sweep, trained, output, monkeypatch):
+    studies = []
+    monkeypatch.setattr(lightning_modules.experiments.plots, "plot_study", lambda path, study, *_: studies.append(study))
+    sweep("model.optimization.schedule", "--values", "cosine,constant", "--seeds", "1")
+    assert [row["model.optimization.schedule"] for row in table_of(output)] == ["cosine", "constant"]
+    sweep(RATE, "--values", "1e-2,5e-3", "--seeds", "1")
+    assert [study.numeric for study in studies] == [False, True]
+
+
 def test_failing_run_is_reported_and_the_rest_goes_on(sweep, trained, output, monkeypatch):
     train_and_test = lightning_modules.experiments.grid._train_and_test
 
@@ -317,7 +367,7 @@ def frame(study, rows):
 
 
 def table(study, rows, own=None):
-    return study_table(study, [setting for setting, _ in rows], frame(study, rows), own)
+    return study_table(STUDIES[study], [setting for setting, _ in rows], frame(study, rows), own)
 
 
 def test_differences_are_taken_seed_by_seed():
@@ -332,10 +382,12 @@ def test_header_says_over_how_many_seeds_the_means_are(second, expected):
     assert expected in table("experts", [row("4", [0.4, 0.6]), row("8", second)]).splitlines()[0]
 
 
-def test_unknown_load_and_best_are_dashes():
-    (line,) = table("experts", [row("4", [0.4])]).splitlines()[2:]
-    cells = [cell.strip() for cell in line.strip("|").split("|")]
-    assert cells == ["4", "40.0 %", "-", "40.0", "8,842", "4,096", "-", "-", "2.0"]
+def test_unknown_load_and_best_are_dashes_and_loads_that_no_run_has_are_left_out():
+    _, _, *lines = table("experts", [row("4", [0.4]), row("8", [0.4], router=ROUTER)]).splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert rows[0] == ["4", "40.0 %", "-", "40.0", "8,842", "4,096", "-", "-", "2.0"]
+    assert rows[1][6:8] == ["1.50", "0.12"]
+    assert "load imbalance" not in table("experts", [row("4", [0.4])])
 
 
 def test_csv_has_a_line_per_run(tmp_path):

@@ -286,7 +286,7 @@ def test_one_of_several_test_sets_is_tested_by_itself(tmp_path):
         share = np.mean(correct)
         runs.append(result(name, 0, share / 2))
         runs[-1].metrics["test/cola/accuracy"] = share
-    one_set, problems = differences(result_frame(runs, "test/cola/accuracy"), "a", tmp_path)
+    one_set, problems = differences(result_frame(runs, "cola/accuracy"), "a", tmp_path)
     all_sets, _ = differences(result_frame(runs), "a", tmp_path)
     assert problems == []
     assert (one_set["b"].mean, all_sets["b"].mean) == (0.25, 0.125)
@@ -296,10 +296,10 @@ def test_one_of_several_test_sets_is_tested_by_itself(tmp_path):
 @pytest.mark.parametrize(
     ("metric", "change", "message"),
     [
-        ("test/loss", {}, "test/loss is not computed from single answers"),
-        ("test/accuracy", {"value": 0.123}, "b, seed 0: its answers do not give its test/accuracy"),
-        ("test/accuracy", {"ids": ["x", "y", "z", "u"]}, "b, seed 0 was tested on other examples"),
-        ("test/accuracy", {"missing": True}, "b, seed 0: its answers do not give its test/accuracy"),
+        ("loss", {}, "test/loss is not computed from single answers"),
+        ("accuracy", {"value": 0.123}, "b, seed 0: its answers do not give its test/accuracy"),
+        ("accuracy", {"ids": ["x", "y", "z", "u"]}, "b, seed 0 was tested on other examples"),
+        ("accuracy", {"missing": True}, "b, seed 0: its answers do not give its test/accuracy"),
     ],
 )
 def test_where_answers_cannot_be_paired_the_intervals_are_over_seeds_with_a_note(tmp_path, metric, change, message):

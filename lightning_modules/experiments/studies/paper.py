@@ -4,47 +4,30 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import yaml
 
 from fourier_moe import FourierMoEConfig
 from fourier_moe.errors import UserError
 from lightning_modules.cli.config_files import CONFIGS
-from lightning_modules.experiments.report import format_table
-from lightning_modules.experiments.results import Result, result_frame
+from lightning_modules.experiments.studies.study import Setting, Study
 
 ABLATIONS = CONFIGS / "ablations"
 FULL = "full"  # the ablations' baseline: the config as it is
 
 
 @dataclass(frozen=True)
-class Setting:
-    """One setting of a study.
+class AdapterSetting(Setting):
+    """A setting of FourierMoE.
 
     Attributes:
-        name: directory of its runs, and name of the variant.
-        label: text in tables and plots.
         fields: what it changes in the config's adapter.
-        series: its line in the plot; "" if the study has one line.
-        overlay: config file that makes the change; None makes it with `fields`.
     """
 
-    name: str
-    label: str
-    fields: Mapping[str, Any] = field(default_factory=dict)
-    series: str = ""
-    overlay: Path | None = None
-
-    @property
-    def words(self) -> list[str]:
-        """Return the change as arguments of `fit`."""
-        if self.overlay is not None:
-            return ["--config", str(self.overlay)]
-        return [word for name, value in self.fields.items() for word in (f"--model.adapter.init_args.{name}", str(value))]
+    fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def adapter(self, own: FourierMoEConfig) -> FourierMoEConfig:
         """Return the config's adapter with the change.
@@ -56,19 +39,15 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Study:
-    """What is varied, and over which values unless `--values` gives others.
+class PaperStudy(Study):
+    """A study of FourierMoE.
 
     Attributes:
-        title: heading of table and plot.
-        axis: what the values are.
         kind: int or float for a number of the adapter; Path for overlays in `ABLATIONS`.
         defaults: values for a config.
         changes: fields that a value changes in the config's adapter, for each line of the plot by its name.
     """
 
-    title: str
-    axis: str
     kind: type[int] | type[float] | type[Path]
     defaults: Callable[[FourierMoEConfig], Iterable[Any]]
     changes: Callable[[Any, FourierMoEConfig], Mapping[str, Mapping[str, Any]]]
@@ -81,7 +60,7 @@ class Study:
         values = list(dict.fromkeys(self.defaults(own)))
         return [f"{value}" for value in (sorted(values) if self.numeric else values)]
 
-    def settings(self, text: str, own: FourierMoEConfig) -> list[Setting]:
+    def settings(self, text: str, own: FourierMoEConfig) -> list[AdapterSetting]:
         """Return the settings of one value, one for each line of the plot.
 
         Raises:
@@ -89,11 +68,11 @@ class Study:
         """
         value = self._parse(text, own)
         if not self.numeric:
-            name, overlay = Path(text).stem, None if text == FULL else value
-            return [Setting(name, name.replace("_", " "), self.changes(value, own)[""], overlay=overlay)]
+            name, words = Path(text).stem, [] if text == FULL else ["--config", str(value)]
+            return [AdapterSetting(name, name.replace("_", " "), words, fields=self.changes(value, own)[""])]
         label = f"{value}" if self.kind is int else f"{value:g}"
         return [
-            Setting("_".join(filter(None, (*self.axis.split(), label, series))), label, fields, series)
+            AdapterSetting("_".join(filter(None, (*self.axis.split(), label, series))), label, _words(fields), series, fields)
             for series, fields in self.changes(value, own).items()
         ]
 
@@ -110,6 +89,11 @@ class Study:
             raise UserError(f"{self.axis}: {text!r} is not {'a whole number' if self.kind is int else 'a number'}") from error
 
 
+def _words(fields: Mapping[str, Any]) -> list[str]:
+    """Return a change in the adapter as arguments of `fit`."""
+    return [word for name, value in fields.items() for word in (f"--model.adapter.init_args.{name}", str(value))]
+
+
 def _nearest_coefficients(wanted: float, step: int) -> int:
     """Return the number of coefficients nearest to `wanted` that the experts can share, a multiple of `step`."""
     return max(1, round(wanted / step)) * step
@@ -121,15 +105,15 @@ def _overlay_fields(path: Path) -> dict[str, Any]:
     return overlay.get("model", {}).get("adapter", {}).get("init_args", {})
 
 
-STUDIES: dict[str, Study] = {
-    "coefficients": Study(
+STUDIES: dict[str, PaperStudy] = {
+    "coefficients": PaperStudy(
         "Coefficients (the paper's Figure 4, left)",
         "coefficients",
         int,
         lambda own: [_nearest_coefficients(own.num_coefficients * 2.0**power, own.size_step) for power in range(-3, 3)],
         lambda value, own: {"": {"num_coefficients": value}},
     ),
-    "experts": Study(
+    "experts": PaperStudy(
         "Experts (the paper's Figure 4, center)",
         "experts",
         int,
@@ -138,28 +122,28 @@ STUDIES: dict[str, Study] = {
             "": {"num_experts": value, "num_coefficients": _nearest_coefficients(own.num_coefficients, 2 * max(value, 1))}
         },
     ),
-    "active_experts": Study(
+    "active_experts": PaperStudy(
         "Active experts (the paper's Figure 4, right)",
         "active experts",
         int,
         lambda own: [*(2**power for power in range(own.num_experts.bit_length())), own.top_k, own.num_experts],
         lambda value, own: {"": {"top_k": value}},
     ),
-    "bandwidth": Study(
+    "bandwidth": PaperStudy(
         "Bandwidth (the paper's Table 5 and Figure 6)",
         "bandwidth",
         float,
         lambda own: [0.06, 0.12, 0.24, 0.48, 0.96, *([] if isinstance(own.bandwidth, Sequence) else [own.bandwidth])],
         lambda value, own: {layout: {"bandwidth": value, "band_layout": layout} for layout in ("cover", "stack")},
     ),
-    "balance_weight": Study(
+    "balance_weight": PaperStudy(
         "Weight of the balance loss (the paper's Table 6)",
         "balance weight",
         float,
         lambda own: [0, 0.001, 0.005, 0.01, 0.05, 0.1, own.balance_weight],
         lambda value, own: {"": {"balance_weight": value}},
     ),
-    "ablations": Study(
+    "ablations": PaperStudy(
         "Ablations (the paper's Figure 3)",
         "variant",
         Path,
@@ -170,8 +154,8 @@ STUDIES: dict[str, Study] = {
 
 
 def choose_settings(
-    study: Study, values: Sequence[str] | None, own: FourierMoEConfig, try_out: Callable[[FourierMoEConfig], None]
-) -> tuple[list[Setting], list[str]]:
+    study: PaperStudy, values: Sequence[str] | None, own: FourierMoEConfig, try_out: Callable[[FourierMoEConfig], None]
+) -> tuple[list[AdapterSetting], list[str]]:
     """Choose the settings of a study that fit config and model.
 
     A default value that does not fit is left out, and so is one line's setting of a value that fits another line.
@@ -188,7 +172,7 @@ def choose_settings(
     Raises:
         UserError: if one of `values` does not fit at all, or nothing remains.
     """
-    chosen: dict[str, Setting] = {}
+    chosen: dict[str, AdapterSetting] = {}
     left_out: list[str] = []
     for value in study.default_values(own) if values is None else values:
         fitting, problems = [], []
@@ -206,20 +190,3 @@ def choose_settings(
     if not chosen:
         raise UserError(f"no value of the study fits this config, give --values: {'; '.join(left_out)}")
     return list(chosen.values()), left_out
-
-
-def study_frame(study: str, settings: Sequence[Setting], results: Sequence[Result]) -> pd.DataFrame:
-    """Return `result_frame` with the study, and the series and value of every run's setting, in front."""
-    frame, by_name = result_frame(results), {setting.name: setting for setting in settings}
-    frame.insert(0, "study", study)
-    frame.insert(1, "series", [by_name[name].series for name in frame["variant"]])
-    frame.insert(2, "value", [by_name[name].label for name in frame["variant"]])
-    return frame
-
-
-def study_table(study: str, settings: Sequence[Setting], frame: pd.DataFrame, own: str | None) -> str:
-    """Return a Markdown table with a row per setting that has runs, see `format_table`; a study of layouts names them."""
-    layouts = any(setting.series for setting in settings)
-    axis = STUDIES[study].axis
-    labels = {one.name: {axis: one.label, **({"layout": one.series} if layouts else {})} for one in settings}
-    return format_table(frame, labels, ["experts"], ("load imbalance", "dead experts", "seconds"), own)
