@@ -69,7 +69,9 @@ def pareto_front(points: Mapping[str, tuple[float, float]]) -> list[str]:
 
 
 def plot_study(path: Path, study: Study, frame: pd.DataFrame, own: str | None) -> None:
-    """Write a PNG: small dots are seeds, large ones means. The right panel shows trained parameters if they differ, else loads.
+    """Write a PNG: small dots are seeds, large ones means.
+
+    The right panel shows trained parameters if they differ, else the routers' load if there are any, else seconds.
 
     Values lie at equal distances, since they include 0 and span decades. Overlays have a row each. They are dots and no bars,
     since bars would have to begin at 0, where no difference can be seen.
@@ -84,8 +86,12 @@ def plot_study(path: Path, study: Study, frame: pd.DataFrame, own: str | None) -
     if study.numeric:
         values.sort(key=float)
     figure, left, right = _panels((11, 4.2), width_ratios=(3, 2))
-    varies = frame["trained"].nunique() > 1
-    title, column = ("trained parameters", "trained") if varies else ("load imbalance (1: even)", "load_imbalance")
+    if frame["trained"].nunique() > 1:
+        title, column = "trained parameters", "trained"
+    elif frame["load_imbalance"].notna().any():
+        title, column = "load imbalance (1: even)", "load_imbalance"
+    else:
+        title, column = "seconds of training", "seconds"
     seeds = frame.assign(place=frame["value"].map(values.index), quantity=scale_of(frame)[0] * frame["last"])
     variants = seeds.drop_duplicates("variant").set_index("variant", drop=False)
     variants["quantity"] = frame.groupby("variant")[column].agg(lambda values: values.mean(skipna=False))
