@@ -36,6 +36,11 @@ class CommandLine:
         """The first config's name without its ending; results go to a directory of this name."""
         return Path(self.files[0]).stem
 
+    @property
+    def names(self) -> str:
+        """The names of all configs, as in `demo+lora`."""
+        return "+".join(Path(file).stem for file in self.files)
+
 
 def split_command_line(words: Sequence[str], options: Collection[str]) -> tuple[CommandLine, list[str]]:
     """Separate a command's own options from what fit understands.

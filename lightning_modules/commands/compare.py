@@ -137,7 +137,7 @@ def _sizes(variants: Mapping[str, Variant], budget: Budget | None) -> tuple[dict
             adapter = match(variant, budget) if budget else variant.adapter
             report = variant.try_out(adapter)
         except ValueError as error:
-            problems.append(f"{name}: {error}")
+            problems.append((name, str(error)))
             continue
         field = adapter.size_field if budget else None
         words[name] = [f"--model.adapter.init_args.{field}", str(getattr(adapter, field))] if field else []

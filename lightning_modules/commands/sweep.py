@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 from jsonargparse.typing import PositiveInt
 from torch import nn
@@ -15,21 +17,20 @@ from lightning_modules.callbacks import RouterLoad
 from lightning_modules.cli import AdaptationCLI
 from lightning_modules.commands.command_line import CommandLine
 from lightning_modules.experiments.grid import require_named_logger, resolved_config, run_grid
-from lightning_modules.experiments.preflight import parse_grid, raise_together
+from lightning_modules.experiments.kept_runs import variant_directory
+from lightning_modules.experiments.preflight import parse_grid, parse_run, raise_together, require_metric, settings_of
 from lightning_modules.experiments.report import partial_runs, publish
 from lightning_modules.experiments.results import Result
-from lightning_modules.experiments.studies.option import OptionStudy
+from lightning_modules.experiments.studies.option import OptionStudy, split_values
 from lightning_modules.experiments.studies.paper import STUDIES, choose_settings
 from lightning_modules.experiments.studies.study import Setting, Study, study_frame, study_table
-
-OWN = "the config as it is"
 
 
 def sweep(
     line: CommandLine,
     study: str,
     *,
-    values: str | list[str | int | float] | None = None,
+    values: str | float | list[Any] | None = None,
     seeds: PositiveInt = 3,
     metric: str | None = None,
     output: str | None = None,
@@ -43,19 +44,20 @@ def sweep(
         line: the config and the arguments of fit.
         study: one of the paper's (coefficients, experts, active_experts, bandwidth, balance_weight, ablations), which vary
             FourierMoE, or any argument of fit, for example `model.optimization.adapter.lr`.
-        values: separated by commas; by default the paper's, or around the config's own; overlays for `ablations`.
+        values: separated by commas. A study of the paper has the paper's, or some around the config's own, by default; those of
+            `ablations` are overlays.
         seeds: number of seeds: 0, 1, ...
         metric: test metric of table and plot, as for compare; the task's main metric by default.
-        output: directory of the results; `runs/sweep/<config's name>/<study>` by default.
+        output: directory of the results; `runs/sweep/<configs' names>/<study>` by default, as in `runs/sweep/demo+lora/...`.
 
     Raises:
         SystemExit: with status 1, at the end, if a run failed.
         UserError: before any run, if there is no such study, or a value does not fit config or model.
     """
-    texts = values.split(",") if isinstance(values, str) else None if values is None else [str(value) for value in values]
-    directory = Path(output or f"runs/sweep/{line.name}/{study}")
+    texts = None if values is None else split_values(values)
+    directory = Path(output or f"runs/sweep/{line.names}/{study}")
     if study in STUDIES:
-        chosen, settings, left_out, words, own_name = _study_of_the_paper(study, texts, line.words)
+        chosen, settings, left_out, words, own_name = _study_of_the_paper(study, texts, line.words, metric)
     else:
         chosen, settings, left_out, words, own_name = _study_of_an_option(study, texts, line.words, metric)
     for reason in left_out:
@@ -83,7 +85,7 @@ _Chosen = tuple[Study, Sequence[Setting], list[str], list[str], str | None]
 # What is varied, its settings, what was left out, the arguments of fit for all runs, and the setting that changes nothing.
 
 
-def _study_of_the_paper(name: str, values: Sequence[str] | None, words: list[str]) -> _Chosen:
+def _study_of_the_paper(name: str, values: Sequence[str] | None, words: list[str], metric: str | None) -> _Chosen:
     """Choose the settings of a study of FourierMoE that fit config and model."""
     study = STUDIES[name]
     cli = AdaptationCLI(words, run=False)
@@ -102,6 +104,7 @@ def _study_of_the_paper(name: str, values: Sequence[str] | None, words: list[str
             "varies; set densities to null and bandwidth to one number"
         )
     cli.model.configure_model()
+    require_metric(cli.model.task, metric)
     settings, left_out = choose_settings(study, values, own, _trial(adapters(cli.model.model)))
     if not any(isinstance(callback, RouterLoad) for callback in cli.trainer.callbacks):  # type: ignore[attr-defined]
         words = [*words, "--trainer.callbacks+=lightning_modules.callbacks.RouterLoad"]
@@ -112,22 +115,35 @@ def _study_of_an_option(option: str, values: Sequence[str] | None, words: list[s
     """Parse every setting, and try its adapter on an outline of the model."""
     if "." not in option:
         raise UserError(f"sweep {option}: no such study; known: {', '.join(STUDIES)}, and arguments of fit with a dot")
-    if not values:
+    if values is None:
         raise UserError(f"sweep {option}: give --values, separated by commas")
     study = OptionStudy(option, option, values)
-    settings = study.settings
-    grid = {setting.name: [*words, *setting.words] for setting in settings}
-    variants = parse_grid({OWN: words, **grid}, metric)
-    own = variants.pop(OWN, None)
+    if len({variant_directory(setting.name) for setting in study.settings}) < len(values):
+        raise UserError(f"--values {','.join(values)}: values must differ, results go to directories of these names")
+    variants = parse_grid({setting.name: [*words, *setting.words] for setting in study.settings}, metric)
     problems = []
     for name, variant in variants.items():
         try:
             variant.try_out(variant.adapter)
         except ValueError as error:
-            problems.append(f"{name}: {error}")
+            problems.append((name, str(error)))
     raise_together(problems)
-    own_name = next((name for name, variant in variants.items() if own is not None and variant.settings == own.settings), None)
-    return study, settings, [], words, own_name
+    settings = {name: settings_of(variant.config) for name, variant in variants.items()}
+    for name, other in combinations(settings, 2):
+        if settings[name] == settings[other]:
+            raise UserError(
+                f"sweep {option}: {name} and {other} are the same run; runs differ in all but their logger and seed"
+            )
+    return study, study.settings, [], words, _unchanged(settings, words)
+
+
+def _unchanged(settings: Mapping[str, Mapping[str, Any]], words: Sequence[str]) -> str | None:
+    """Return the name of the setting that the config has by itself; None if there is none or the config lacks this option."""
+    try:
+        own = settings_of(resolved_config(parse_run(words)))
+    except UserError:
+        return None
+    return next((name for name, found in settings.items() if found == own), None)
 
 
 def _trial(layers: dict[str, Adapter]) -> Callable[[FourierMoEConfig], None]:

@@ -19,9 +19,10 @@ from fourier_moe import AdapterConfig, InjectionReport, inject
 from fourier_moe.errors import UserError
 from lightning_modules.cli import AdaptationCLI, user_error
 from lightning_modules.experiments.grid import require_named_logger, resolved_config
+from lightning_modules.experiments.provenance import without_logger
 from lightning_modules.optimization import Optimization
 from lightning_modules.tasks.backbones.quiet import quiet
-from lightning_modules.tasks.base import task_data
+from lightning_modules.tasks.base import Task, task_data
 
 
 @dataclass(frozen=True)
@@ -41,11 +42,6 @@ class Variant:
     outline: nn.Module
     head_names: Sequence[str]
     config: Mapping[str, Any]
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """Every setting by its dotted name, without the names of the config files."""
-        return dict(_flatten("", {**self.config, "config": None}))
 
     def try_out(self, adapter: AdapterConfig) -> InjectionReport:
         """Inject an adapter into a copy of the outline, which needs no memory and little time, and group the parameters.
@@ -73,31 +69,59 @@ def parse_grid(grid: Mapping[str, Sequence[str]], metric: str | None = None) -> 
     """
     variants: dict[str, Variant] = {}
     outlines: dict[str, tuple[nn.Module, list[str]]] = {}
-    problems: dict[str, list[str]] = {}
+    problems: list[tuple[str, str]] = []
     for name, words in grid.items():
         try:
             variants[name] = _parse(words, metric, outlines)
         except ValueError as error:
-            problems.setdefault(f"{user_error(error) or error}", []).append(name)
-    raise_together([f"{', '.join(names)}: {problem}" for problem, names in problems.items()])
+            problems.append((name, f"{user_error(error) or error}"))
+    raise_together(problems)
     return variants
 
 
-def raise_together(problems: Sequence[str]) -> None:
-    """Raise one error for the problems of several variants; none without problems."""
-    if problems:
-        raise UserError("nothing was run; " + "; ".join(problems))
+def raise_together(problems: Sequence[tuple[str, str]]) -> None:
+    """Raise one error for the problems of several variants, (variant, problem) each; none without problems."""
+    names: dict[str, list[str]] = {}
+    for name, problem in problems:
+        names.setdefault(problem, []).append(name)
+    if names:
+        raise UserError("nothing was run; " + "; ".join(f"{', '.join(own)}: {problem}" for problem, own in names.items()))
 
 
-def _parse(words: Sequence[str], metric: str | None, outlines: dict[str, tuple[nn.Module, list[str]]]) -> Variant:
+def require_metric(task: Task, metric: str | None) -> None:
+    """Refuse a test metric that the task does not have.
+
+    Raises:
+        UserError: naming those it has.
+    """
+    known = [*task.new_metrics(), "loss"]
+    if metric and (metric.rpartition("/")[2] not in known or metric.startswith("test/")):
+        raise UserError(f"--metric {metric!r} is not a metric of the task; known: {', '.join(map(str, known))}")
+
+
+def parse_run(words: Sequence[str]) -> AdaptationCLI:
+    """Parse the arguments of `fit` for seed 0.
+
+    Raises:
+        UserError: if they do not parse.
+    """
     errors = io.StringIO()
     try:
         # Lightning prints the devices and the seed; the runs print them again.
         with contextlib.redirect_stderr(errors), quiet(logging.INFO):
-            cli = AdaptationCLI([*words, "--seed_everything", "0"], run=False)
+            return AdaptationCLI([*words, "--seed_everything", "0"], run=False)
     except SystemExit as error:
         message = errors.getvalue().partition("error: ")[2].strip()
         raise UserError(message or "the config does not parse") from error
+
+
+def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return every setting of a resolved config by its dotted name, without its files and its logger, which runs replace."""
+    return dict(_flatten("", {**without_logger(config), "config": None}))
+
+
+def _parse(words: Sequence[str], metric: str | None, outlines: dict[str, tuple[nn.Module, list[str]]]) -> Variant:
+    cli = parse_run(words)
     model, config = cli.model, resolved_config(cli)
     require_named_logger(config)
     if model.optimization is None:
@@ -107,9 +131,7 @@ def _parse(words: Sequence[str], metric: str | None, outlines: dict[str, tuple[n
     key = json.dumps([config["model"]["task"], num_classes], sort_keys=True)
     if key not in outlines:
         built = model.task.build(num_classes, names or [f"class {index}" for index in range(num_classes or 0)])
-        known = [*model.task.new_metrics(), "loss"]
-        if metric and metric.rpartition("/")[2] not in known:
-            raise UserError(f"--metric {metric!r} is not a metric of the task; known: {', '.join(map(str, known))}")
+        require_metric(model.task, metric)
         outlines[key] = outline(built), [*model.task.head_names]
     return Variant(model.adapter, model.optimization, *outlines[key], config)
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
-from fourier_moe.errors import UserError
 from lightning_modules.experiments.studies.study import Setting, Study
 
 
@@ -27,16 +28,21 @@ class OptionStudy(Study):
 
     @property
     def settings(self) -> list[Setting]:
-        """Return a setting for each value.
+        """Return a setting for each value; their directories are called `adapter.lr_1e-3`."""
+        option = ".".join([part for part in self.axis.split(".") if part != "init_args"][-2:])
+        return [Setting(f"{option}_{_file_name(value)}", value, [f"--{self.axis}={value}"]) for value in self.values]
 
-        Raises:
-            UserError: if two values would have the same directory.
-        """
-        option = self.axis.rpartition(".")[2]
-        settings = [Setting(f"{option}_{Path(value).name}", value, [f"--{self.axis}", value]) for value in self.values]
-        if len({setting.name for setting in settings}) < len(settings):
-            raise UserError(f"--values {','.join(self.values)}: values must differ, results go to directories of these names")
-        return settings
+
+def split_values(values: str | float | Sequence[Any]) -> list[str]:
+    """Return the values of `--values`, separated by commas outside of brackets, or those of a list in a config file."""
+    if isinstance(values, str):
+        return [value.strip() for value in re.split(r",(?![^\[{]*[\]}])", values)]  # no bracket is closed before one is opened
+    listed = values if isinstance(values, Sequence) else [values]
+    return [value if isinstance(value, str) else json.dumps(value) for value in listed]
+
+
+def _file_name(value: str) -> str:
+    return re.sub(r"[^A-Za-z0-9_.+-]+", "-", value.strip("[]{}'\" "))
 
 
 def _is_number(text: str) -> bool:

@@ -15,6 +15,7 @@ from fourier_moe import FourierMoEConfig
 from lightning_modules.experiments.plots import plot_study
 from lightning_modules.experiments.report import publish
 from lightning_modules.experiments.results import Result
+from lightning_modules.experiments.studies.option import split_values
 from lightning_modules.experiments.studies.paper import ABLATIONS, STUDIES, choose_settings
 from lightning_modules.experiments.studies.study import Setting, study_frame, study_table
 
@@ -228,11 +229,19 @@ def test_wrong_command_line(sweep, capsys):
         (("lambda",), r"sweep lambda: no such study; known: coefficients, .*, and arguments of fit with a dot"),
         ((RATE,), r"sweep model.optimization.experts.lr: give --values"),
         ((RATE, "--values", "0.1,0.1"), r"--values 0.1,0.1: values must differ"),
-        (("model.optimization.expert.lr", "--values", "0.1"), r"lr_0.1: .*expert"),
-        ((RATE, "--values", "0.1,fast"), r"nothing was run; lr_fast: .*fast"),
-        ((RATE, "--values", "0.1", "--metric", "bleu"), r"--metric 'bleu' is not a metric"),
-        (("model.adapter.init_args.num_coefficients", "--values", "512,100"), r"num_coefficients_100: .*nearest valid"),
-        (("model.adapter.init_args.r", "--values", "2,4000", "--config", LORA), r"r_4000: .*r=4000"),
+        (("model.optimization.expert.lr", "--values", "0.1"), r"expert.lr_0.1: .*expert"),
+        ((RATE, "--values", "0.1,fast"), r"nothing was run; experts.lr_fast: .*fast"),
+        ((RATE, "--values", "0.05,0.1,5e-2"), r"experts.lr_0.05 and experts.lr_5e-2 are the same run"),
+        ((RATE, "--values", "-1e-3,0.1"), r"experts.lr_-1e-3: .*lr=-0.001"),
+        (("trainer.logger.init_args.name", "--values", "a,b"), r"logger.name_a and logger.name_b are the same run"),
+        (
+            (RATE, "--values", "0.1", "--metric", "bleu"),
+            r"--metric 'bleu' is not a metric of the task; known: accuracy, .*loss",
+        ),
+        ((RATE, "--values", "0.1", "--metric", "test/loss"), r"--metric 'test/loss' is not a metric"),
+        (("experts", "--metric", "bleu"), r"--metric 'bleu' is not a metric"),
+        (("model.adapter.init_args.num_coefficients", "--values", "512,100"), r"adapter.num_coefficients_100: .*nearest valid"),
+        (("model.adapter.init_args.r", "--values", "2,4000", "--config", LORA), r"adapter.r_4000: .*r=4000"),
     ],
 )
 @pytest.mark.usefixtures("_no_run")
@@ -296,10 +305,7 @@ def test_configured_router_load_is_not_doubled(sweep, monkeypatch, tmp_path):
 def test_any_argument_of_fit_with_any_method(sweep, trained, output):
     sweep("model.adapter.init_args.r", "--values", "4,8", "--seeds", "2", "--config", LORA, "--metric", "loss")
     assert [(name, seed, adapter.r) for name, seed, adapter in trained] == [
-        ("r_4", 0, 4),
-        ("r_8", 0, 8),
-        ("r_4", 1, 4),
-        ("r_8", 1, 8),
+        (f"adapter.r_{r}", seed, r) for seed in (0, 1) for r in (4, 8)
     ]
     rows = {row["model.adapter.init_args.r"]: row for row in table_of(output)}
     assert [row["test/loss (mean of 2)"] for row in rows.values()] == ["2 ± 1.414", "3 ± 1.414"]
@@ -311,6 +317,31 @@ def test_any_argument_of_fit_with_any_method(sweep, trained, output):
 def test_config_as_it_is_is_known_however_its_value_is_written(sweep, trained, output):
     sweep(RATE, "--values", "5.0E-2,0.1", "--seeds", "1")
     assert [setting["against 5.0E-2"] for setting in table_of(output)] == ["-", "+1.0"]
+
+
+def test_values_with_commas_slashes_and_brackets(sweep, trained, tmp_path, capsys):
+    sweep("model.adapter.init_args.targets", "--values", "[q_proj],[q_proj,v_proj]", "--seeds", "1")
+    assert [(name, adapter.targets) for name, _, adapter in trained] == [
+        ("adapter.targets_q_proj", ("q_proj",)),
+        ("adapter.targets_q_proj-v_proj", ("q_proj", "v_proj")),
+    ]
+    trained.clear()
+    sweep("trainer.default_root_dir", "--values", "a/runs,b/runs", "--seeds", "1")
+    assert [name for name, *_ in trained] == ["trainer.default_root_dir_a-runs", "trainer.default_root_dir_b-runs"]
+    assert split_values([True, None, [1, 2], "a", 0.5]) == ["true", "null", "[1, 2]", "a", "0.5"]
+
+
+def test_config_need_not_parse_without_the_value(sweep, trained):
+    words = ("--seeds", "1", "--model.adapter.init_args.num_coefficients", "100")
+    sweep("model.adapter.init_args.num_coefficients", "--values", "512", *words)
+    assert [name for name, *_ in trained] == ["adapter.num_coefficients_512"]
+
+
+def test_each_list_of_configs_has_a_directory_of_its_own(main, trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ("--values", "0.1", "--seeds", "1", "--config", str(REPOSITORY / "configs/demo.yaml"))
+    main("sweep", "model.optimization.head.lr", *words, "--config", str(REPOSITORY / LORA))
+    assert (tmp_path / "runs/sweep/demo+lora/model.optimization.head.lr/results.md").is_file()
 
 
 def test_values_that_are_no_numbers_have_a_row_each(sweep, trained, output, monkeypatch):
@@ -438,6 +469,12 @@ def test_plot_shows_the_trained_parameters_where_they_differ(drawn):
     _, right = drawn("coefficients", rows)
     assert right.get_ylabel() == "trained parameters"
     assert right.lines[0].get_ydata() == pytest.approx([8842, 4096 + 650 + 16])
+
+
+def test_plot_leaves_out_a_load_that_was_not_logged(drawn):
+    _, right = drawn("balance_weight", [row("0", [0.5]), row("0.1", [0.7], router=ROUTER)])
+    assert right.lines[0].get_xdata() == pytest.approx([1])
+    assert right.lines[0].get_ydata() == pytest.approx([1.5])
 
 
 def test_plot_shows_the_seconds_where_nothing_else_differs(drawn):
