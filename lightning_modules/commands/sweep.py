@@ -118,9 +118,10 @@ def _study_of_an_option(option: str, values: Sequence[str] | None, words: list[s
     if values is None:
         raise UserError(f"sweep {option}: give --values, separated by commas")
     study = OptionStudy(option, option, values)
-    if len({variant_directory(setting.name) for setting in study.settings}) < len(values):
+    settings = study.settings
+    if len({variant_directory(setting.name) for setting in settings}) < len(settings):
         raise UserError(f"--values {','.join(values)}: values must differ, results go to directories of these names")
-    variants = parse_grid({setting.name: [*words, *setting.words] for setting in study.settings}, metric)
+    variants = parse_grid({setting.name: [*words, *setting.words] for setting in settings}, metric)
     problems = []
     for name, variant in variants.items():
         try:
@@ -128,22 +129,20 @@ def _study_of_an_option(option: str, values: Sequence[str] | None, words: list[s
         except ValueError as error:
             problems.append((name, str(error)))
     raise_together(problems)
-    settings = {name: settings_of(variant.config) for name, variant in variants.items()}
-    for name, other in combinations(settings, 2):
-        if settings[name] == settings[other]:
-            raise UserError(
-                f"sweep {option}: {name} and {other} are the same run; runs differ in all but their logger and seed"
-            )
-    return study, study.settings, [], words, _unchanged(settings, words)
+    resolved = {name: settings_of(variant.config) for name, variant in variants.items()}
+    for name, other in combinations(resolved, 2):
+        if resolved[name] == resolved[other]:
+            raise UserError(f"sweep {option}: {name} and {other} are the same run (the logger is each run's own)")
+    return study, settings, [], words, _unchanged(resolved, words)
 
 
-def _unchanged(settings: Mapping[str, Mapping[str, Any]], words: Sequence[str]) -> str | None:
+def _unchanged(resolved: Mapping[str, Mapping[str, Any]], words: Sequence[str]) -> str | None:
     """Return the name of the setting that the config has by itself; None if there is none or the config lacks this option."""
     try:
         own = settings_of(resolved_config(parse_run(words)))
     except UserError:
         return None
-    return next((name for name, found in settings.items() if found == own), None)
+    return next((name for name, found in resolved.items() if found == own), None)
 
 
 def _trial(layers: dict[str, Adapter]) -> Callable[[FourierMoEConfig], None]:

@@ -111,9 +111,10 @@ def test_plot_shows_the_seconds_where_nothing_else_differs(drawn):
 
 def test_plot_has_a_line_per_layout_and_a_missing_value_leaves_a_gap_in_its_own_only(drawn):
     rows = [row("0.12", [0.5], "cover"), row("0.12", [0.6], "stack"), row("0.24", [0.7], "cover")]
-    left, _ = drawn("bandwidth", rows)
+    left, right = drawn("bandwidth", rows)
     assert [text.get_text() for text in left.get_legend().get_texts()] == ["cover", "stack"]
     assert [container.lines[0].get_ydata().tolist() for container in left.containers] == [[50, 70], [60]]
+    assert right.get_ylabel() == "seconds of training"  # no load was logged
 
 
 def test_ablations_have_a_row_each(drawn):
