@@ -8,15 +8,15 @@ from pathlib import Path
 import pandas as pd
 from jsonargparse.typing import PositiveInt
 
-from fourier_moe import FourierMoEConfig
+from fourier_moe import AdapterConfig, FourierMoEConfig, InjectionReport
 from fourier_moe.errors import UserError
 from lightning_modules.cli.config_files import CONFIGS, find_config
 from lightning_modules.commands.command_line import CommandLine
 from lightning_modules.experiments.budget import Budget, adapter_parameters, match
 from lightning_modules.experiments.grid import run_grid
-from lightning_modules.experiments.kept_runs import variant_directory
+from lightning_modules.experiments.kept_runs import require_own_directories
 from lightning_modules.experiments.paired_tests import differences, format_differences
-from lightning_modules.experiments.preflight import Variant, parse_grid, raise_together, unfair_differences
+from lightning_modules.experiments.preflight import Variant, for_each, parse_grid, unfair_differences
 from lightning_modules.experiments.report import format_table, method_labels, partial_runs, publish, unfair_runs
 from lightning_modules.experiments.results import Result, result_frame
 from lightning_modules.experiments.tuning import Trial, best_trial, own_rates, rate_words, trial_table
@@ -64,8 +64,9 @@ def compare(
     """
     names = adapters.split(",") if isinstance(adapters, str) else adapters
     overlays = {name: _overlay(name) for name in names}
-    if len({variant_directory(name) for name in names}) < len(names) or {OWN, FOURIER_MOE} <= overlays.keys():
-        raise UserError(f"--adapters {','.join(names)}: names must differ, results go to directories of these names")
+    require_own_directories(f"--adapters {','.join(names)}", names)
+    if {OWN, FOURIER_MOE} <= overlays.keys():
+        raise UserError(f"--adapters {','.join(names)}: {OWN} and {FOURIER_MOE} are the same adapter; give one of them")
     budget = Budget.parse(str(match_parameters)) if match_parameters else None
     directory = Path(output or f"runs/compare/{line.name}")
 
@@ -128,25 +129,23 @@ def _sizes(variants: Mapping[str, Variant], budget: Budget | None) -> tuple[dict
     Raises:
         UserError: one message with all problems.
     """
+
+    def try_out(name: str, variant: Variant) -> tuple[AdapterConfig, InjectionReport]:
+        if name == FOURIER_MOE and not isinstance(variant.adapter, FourierMoEConfig):
+            raise UserError(f"the config's own adapter is {type(variant.adapter).__name__}; '{OWN}' takes any")
+        adapter = match(variant, budget) if budget else variant.adapter
+        return adapter, variant.try_out(adapter)
+
     words: dict[str, list[str]] = {}
-    rows, problems, resized = [], [], []
-    for name, variant in variants.items():
-        try:
-            if name == FOURIER_MOE and not isinstance(variant.adapter, FourierMoEConfig):
-                raise UserError(f"the config's own adapter is {type(variant.adapter).__name__}; '{OWN}' takes any")
-            adapter = match(variant, budget) if budget else variant.adapter
-            report = variant.try_out(adapter)
-        except ValueError as error:
-            problems.append((name, str(error)))
-            continue
+    rows, resized = [], []
+    for name, (adapter, report) in for_each(variants, try_out).items():
         field = adapter.size_field if budget else None
         words[name] = [f"--model.adapter.init_args.{field}", str(getattr(adapter, field))] if field else []
-        resized += [name] if field and getattr(adapter, field) != getattr(variant.adapter, field) else []
+        resized += [name] if field and getattr(adapter, field) != getattr(variants[name].adapter, field) else []
         count = adapter_parameters(report)
         size = adapter.describe_size() or ("as it is" if budget else "-")
         rows.append([name, type(adapter).__name__, size, f"{count:,}", f"{100 * count / report.pretrained:.3f} %"])
         rows[-1] += [f"{report.trained[kind]:,}" for kind in ("head", "backbone")]
-    raise_together(problems)
     header = ["adapter", "class", "size", "adapter parameters", "of the model", "head", "backbone"]
     return words, markdown_table(header, rows), resized
 

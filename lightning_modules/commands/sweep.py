@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,8 @@ from lightning_modules.callbacks import RouterLoad
 from lightning_modules.cli import AdaptationCLI
 from lightning_modules.commands.command_line import CommandLine
 from lightning_modules.experiments.grid import require_named_logger, resolved_config, run_grid
-from lightning_modules.experiments.kept_runs import variant_directory
-from lightning_modules.experiments.preflight import parse_grid, parse_run, raise_together, require_metric, settings_of
+from lightning_modules.experiments.kept_runs import require_own_directories
+from lightning_modules.experiments.preflight import for_each, parse_grid, parse_run, require_metric, settings_of
 from lightning_modules.experiments.report import partial_runs, publish
 from lightning_modules.experiments.results import Result
 from lightning_modules.experiments.studies.option import OptionStudy, split_values
@@ -56,39 +57,51 @@ def sweep(
     """
     texts = None if values is None else split_values(values)
     directory = Path(output or f"runs/sweep/{line.names}/{study}")
-    if study in STUDIES:
-        chosen, settings, left_out, words, own_name = _study_of_the_paper(study, texts, line.words, metric)
-    else:
-        chosen, settings, left_out, words, own_name = _study_of_an_option(study, texts, line.words, metric)
-    for reason in left_out:
+    plan = (_plan_of_the_paper if study in STUDIES else _plan_of_an_option)(study, texts, line.words, metric)
+    for reason in plan.left_out:
         print(f"left out: {reason}")
 
-    results, failures = run_grid({setting.name: [*words, *setting.words] for setting in settings}, seeds, directory)
-    parts, frame = [f"{chosen.title}: {', '.join(Path(path).name for path in line.files)}"], None
+    results, failures = run_grid({setting.name: [*plan.words, *setting.words] for setting in plan.settings}, seeds, directory)
+    parts, frame = [f"{plan.study.title}: {', '.join(Path(path).name for path in line.files)}"], None
     if results:
-        frame = study_frame(study, settings, results, metric)
-        parts += [study_table(chosen, settings, frame, own_name)]
+        frame = study_frame(study, plan.settings, results, metric)
+        parts += [study_table(plan.study, plan.settings, frame, plan.unchanged)]
         parts += [f"Note: {note}" for note in partial_runs(frame)]
-    parts += [f"left out: {reason}" for reason in left_out]
+    parts += [f"left out: {reason}" for reason in plan.left_out]
 
     def plot(path: Path) -> None:
         from lightning_modules.experiments.plots import plot_study  # here, since matplotlib is slow to import
 
         assert frame is not None
-        plot_study(path, chosen, frame, own_name)
+        plot_study(path, plan.study, frame, plan.unchanged)
 
     publish(directory, parts, results, frame, plot, failures)
     return results
 
 
-_Chosen = tuple[Study, Sequence[Setting], list[str], list[str], str | None]
-# What is varied, its settings, what was left out, the arguments of fit for all runs, and the setting that changes nothing.
+@dataclass(frozen=True)
+class _Plan:
+    """What will be run.
+
+    Attributes:
+        study: what is varied.
+        settings: its settings that fit config and model.
+        left_out: one reason for each that does not.
+        words: the arguments of `fit` that all runs share.
+        unchanged: name of the setting that the config has by itself, if it is among them.
+    """
+
+    study: Study
+    settings: Sequence[Setting]
+    left_out: Sequence[str]
+    words: Sequence[str]
+    unchanged: str | None
 
 
-def _study_of_the_paper(name: str, values: Sequence[str] | None, words: list[str], metric: str | None) -> _Chosen:
+def _plan_of_the_paper(name: str, values: Sequence[str] | None, words: Sequence[str], metric: str | None) -> _Plan:
     """Choose the settings of a study of FourierMoE that fit config and model."""
     study = STUDIES[name]
-    cli = AdaptationCLI(words, run=False)
+    cli = AdaptationCLI([*words], run=False)
     require_named_logger(resolved_config(cli))
     own = cli.model.adapter
     if not isinstance(own, FourierMoEConfig):
@@ -108,10 +121,11 @@ def _study_of_the_paper(name: str, values: Sequence[str] | None, words: list[str
     settings, left_out = choose_settings(study, values, own, _trial(adapters(cli.model.model)))
     if not any(isinstance(callback, RouterLoad) for callback in cli.trainer.callbacks):  # type: ignore[attr-defined]
         words = [*words, "--trainer.callbacks+=lightning_modules.callbacks.RouterLoad"]
-    return study, settings, left_out, words, next((one.name for one in settings if one.adapter(own) == own), None)
+    unchanged = next((one.name for one in settings if one.adapter(own) == own), None)
+    return _Plan(study, settings, left_out, words, unchanged)
 
 
-def _study_of_an_option(option: str, values: Sequence[str] | None, words: list[str], metric: str | None) -> _Chosen:
+def _plan_of_an_option(option: str, values: Sequence[str] | None, words: Sequence[str], metric: str | None) -> _Plan:
     """Parse every setting, and try its adapter on an outline of the model."""
     if "." not in option:
         raise UserError(f"sweep {option}: no such study; known: {', '.join(STUDIES)}, and arguments of fit with a dot")
@@ -119,21 +133,14 @@ def _study_of_an_option(option: str, values: Sequence[str] | None, words: list[s
         raise UserError(f"sweep {option}: give --values, separated by commas")
     study = OptionStudy(option, option, values)
     settings = study.settings
-    if len({variant_directory(setting.name) for setting in settings}) < len(settings):
-        raise UserError(f"--values {','.join(values)}: values must differ, results go to directories of these names")
+    require_own_directories(f"--values {','.join(values)}", [setting.name for setting in settings])
     variants = parse_grid({setting.name: [*words, *setting.words] for setting in settings}, metric)
-    problems = []
-    for name, variant in variants.items():
-        try:
-            variant.try_out(variant.adapter)
-        except ValueError as error:
-            problems.append((name, str(error)))
-    raise_together(problems)
+    for_each(variants, lambda _, variant: variant.try_out(variant.adapter))
     resolved = {name: settings_of(variant.config) for name, variant in variants.items()}
     for name, other in combinations(resolved, 2):
         if resolved[name] == resolved[other]:
             raise UserError(f"sweep {option}: {name} and {other} are the same run (the logger is each run's own)")
-    return study, settings, [], words, _unchanged(resolved, words)
+    return _Plan(study, settings, [], words, _unchanged(resolved, words))
 
 
 def _unchanged(resolved: Mapping[str, Mapping[str, Any]], words: Sequence[str]) -> str | None:

@@ -9,10 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fourier_moe.errors import UserError
 from fourier_moe.files.writing import write_file
 from lightning_modules.experiments.graded_examples import GradedSet, load_examples, save_examples
 from lightning_modules.experiments.provenance import config_hash, without_logger
@@ -24,6 +25,16 @@ _WITHOUT_CHECKSUM = 2  # an older format, still read
 def variant_directory(variant: str) -> str:
     """Return the directory name of a variant: an overlay's file name if it is given by its path, else the variant itself."""
     return Path(variant).name.removesuffix(".yaml")
+
+
+def require_own_directories(argument: str, variants: Sequence[str]) -> None:
+    """Refuse variants of which two would have one directory.
+
+    Raises:
+        UserError: beginning with the argument and its value, as given here.
+    """
+    if len({variant_directory(variant) for variant in variants}) < len(variants):
+        raise UserError(f"{argument}: names must differ, results go to directories of these names")
 
 
 def kept_file(output: Path, variant: str, seed: int) -> Path:

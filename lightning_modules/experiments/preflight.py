@@ -8,9 +8,9 @@ import dataclasses
 import io
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -23,6 +23,9 @@ from lightning_modules.experiments.provenance import without_logger
 from lightning_modules.optimization import Optimization
 from lightning_modules.tasks.backbones.quiet import quiet
 from lightning_modules.tasks.base import Task, task_data
+
+_Given = TypeVar("_Given")
+_Found = TypeVar("_Found")
 
 
 @dataclass(frozen=True)
@@ -67,25 +70,37 @@ def parse_grid(grid: Mapping[str, Sequence[str]], metric: str | None = None) -> 
     Raises:
         UserError: one message with all problems of all variants.
     """
-    variants: dict[str, Variant] = {}
     outlines: dict[str, tuple[nn.Module, list[str]]] = {}
-    problems: list[tuple[str, str]] = []
-    for name, words in grid.items():
+
+    def parse(_: str, words: Sequence[str]) -> Variant:
         try:
-            variants[name] = _parse(words, metric, outlines)
+            return _parse(words, metric, outlines)
         except ValueError as error:
-            problems.append((name, f"{user_error(error) or error}"))
-    raise_together(problems)
-    return variants
+            raise UserError(f"{user_error(error) or error}") from error
+
+    return for_each(grid, parse)
 
 
-def raise_together(problems: Sequence[tuple[str, str]]) -> None:
-    """Raise one error for the problems of several variants, (variant, problem) each; none without problems."""
+def for_each(variants: Mapping[str, _Given], check: Callable[[str, _Given], _Found]) -> dict[str, _Found]:
+    """Return what a check finds for every variant.
+
+    Args:
+        variants: what is checked, by variant.
+        check: takes a variant's name and what stands for it, and raises ValueError if that cannot be run.
+
+    Raises:
+        UserError: one message with all problems; equal ones once.
+    """
+    found: dict[str, _Found] = {}
     names: dict[str, list[str]] = {}
-    for name, problem in problems:
-        names.setdefault(problem, []).append(name)
+    for name, given in variants.items():
+        try:
+            found[name] = check(name, given)
+        except ValueError as error:
+            names.setdefault(str(error), []).append(name)
     if names:
         raise UserError("nothing was run; " + "; ".join(f"{', '.join(own)}: {problem}" for problem, own in names.items()))
+    return found
 
 
 def require_metric(task: Task, metric: str | None) -> None:

@@ -357,7 +357,7 @@ def test_bug_shows_its_traceback_and_nothing_but_failures_is_no_table(compare, o
             ("--adapters", "lora,configs/adapters/lora.yaml"),
             "--adapters lora,configs/adapters/lora.yaml: names must differ",
         ),
-        (("--adapters", "config,fourier_moe"), "names must differ"),
+        (("--adapters", "config,fourier_moe"), "config and fourier_moe are the same adapter"),
         (("--adapters", "lora,head_only,lora"), "names must differ"),
         (("--config", "configs/adapters/lora.yaml", "--adapters", "fourier_moe"), "fourier_moe: .*own adapter is LoRAConfig"),
         (
