@@ -68,7 +68,7 @@ def main(data: Path, target: Path) -> None:
     lines = [line for file in files for line in file.read_text(encoding="utf-8").splitlines()]
     texts = [text for line in lines for text in json.loads(line).values()]
     if not texts:
-        raise SystemExit(f"{data} has no texts in .jsonl files")
+        raise SystemExit(f"DATA {data} must be a directory with .jsonl files that hold texts")
     # Each text also in the places that a prompt has for it: after a space, after a line break.
     texts = [before + text for text in [*texts, "Question: ", "Answer:", "\n\n"] for before in ("", " ", "\n")]
     with tempfile.TemporaryDirectory() as directory:

@@ -17,6 +17,8 @@ TRAIN = 400
 
 
 def main(target: Path) -> None:
+    if target.exists():
+        raise SystemExit(f"TARGET {target} exists; give another, or delete it")
     pixels, digits = mnist_data()
     for digit in range(10):
         images = [index for index, label in enumerate(digits) if label == digit]

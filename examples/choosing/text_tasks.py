@@ -1,11 +1,12 @@
-r"""Draw the three text tasks of docs/evidence/language.md.
+"""Draw the three text tasks of docs/evidence/language.md.
 
     python text_tasks.py MATH_DIRECTORY LLM_ADAPTERS_DIRECTORY TARGET [--train 240] [--test 120]
 
 TARGET gets <task>.jsonl and <task>_test.jsonl, drawn at random, with question and answer. Choices are not shown, so that every
 word of an answer has to be written:
 
-- algebra: the rationale of a problem of AQuA's train file, in MATH_DIRECTORY;
+- algebra: the rationale of a problem of AQuA's train file, in MATH_DIRECTORY; 37 of the 120 test questions are questions of the
+  training with other numbers;
 - advice: the right solution to a goal of PIQA, of its 1,838 validation questions;
 - science: the right answer to a question of ARC-Easy's train file.
 
@@ -16,10 +17,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
 import re
 from collections.abc import Iterator
 from pathlib import Path
+
+from drawing import count, draw, write_lines
 
 QUESTION = re.compile(r"Please choose the correct \w+ to the question: (.*?)\n\n(.*)\n\nAnswer format: ", re.DOTALL)
 
@@ -36,10 +38,9 @@ def right_choices(file: Path) -> Iterator[tuple[str, str]]:
         found = QUESTION.match(row["instruction"])
         if found is None:
             raise SystemExit(f"{file} has another form: {row['instruction']}")
-        name = row["answer"].capitalize()  # Answer2, Solution1
-        texts = re.split(r"\s*\b(?:Answer|Solution)(\d): ", found[2])
-        choices = dict(zip(texts[1::2], texts[2::2], strict=True))
-        yield found[1].strip(), choices[name[-1]].strip()
+        _, *texts = re.split(r"\s*\b(?:Answer|Solution)(\d): ", found[2])
+        numbers, choices = texts[::2], texts[1::2]
+        yield found[1].strip(), choices[numbers.index(row["answer"][-1])].strip()  # answer2, solution1
 
 
 def main(math: Path, llm_adapters: Path, target: Path, train: int, test: int) -> None:
@@ -48,15 +49,13 @@ def main(math: Path, llm_adapters: Path, target: Path, train: int, test: int) ->
         "advice": right_choices(llm_adapters / "piqa" / "test.json"),
         "science": right_choices(llm_adapters / "ARC-Easy" / "train.json"),
     }
-    target.mkdir(parents=True, exist_ok=True)
+    drawn = {}
     for task, rows in tasks.items():
-        pairs = list({question: answer for question, answer in rows if question and answer}.items())
-        if train + test > len(pairs):
-            raise SystemExit(f"--train {train} --test {test}: {task} has {len(pairs)} questions")
-        random.Random(0).shuffle(pairs)
-        for name, part in ((task, pairs[:train]), (f"{task}_test", pairs[train : train + test])):
-            lines = [json.dumps({"question": question, "answer": answer}, ensure_ascii=False) for question, answer in part]
-            (target / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        pairs = list({question: answer for question, answer in rows if question and answer}.items())  # a question once
+        drawn[task], drawn[f"{task}_test"] = draw(task, pairs, train, test)
+    for name, part in drawn.items():
+        lines = [json.dumps({"question": question, "answer": answer}, ensure_ascii=False) for question, answer in part]
+        write_lines(target / f"{name}.jsonl", lines)
 
 
 if __name__ == "__main__":
@@ -64,7 +63,7 @@ if __name__ == "__main__":
     parser.add_argument("math", type=Path)
     parser.add_argument("llm_adapters", type=Path)
     parser.add_argument("target", type=Path)
-    parser.add_argument("--train", type=int, default=240)
-    parser.add_argument("--test", type=int, default=120)
+    parser.add_argument("--train", type=count, default=240)
+    parser.add_argument("--test", type=count, default=120)
     options = parser.parse_args()
     main(options.math, options.llm_adapters, options.target, options.train, options.test)

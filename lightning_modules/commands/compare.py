@@ -66,7 +66,9 @@ def compare(
     overlays = {name: _overlay(name) for name in names}
     require_own_directories(f"--adapters {','.join(names)}", names)
     if {OWN, FOURIER_MOE} <= overlays.keys():
-        raise UserError(f"--adapters {','.join(names)}: {OWN} and {FOURIER_MOE} are the same adapter; give one of them")
+        raise UserError(
+            f"--adapters {','.join(names)}: {OWN} and {FOURIER_MOE} are both the config's own adapter; give one of them"
+        )
     budget = Budget.parse(str(match_parameters)) if match_parameters else None
     directory = Path(output or f"runs/compare/{line.name}")
 

@@ -101,6 +101,8 @@ class _Plan:
 def _plan_of_the_paper(name: str, values: Sequence[str] | None, words: Sequence[str], metric: str | None) -> _Plan:
     """Choose the settings of a study of FourierMoE that fit config and model."""
     study = STUDIES[name]
+    if values is not None:
+        require_own_directories(f"--values {','.join(values)}", values)
     cli = AdaptationCLI([*words], run=False)
     require_named_logger(resolved_config(cli))
     own = cli.model.adapter

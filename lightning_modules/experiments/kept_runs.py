@@ -33,8 +33,14 @@ def require_own_directories(argument: str, variants: Sequence[str]) -> None:
     Raises:
         UserError: beginning with the argument and its value, as given here.
     """
-    if len({variant_directory(variant) for variant in variants}) < len(variants):
-        raise UserError(f"{argument}: names must differ, results go to directories of these names")
+    owners: dict[str, str] = {}
+    for variant in variants:
+        directory = variant_directory(variant)
+        if directory in owners:
+            raise UserError(
+                f"{argument}: the results of {owners[directory]} and {variant} would both go to {directory}/; leave one out"
+            )
+        owners[directory] = variant
 
 
 def kept_file(output: Path, variant: str, seed: int) -> Path:

@@ -71,14 +71,7 @@ def parse_grid(grid: Mapping[str, Sequence[str]], metric: str | None = None) -> 
         UserError: one message with all problems of all variants.
     """
     outlines: dict[str, tuple[nn.Module, list[str]]] = {}
-
-    def parse(_: str, words: Sequence[str]) -> Variant:
-        try:
-            return _parse(words, metric, outlines)
-        except ValueError as error:
-            raise UserError(f"{user_error(error) or error}") from error
-
-    return for_each(grid, parse)
+    return for_each(grid, lambda _, words: _parse(words, metric, outlines))
 
 
 def for_each(variants: Mapping[str, _Given], check: Callable[[str, _Given], _Found]) -> dict[str, _Found]:
@@ -97,7 +90,7 @@ def for_each(variants: Mapping[str, _Given], check: Callable[[str, _Given], _Fou
         try:
             found[name] = check(name, given)
         except ValueError as error:
-            names.setdefault(str(error), []).append(name)
+            names.setdefault(f"{user_error(error) or error}", []).append(name)
     if names:
         raise UserError("nothing was run; " + "; ".join(f"{', '.join(own)}: {problem}" for problem, own in names.items()))
     return found
