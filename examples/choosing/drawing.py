@@ -1,4 +1,4 @@
-"""What the scripts that make text data share: a random draw, and its files."""
+"""What the scripts that make data share: a random draw, its files, and a number of examples on the command line."""
 
 from __future__ import annotations
 

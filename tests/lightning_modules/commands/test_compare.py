@@ -355,10 +355,17 @@ def test_bug_shows_its_traceback_and_nothing_but_failures_is_no_table(compare, o
         (("--adapters", "recipes/image_towr"), "recipes/image_towr not found; known: .*recipes/image_tower"),
         (
             ("--adapters", "lora,configs/adapters/lora.yaml"),
-            "lora.yaml: the results of lora and configs/adapters/lora.yaml would both go to lora/",
+            "--adapters lora,configs/adapters/lora.yaml: the results of lora and configs/adapters/lora.yaml "
+            "would both go to lora/; leave one out",
         ),
-        (("--adapters", "config,fourier_moe"), "config and fourier_moe are both the config's own adapter"),
-        (("--adapters", "lora,head_only,lora"), "the results of lora and lora would both go to lora/"),
+        (
+            ("--adapters", "config,fourier_moe"),
+            "--adapters config,fourier_moe: config and fourier_moe are both the config's own",
+        ),
+        (
+            ("--adapters", "lora,head_only,lora"),
+            "--adapters lora,head_only,lora: the results of lora and lora would both go to",
+        ),
         (("--config", "configs/adapters/lora.yaml", "--adapters", "fourier_moe"), "fourier_moe: .*own adapter is LoRAConfig"),
         (
             ("--adapters", "lora", "--metric", "f1"),

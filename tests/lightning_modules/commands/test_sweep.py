@@ -40,7 +40,10 @@ def test_bands_beyond_the_plane_are_left_out_before_any_run(sweep, trained, outp
             ("experts", "--model.adapter.init_args.bandwidth", "[0.2,0.1,0.1,0.1,0.1,0.1,0.1,0.1]"),
             r"densities=None and bandwidth=\(0.2, .*\) are for num_experts=8, .* set densities to null and bandwidth to",
         ),
-        (("ablations", "--values", "a/x.yaml,b/x.yaml"), r"the results of a/x.yaml and b/x.yaml would both go to x/"),
+        (
+            ("ablations", "--values", "a/x.yaml,b/x.yaml"),
+            r"--values a/x.yaml,b/x.yaml: the results of a/x.yaml and b/x.yaml would both go to x/",
+        ),
         (("ablations", "--values", "reel"), r"variant: 'reel' is not one of full, all_experts_active, .*real_only"),
         (("ablations", "--config", "configs/adapters/lora.yaml"), r"the config's adapter is LoRAConfig"),
     ],

@@ -15,7 +15,7 @@ RATE, LORA = "model.optimization.experts.lr", "configs/adapters/lora.yaml"
     [
         (("lambda",), r"sweep lambda: no such study; known: coefficients, .*, and arguments of fit with a dot"),
         ((RATE,), r"sweep model.optimization.experts.lr: give --values"),
-        ((RATE, "--values", "0.1,0.1"), r"--values 0.1,0.1: .* would both go to experts.lr_0.1/"),
+        ((RATE, "--values", "0.1,0.1"), r"--values 0.1,0.1: the results of experts.lr_0.1 and experts.lr_0.1 would both go to"),
         (("model.optimization.expert.lr", "--values", "0.1"), r"expert.lr_0.1: .*expert"),
         ((RATE, "--values", "0.1,fast"), r"nothing was run; experts.lr_fast: .*fast"),
         ((RATE, "--values", "0.05,0.1,5e-2"), r"experts.lr_0.05 and experts.lr_5e-2 are the same run"),
